@@ -1,0 +1,2 @@
+//! A vhost-user network back-end.
+#![deny(unsafe_code)]
