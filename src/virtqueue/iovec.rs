@@ -1,0 +1,187 @@
+//! Pieces of guest memory as iovecs: unsafe door 1, the one place where guest addresses become pointers that are used.
+//!
+//! A [`GuestIovecs`] owns the view that its pieces were made from, so a piece stays mapped for as long as it can be
+//! named. `virtqueue::chain` appends pieces, `net` says which range of them to read, write or copy. Nothing here knows
+//! what the bytes mean.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use vm_memory::VolatileSlice;
+
+use crate::memory::{MemView, Unmapped};
+
+/// The kernel's limit on the iovecs of one call (`UIO_MAXIOV`).
+pub const IOV_MAX: usize = 1024;
+
+/// Why a buffer could not be appended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PushError {
+    /// It is not all guest memory.
+    Unmapped(Unmapped),
+    /// The chain has more than [`IOV_MAX`] pieces.
+    TooMany,
+}
+
+/// A growing list of pieces of guest memory; a descriptor chain is a range of it.
+pub struct GuestIovecs {
+    mem: Arc<MemView>,
+    list: Vec<libc::iovec>,
+    /// What one call passes: private head, guest pieces, private tail.
+    call: Vec<libc::iovec>,
+}
+
+// SAFETY: the pointers in `list` point into mappings that `mem` keeps, which any thread may use; `call` is rewritten
+// before each use.
+unsafe impl Send for GuestIovecs {}
+
+impl GuestIovecs {
+    /// An empty list on `mem` with room for `capacity` pieces before it has to allocate.
+    pub fn new(mem: Arc<MemView>, capacity: usize) -> GuestIovecs {
+        GuestIovecs { mem, list: Vec::with_capacity(capacity), call: Vec::with_capacity(IOV_MAX) }
+    }
+
+    /// The memory that the pieces are of.
+    pub fn mem(&self) -> &Arc<MemView> {
+        &self.mem
+    }
+
+    /// Number of pieces.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there is no piece.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Bytes of the pieces of `range`.
+    pub fn bytes(&self, range: Range<usize>) -> usize {
+        self.list.get(range).unwrap_or_default().iter().map(|piece| piece.iov_len).sum()
+    }
+
+    /// Forgets the pieces from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.list.truncate(len);
+    }
+
+    /// Forgets the first `count` pieces; the others move down.
+    pub fn forget_first(&mut self, count: usize) {
+        self.list.drain(..count.min(self.list.len()));
+    }
+
+    /// Appends the guest range `addr .. addr + len`; pieces from `part` on are one part of one chain, within which
+    /// neighbours are merged.
+    ///
+    /// # Errors
+    /// [`PushError`]; some pieces may have been appended.
+    pub(crate) fn push(&mut self, addr: u64, len: u32, part: usize) -> Result<(), PushError> {
+        let GuestIovecs { mem, list, .. } = self;
+        mem.pieces(addr, u64::from(len), |piece| append(list, part, piece.ptr_guard_mut().as_ptr(), piece.len()))
+            .map_err(PushError::Unmapped)?;
+        if self.list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
+    }
+
+    /// Copies the pieces of `range`, without their first `skip` bytes, into `out`; tells how many bytes that were.
+    ///
+    /// Each byte of guest memory is read once.
+    pub fn copy_to(&self, range: Range<usize>, skip: usize, out: &mut [u8]) -> usize {
+        let mut done = 0;
+        for piece in self.slices(range, skip) {
+            let Some(rest) = out.get_mut(done..).filter(|rest| !rest.is_empty()) else { break };
+            done += piece.copy_to(rest);
+        }
+        done
+    }
+
+    /// Copies `data` to the pieces of `range`, behind their first `skip` bytes; tells how many bytes found room.
+    pub fn copy_from(&self, range: Range<usize>, skip: usize, data: &[u8]) -> usize {
+        let mut done = 0;
+        for piece in self.slices(range, skip) {
+            let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) else { break };
+            piece.copy_from(rest);
+            done += rest.len().min(piece.len());
+        }
+        done
+    }
+
+    /// Sends `head` and then the pieces of `range`, without their first `skip` bytes, as one message or frame.
+    ///
+    /// # Errors
+    /// What `writev(2)` says; `EINVAL` also where there are more than [`IOV_MAX`] pieces.
+    pub fn writev(&mut self, fd: BorrowedFd<'_>, head: &[u8], range: Range<usize>, skip: usize) -> io::Result<usize> {
+        self.call.clear();
+        self.call.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
+        gather(&mut self.call, &self.list, range, skip);
+        // SAFETY: the first iovec is `head`, borrowed until the call returns and only read; each other one lies in a
+        // region of `self.mem` (`push` got it from there), which `self` keeps mapped. The guest may change those bytes
+        // meanwhile, which only the kernel reads.
+        result(unsafe { libc::writev(fd.as_raw_fd(), self.call.as_ptr(), count(&self.call)) })
+    }
+
+    /// Receives one message or frame into `head`, then the pieces of `range` without their first `skip` bytes, then
+    /// `tail`; tells its length.
+    ///
+    /// # Errors
+    /// What `readv(2)` says; `EINVAL` also where there are more than [`IOV_MAX`] pieces.
+    pub fn readv(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        head: &mut [u8],
+        (range, skip): (Range<usize>, usize),
+        tail: &mut [u8],
+    ) -> io::Result<usize> {
+        self.call.clear();
+        self.call.push(libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
+        gather(&mut self.call, &self.list, range, skip);
+        self.call.push(libc::iovec { iov_base: tail.as_mut_ptr().cast(), iov_len: tail.len() });
+        // SAFETY: the first and the last iovec are `head` and `tail`, borrowed mutably until the call returns; each
+        // other one lies in a region of `self.mem` (`push` got it from there), mapped writable and kept by `self`. No
+        // Rust reference to those bytes exists anywhere.
+        result(unsafe { libc::readv(fd.as_raw_fd(), self.call.as_ptr(), count(&self.call)) })
+    }
+
+    fn slices(&self, range: Range<usize>, mut skip: usize) -> impl Iterator<Item = VolatileSlice<'_>> {
+        self.list.get(range).unwrap_or_default().iter().filter_map(move |piece| {
+            let here = skip.min(piece.iov_len);
+            skip -= here;
+            let base = piece.iov_base.cast::<u8>().wrapping_add(here);
+            // SAFETY: `base .. base + iov_len - here` is within the piece, which lies in a mapped region of `self.mem`
+            // (`push` got it from there), and the slice cannot outlive `self`.
+            (here < piece.iov_len).then(|| unsafe { VolatileSlice::new(base, piece.iov_len - here) })
+        })
+    }
+}
+
+/// Adds a piece to the part of a chain that starts at `part`, or makes the part's last piece longer by it.
+fn append(list: &mut Vec<libc::iovec>, part: usize, base: *mut u8, len: usize) {
+    match list.get_mut(part..).and_then(<[_]>::last_mut) {
+        Some(last) if last.iov_base.addr().wrapping_add(last.iov_len) == base.addr() => last.iov_len += len,
+        _ => list.push(libc::iovec { iov_base: base.cast(), iov_len: len }),
+    }
+}
+
+/// Appends the pieces of `range` to one call's iovecs, without their first `skip` bytes.
+fn gather(call: &mut Vec<libc::iovec>, list: &[libc::iovec], range: Range<usize>, mut skip: usize) {
+    for piece in list.get(range).unwrap_or_default() {
+        let here = skip.min(piece.iov_len);
+        skip -= here;
+        if here < piece.iov_len {
+            let iov_base = piece.iov_base.cast::<u8>().wrapping_add(here).cast();
+            call.push(libc::iovec { iov_base, iov_len: piece.iov_len - here });
+        }
+    }
+}
+
+fn count(call: &[libc::iovec]) -> libc::c_int {
+    // More than fit an int is more than the kernel takes: it answers EINVAL to -1 as to 1025.
+    libc::c_int::try_from(call.len()).unwrap_or(-1)
+}
+
+fn result(len: isize) -> io::Result<usize> {
+    usize::try_from(len).map_err(|_| io::Error::last_os_error())
+}

@@ -1,0 +1,266 @@
+//! The split ring's three areas in guest memory (VIRTIO 1.3, "Split Virtqueues"): where each word is, and with which
+//! memory order it is read or written.
+//!
+//! Checked once, when the ring is made: alignment, wholly in guest memory, no overlap. From then on every access is a
+//! single atomic load or store of a word that lies in a mapping this ring keeps. What the words say is not judged here:
+//! that is `queue` for indices and `chain` for descriptors.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{self, Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
+
+use thiserror::Error;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::AtomicInteger;
+
+use crate::memory::{MemView, Region, Unmapped};
+
+/// A queue size that a split ring may have: a power of two up to 32768.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueSize(u16);
+
+impl QueueSize {
+    /// The number of descriptors.
+    pub fn get(self) -> u16 {
+        self.0
+    }
+}
+
+impl TryFrom<u32> for QueueSize {
+    type Error = RingError;
+
+    fn try_from(size: u32) -> Result<QueueSize, RingError> {
+        match u16::try_from(size) {
+            Ok(n) if n.is_power_of_two() => Ok(QueueSize(n)),
+            _ => Err(RingError::BadSize { size }),
+        }
+    }
+}
+
+impl fmt::Display for QueueSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Guest addresses of a split ring's areas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SplitRingAddresses {
+    /// The descriptor table.
+    pub desc: u64,
+    /// The avail ring (driver area).
+    pub avail: u64,
+    /// The used ring (device area).
+    pub used: u64,
+}
+
+/// Why a ring cannot be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum RingError {
+    /// Not a power of two, or not in 1 to 32768.
+    #[error("Queue size {size} is not a power of two from 1 to 32768")]
+    BadSize {
+        /// What was asked.
+        size: u32,
+    },
+    /// An area's address is not aligned as the specification asks.
+    #[error("The {area} at {addr:#x} is not aligned to {align} bytes")]
+    Unaligned {
+        /// Which area.
+        area: &'static str,
+        /// Its guest address.
+        addr: u64,
+        /// What it must be a multiple of.
+        align: u64,
+    },
+    /// An area is not wholly in guest memory.
+    #[error("The {area} is not all in guest memory")]
+    Unmapped {
+        /// Which area.
+        area: &'static str,
+        /// Where it would be.
+        #[source]
+        cause: Unmapped,
+    },
+    /// Two areas share bytes, so that writing one would change the other.
+    #[error("The used ring at {used:#x} overlaps the {other}")]
+    Overlap {
+        /// The used ring's guest address.
+        used: u64,
+        /// The area it overlaps.
+        other: &'static str,
+    },
+}
+
+const DESCRIPTOR: &str = "descriptor table";
+const AVAIL: &str = "avail ring";
+const USED: &str = "used ring";
+/// Bytes of a descriptor.
+pub(crate) const DESCRIPTOR_SIZE: u64 = 16;
+const USED_ENTRY_SIZE: u64 = 8;
+/// `flags` and `idx`, which stand before the entries of both rings.
+const RING_HEAD: u64 = 4;
+const IDX: u64 = 2;
+
+/// One area of a ring, all of it known to be mapped and aligned.
+#[derive(Debug)]
+enum Area {
+    /// In one region, from this offset on.
+    Whole(Arc<Region>, u64),
+    /// Over several adjacent regions: each word is looked up, by guest address.
+    Spread(Arc<MemView>, u64),
+}
+
+impl Area {
+    fn new(mem: &Arc<MemView>, area: &'static str, addr: u64, len: u64, align: u64) -> Result<Area, RingError> {
+        let unaligned = RingError::Unaligned { area, addr, align };
+        let mut pieces = 0;
+        let mut aligned = addr.is_multiple_of(align);
+        let mut left = len;
+        mem.pieces(addr, len, |piece| {
+            pieces += 1;
+            left -= piece.len() as u64;
+            // No word may lie over the border of two pieces, or be unaligned for us where it is aligned for the guest.
+            aligned &= (piece.ptr_guard().as_ptr().addr() as u64).is_multiple_of(align)
+                && (left == 0 || (piece.len() as u64).is_multiple_of(align));
+        })
+        .map_err(|cause| RingError::Unmapped { area, cause })?;
+        match mem.find(addr) {
+            _ if !aligned => Err(unaligned),
+            Some(region) if pieces == 1 => Ok(Area::Whole(Arc::clone(region), addr - region.setup().guest)),
+            _ => Ok(Area::Spread(Arc::clone(mem), addr)),
+        }
+    }
+
+    /// Gives `then` the atomic word at `offset`, which the caller keeps within the area.
+    #[inline]
+    fn word<T: AtomicInteger, R>(&self, offset: u64, then: impl FnOnce(&T) -> R) -> R {
+        let word = match self {
+            Area::Whole(region, start) => region.atomic(start + offset),
+            Area::Spread(mem, addr) => {
+                mem.find(addr + offset).and_then(|region| region.atomic(addr + offset - region.setup().guest))
+            }
+        };
+        then(word.expect("Area::new checked that every word of the area is mapped and aligned"))
+    }
+}
+
+/// A split ring in guest memory.
+#[derive(Debug)]
+pub struct SplitRing {
+    size: QueueSize,
+    desc: Area,
+    avail: Area,
+    used: Area,
+}
+
+impl SplitRing {
+    /// Finds the ring's areas in `mem`.
+    ///
+    /// # Errors
+    /// [`RingError`] where an area is unaligned, not all mapped, or overlapped by the used ring, the one we write.
+    pub fn new(mem: &Arc<MemView>, size: QueueSize, at: SplitRingAddresses) -> Result<SplitRing, RingError> {
+        let n = u64::from(size.get());
+        // The two rings end with `used_event` and `avail_event` (VIRTIO 1.3, "Used Buffer Notification Suppression").
+        let desc_len = n * DESCRIPTOR_SIZE;
+        let avail_len = RING_HEAD + n * 2 + 2;
+        let used_len = RING_HEAD + n * USED_ENTRY_SIZE + 2;
+        for (other, start, len) in [(DESCRIPTOR, at.desc, desc_len), (AVAIL, at.avail, avail_len)] {
+            if at.used < start.saturating_add(len) && start < at.used.saturating_add(used_len) {
+                return Err(RingError::Overlap { used: at.used, other });
+            }
+        }
+        Ok(SplitRing {
+            size,
+            desc: Area::new(mem, DESCRIPTOR, at.desc, desc_len, DESCRIPTOR_SIZE)?,
+            avail: Area::new(mem, AVAIL, at.avail, avail_len, 2)?,
+            used: Area::new(mem, USED, at.used, used_len, 4)?,
+        })
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.size.get()
+    }
+
+    fn slot(&self, index: u16) -> u64 {
+        u64::from(index & (self.size() - 1))
+    }
+
+    /// The descriptor at `index`, if there is one; its two halves are read once each.
+    #[inline]
+    pub(crate) fn descriptor(&self, index: u16) -> Option<Descriptor> {
+        if index >= self.size() {
+            return None;
+        }
+        let at = u64::from(index) * DESCRIPTOR_SIZE;
+        // Relaxed: `avail_idx`'s acquire ordered the driver's writes of the descriptor before this.
+        let addr = self.desc.word(at, |w: &AtomicU64| w.load(Relaxed));
+        let rest = self.desc.word(at + 8, |w: &AtomicU64| w.load(Relaxed));
+        Some(descriptor_from_words(u64::from_le(addr), u64::from_le(rest)))
+    }
+
+    /// Where the driver will put the next head. Acquire: pairs with the driver's write barrier between the avail entry
+    /// and the index, so that the entries and descriptors behind this index are seen as the driver wrote them.
+    #[inline]
+    pub(crate) fn avail_idx(&self) -> u16 {
+        self.avail.word(IDX, |w: &AtomicU16| u16::from_le(w.load(Acquire)))
+    }
+
+    /// The head that the driver made available as number `index` (modulo 2^16).
+    #[inline]
+    pub(crate) fn avail_entry(&self, index: u16) -> u16 {
+        self.avail.word(RING_HEAD + 2 * self.slot(index), |w: &AtomicU16| u16::from_le(w.load(Relaxed)))
+    }
+
+    pub(crate) fn avail_flags(&self) -> u16 {
+        self.avail.word(0, |w: &AtomicU16| u16::from_le(w.load(Relaxed)))
+    }
+
+    /// At which used index the driver wants a call.
+    pub(crate) fn used_event(&self) -> u16 {
+        let at = RING_HEAD + 2 * u64::from(self.size());
+        self.avail.word(at, |w: &AtomicU16| u16::from_le(w.load(Relaxed)))
+    }
+
+    /// Writes used entry number `index` (modulo 2^16); the driver sees it after [`SplitRing::store_used_idx`].
+    #[inline]
+    pub(crate) fn write_used(&self, index: u16, id: u16, len: u32) {
+        let at = RING_HEAD + USED_ENTRY_SIZE * self.slot(index);
+        self.used.word(at, |w: &AtomicU32| w.store(u32::from(id).to_le(), Relaxed));
+        self.used.word(at + 4, |w: &AtomicU32| w.store(len.to_le(), Relaxed));
+    }
+
+    pub(crate) fn used_idx(&self) -> u16 {
+        self.used.word(IDX, |w: &AtomicU16| u16::from_le(w.load(Acquire)))
+    }
+
+    /// Publishes the used entries before `index`. Release: pairs with the driver's read barrier between its read of
+    /// the index and of the entries and buffers.
+    #[inline]
+    pub(crate) fn store_used_idx(&self, index: u16) {
+        self.used.word(IDX, |w: &AtomicU16| w.store(index.to_le(), Release));
+    }
+
+    pub(crate) fn set_used_flags(&self, flags: u16) {
+        self.used.word(0, |w: &AtomicU16| w.store(flags.to_le(), Relaxed));
+    }
+
+    /// Asks the driver for a kick once it makes avail entry number `index` available.
+    pub(crate) fn set_avail_event(&self, index: u16) {
+        let at = RING_HEAD + USED_ENTRY_SIZE * u64::from(self.size());
+        self.used.word(at, |w: &AtomicU16| w.store(index.to_le(), Relaxed));
+    }
+}
+
+/// A descriptor of the two words it is stored as, in host byte order.
+pub(crate) fn descriptor_from_words(addr: u64, rest: u64) -> Descriptor {
+    Descriptor::new(addr, rest as u32, (rest >> 32) as u16, (rest >> 48) as u16)
+}
+
+/// A full barrier between a store that the driver reads and a load that the driver stores to: the two sides must not
+/// both miss the other's write (the driver has the same barrier between its index and its look at our flags or event).
+pub(crate) fn full_fence() {
+    std::sync::atomic::fence(Ordering::SeqCst);
+}
