@@ -1,0 +1,168 @@
+//! The host side: the interface that frames go to and come from. Knows no virtio rings and no messages.
+//!
+//! A [`Device`] is the interface as a whole (its name, what it can do, its offloads); a [`DeviceQueue`] is one queue of
+//! it, owned by one worker, through which frames with their virtio-net header are read and written. A socket pair can
+//! stand in for a queue, which is how the data path is tested without privileges.
+
+pub(crate) mod ioctl;
+pub(crate) mod netlink;
+pub mod tap;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{AddressFamily, SocketType};
+use thiserror::Error;
+
+pub use ioctl_flags::*;
+
+/// `TUN_F_` offload flags, under the names of linux/if_tun.h.
+mod ioctl_flags {
+    pub use libc::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4, TUN_F_USO6};
+}
+
+/// An interface on the host, as a whole.
+#[derive(Debug)]
+pub struct Device {
+    name: String,
+    kind: Kind,
+    /// The `TUN_F_` offloads that it can be asked for.
+    offloads: u32,
+    mtu: Option<u16>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// A TAP, with a descriptor of its first queue for calls that concern the whole interface.
+    Tap { control: OwnedFd },
+    /// Sockets: nothing to set.
+    Sockets,
+}
+
+impl Device {
+    /// A device whose queues are sockets that keep frame borders (`SOCK_SEQPACKET`), for tests and embedders.
+    ///
+    /// # Errors
+    /// What `fcntl(2)` says where a socket cannot be made non-blocking.
+    pub fn from_sockets(sockets: Vec<OwnedFd>) -> io::Result<(Device, Vec<DeviceQueue>)> {
+        let offloads = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_UFO | TUN_F_USO4 | TUN_F_USO6;
+        let device = Device { name: "socket".to_owned(), kind: Kind::Sockets, offloads, mtu: None };
+        let queues = sockets.into_iter().map(DeviceQueue::always_attached).collect::<io::Result<_>>()?;
+        Ok((device, queues))
+    }
+
+    /// The interface's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The `TUN_F_` offloads that the interface can be asked for.
+    pub fn supported_offloads(&self) -> u32 {
+        self.offloads
+    }
+
+    /// The interface's MTU when it was opened.
+    pub fn mtu(&self) -> Option<u16> {
+        self.mtu
+    }
+
+    /// Sets which unfinished frames may be read: those whose checksum or segmentation is left to the guest.
+    ///
+    /// # Errors
+    /// What `TUNSETOFFLOAD` says.
+    pub fn set_offloads(&self, flags: u32) -> io::Result<()> {
+        match &self.kind {
+            Kind::Tap { control } => ioctl::tun_set_offload(control.as_fd(), flags),
+            Kind::Sockets => Ok(()),
+        }
+    }
+}
+
+/// One queue of the interface.
+#[derive(Debug)]
+pub struct DeviceQueue {
+    fd: OwnedFd,
+    steering: Steering,
+}
+
+/// Whether the kernel can be told to give a queue no frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Steering {
+    /// The only queue, or a socket.
+    Always,
+    Attached,
+    Detached,
+}
+
+impl DeviceQueue {
+    fn always_attached(fd: OwnedFd) -> io::Result<DeviceQueue> {
+        set_nonblocking(&fd)?;
+        Ok(DeviceQueue { fd, steering: Steering::Always })
+    }
+
+    /// Whether the kernel gives this queue frames.
+    pub fn is_attached(&self) -> bool {
+        self.steering != Steering::Detached
+    }
+
+    /// Lets the kernel spread flows over this queue too; nothing happens where it does already.
+    ///
+    /// # Errors
+    /// What `TUNSETQUEUE` says.
+    pub fn attach(&mut self) -> io::Result<()> {
+        if self.steering == Steering::Detached {
+            ioctl::tun_set_queue(self.as_fd(), true)?;
+            self.steering = Steering::Attached;
+        }
+        Ok(())
+    }
+
+    /// Takes this queue out of the kernel's steering; what waits in it is lost. Nothing happens where it cannot be.
+    ///
+    /// # Errors
+    /// What `TUNSETQUEUE` says.
+    pub fn detach(&mut self) -> io::Result<()> {
+        if self.steering == Steering::Attached {
+            ioctl::tun_set_queue(self.as_fd(), false)?;
+            self.steering = Steering::Detached;
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for DeviceQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Why the descriptor of `--fd` cannot be used.
+#[derive(Debug, Error)]
+#[error("Descriptor {fd} of --fd is no connected Unix stream socket")]
+pub struct NotConnected {
+    fd: i32,
+    #[source]
+    cause: io::Error,
+}
+
+/// Takes over the connected socket that this process was started with as descriptor `fd`.
+///
+/// # Errors
+/// [`NotConnected`].
+pub fn connected_socket(fd: i32) -> Result<OwnedFd, NotConnected> {
+    let checked = ioctl::take_inherited_fd(fd).and_then(|socket| {
+        let kind = rustix::net::sockopt::socket_type(&socket)?;
+        let domain = rustix::net::sockopt::socket_domain(&socket)?;
+        if kind != SocketType::STREAM || domain != AddressFamily::UNIX {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        rustix::net::getpeername(&socket)?;
+        Ok(socket)
+    });
+    checked.map_err(|cause| NotConnected { fd, cause })
+}
+
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(fd)?;
+    Ok(rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)?)
+}

@@ -1,0 +1,359 @@
+//! TAP interfaces: attaching to one by name, creating one, or taking descriptors that somebody else opened.
+//!
+//! Everything that an operator can get wrong here ends the start with one message: what was tried, on what, the cause,
+//! and the command that puts it right. The facts about the driver behind the checks:
+//! * `TUNSETIFF` cuts a name of more than 15 bytes, expands `%d`, and creates what does not exist;
+//! * a single-queue TAP and a multi-queue one open with different flags, `EINVAL` if they do not match;
+//! * on a multi-queue TAP anybody who may open it can add queues, and the kernel then spreads flows over all of them;
+//! * `TUNSETOFFLOAD` refuses what the kernel does not know, so trying it tells what there is.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, c_int};
+use rustix::fs::{Mode, OFlags};
+use thiserror::Error;
+
+use super::netlink::{self, Link};
+use super::{
+    Device, DeviceQueue, Kind, Steering, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
+    TUN_F_USO6, ioctl, set_nonblocking,
+};
+use crate::net::header::HEADER_LEN;
+
+/// A network interface's name that the kernel takes as it is: 1 to 15 bytes, no `/`, `%`, `:` or white space, not `.`
+/// or `..`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterfaceName(String);
+
+impl InterfaceName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::str::FromStr for InterfaceName {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<InterfaceName, String> {
+        let wrong = if name.is_empty() {
+            "it is empty".to_owned()
+        } else if name.len() > ioctl::MAX_NAME {
+            format!("it has {} bytes, and the kernel would cut it to {}", name.len(), ioctl::MAX_NAME)
+        } else if name.contains('%') {
+            "the kernel would expand the '%' to a new name".to_owned()
+        } else if name == "." || name == ".." || name.contains(['/', ':']) || name.contains(char::is_whitespace) {
+            "an interface's name has no '/', ':' or white space, and is not '.' or '..'".to_owned()
+        } else {
+            return Ok(InterfaceName(name.to_owned()));
+        };
+        Err(format!("not an interface name: {wrong}"))
+    }
+}
+
+/// How to open a TAP by name.
+#[derive(Clone, Debug)]
+pub struct TapByName {
+    /// The interface.
+    pub name: InterfaceName,
+    /// How many queues to open.
+    pub queue_pairs: u16,
+    /// Whether others may have queues on it.
+    pub shared: bool,
+    /// The MTU of an interface that is created; an existing one keeps its own.
+    pub mtu: Option<u16>,
+}
+
+/// Why a TAP cannot be used.
+#[derive(Debug, Error)]
+pub enum TapError {
+    /// `/dev/net/tun` cannot be opened.
+    #[error("Cannot open {TUN_PATH}{}", hint_tun(cause))]
+    OpenTun {
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+    /// Netlink did not answer.
+    #[error("Cannot look up interface {name:?}")]
+    Lookup {
+        /// The interface.
+        name: String,
+        /// What went wrong.
+        #[source]
+        cause: io::Error,
+    },
+    /// There is an interface of that name, of another kind.
+    #[error(
+        "Interface {name:?} is a {kind} interface, not a TAP; make a TAP of another name with \
+         'ip tuntap add dev NAME mode tap vnet_hdr'"
+    )]
+    NotATap {
+        /// The interface.
+        name: String,
+        /// What it is.
+        kind: String,
+    },
+    /// Several queue pairs on a TAP that has one queue.
+    #[error(
+        "TAP {name:?} was made with a single queue, {queue_pairs} queue pairs need a multi-queue one: \
+         'ip link delete {name} && ip tuntap add dev {name} mode tap vnet_hdr multi_queue', or use --queue-pairs 1"
+    )]
+    SingleQueue {
+        /// The interface.
+        name: String,
+        /// What was asked.
+        queue_pairs: u16,
+    },
+    /// Somebody else has queues on it.
+    #[error(
+        "TAP {name:?} is in use: {open_queues} of its queues are open in another process, which would get a share of \
+         this guest's frames; end that process ('grep -l \"iff:.*{name}\" /proc/[0-9]*/fdinfo/*' finds it), \
+         or pass --shared if that is what you want"
+    )]
+    InUse {
+        /// The interface.
+        name: String,
+        /// How many.
+        open_queues: u32,
+    },
+    /// `TUNSETIFF` failed.
+    #[error("Cannot attach to TAP {name:?} (queue {queue}){}", hint_attach(name, *queue, *exists, *multi_queue, cause))]
+    Attach {
+        /// The interface.
+        name: String,
+        /// Which of its queues, from 0.
+        queue: u16,
+        /// Whether it existed before.
+        exists: bool,
+        /// Whether it was asked for with several queues.
+        multi_queue: bool,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+    /// A descriptor from `--tap-fd` cannot be used.
+    #[error("Descriptor {fd} of --tap-fd {wrong}")]
+    BadFd {
+        /// Its number.
+        fd: i32,
+        /// What is wrong with it, and what would be right.
+        wrong: String,
+    },
+    /// A setting was refused.
+    #[error("Cannot set {what} on TAP {name:?}")]
+    Set {
+        /// What was to be set.
+        what: &'static str,
+        /// The interface.
+        name: String,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+const TUN_PATH: &str = "/dev/net/tun";
+
+fn hint_tun(cause: &io::Error) -> &'static str {
+    match cause.kind() {
+        io::ErrorKind::NotFound => ": the kernel's tun driver is not there; load it with 'modprobe tun'",
+        io::ErrorKind::PermissionDenied => {
+            ": this user may not open it; pass an open descriptor with --tap-fd, or give the user access to it"
+        }
+        _ => "",
+    }
+}
+
+fn hint_attach(name: &str, queue: u16, exists: bool, multi_queue: bool, cause: &io::Error) -> String {
+    let multi = if multi_queue { " multi_queue" } else { "" };
+    match cause.raw_os_error() {
+        Some(libc::EPERM) if exists => format!(
+            ": this user is not its owner; as root: 'ip link delete {name} && ip tuntap add dev {name} mode tap \
+             vnet_hdr{multi} user USER'"
+        ),
+        Some(libc::EPERM) => format!(
+            ": it does not exist, and this user may not create it; as root: 'ip tuntap add dev {name} mode tap \
+             vnet_hdr{multi} user USER && ip link set {name} up'"
+        ),
+        Some(libc::EBUSY) => ": another process has it open (another back-end for the same guest?)".to_owned(),
+        Some(libc::EINVAL) => {
+            format!(": it was made {} multi_queue, which does not fit", if multi_queue { "without" } else { "with" })
+        }
+        Some(libc::E2BIG) => format!(": it takes no more than {queue} queues"),
+        _ => String::new(),
+    }
+}
+
+/// Attaches to the TAP that `how` names, or creates it.
+///
+/// An interface that was created is set up, and goes away with its last descriptor; an existing one is changed in
+/// nothing but what its queues need (header size, offloads).
+///
+/// # Errors
+/// [`TapError`], which says what to do about it.
+pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
+    let name = how.name.as_str().to_owned();
+    let lookup = |cause| TapError::Lookup { name: name.clone(), cause };
+    let existing = netlink::link_by_name(&name).map_err(lookup)?;
+    let multi_queue = match &existing {
+        Some(link) => check_existing(how, link)?,
+        None => how.queue_pairs > 1,
+    };
+    let queues = (0..how.queue_pairs)
+        .map(|queue| open_queue(&name, queue, existing.is_some(), multi_queue))
+        .collect::<Result<Vec<_>, _>>()?;
+    let link = netlink::link_by_name(&name).map_err(lookup)?;
+    if let (None, Some(link)) = (&existing, &link) {
+        bring_up(&name, link, how.mtu)?;
+    }
+    let link = link.unwrap_or_default();
+    if existing.as_ref().is_some_and(|link| !link.is_up) {
+        log::warn!("TAP {name:?} is down, no frames will pass: 'ip link set {name} up'");
+    }
+    let verb = if existing.is_some() { "Attached to" } else { "Created" };
+    log::info!("{verb} TAP {name:?} with {} queue(s)", how.queue_pairs);
+    // An MTU that was asked for on creation was set there; netlink's answer may be from before.
+    let mtu = if existing.is_none() { how.mtu.or(link.mtu) } else { link.mtu };
+    finish(name, mtu, multi_queue, queues)
+}
+
+/// Whether an existing interface will do; tells whether it is a multi-queue one.
+fn check_existing(how: &TapByName, link: &Link) -> Result<bool, TapError> {
+    let name = how.name.as_str().to_owned();
+    let is_tun = link.kind.as_deref() == Some("tun");
+    if !is_tun || c_int::from(link.tun.mode) != IFF_TAP {
+        let kind = if is_tun { "TUN" } else { link.kind.as_deref().unwrap_or("physical") }.to_owned();
+        return Err(TapError::NotATap { name, kind });
+    }
+    if how.queue_pairs > 1 && !link.tun.multi_queue {
+        return Err(TapError::SingleQueue { name, queue_pairs: how.queue_pairs });
+    }
+    if link.tun.multi_queue && link.tun.open_queues > 0 && !how.shared {
+        return Err(TapError::InUse { name, open_queues: link.tun.open_queues });
+    }
+    if !link.tun.has_owner {
+        log::warn!("TAP {name:?} has no owner, so any user of this host may attach to it: 'ip tuntap add … user USER'");
+    }
+    Ok(link.tun.multi_queue)
+}
+
+fn open_queue(name: &str, queue: u16, exists: bool, multi_queue: bool) -> Result<OwnedFd, TapError> {
+    let fd = rustix::fs::open(TUN_PATH, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|cause| TapError::OpenTun { cause: cause.into() })?;
+    let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if multi_queue { IFF_MULTI_QUEUE } else { 0 };
+    ioctl::tun_set_iff(fd.as_fd(), name, flags).map_err(|cause| TapError::Attach {
+        name: name.to_owned(),
+        queue,
+        exists,
+        multi_queue,
+        cause,
+    })?;
+    Ok(fd)
+}
+
+fn bring_up(name: &str, link: &Link, mtu: Option<u16>) -> Result<(), TapError> {
+    let set = |what| move |cause| TapError::Set { what, name: name.to_owned(), cause };
+    if let Some(mtu) = mtu {
+        netlink::set_mtu(link.index, mtu).map_err(set("the MTU"))?;
+    }
+    netlink::set_up(link.index).map_err(set("the link up"))
+}
+
+/// Takes TAP queues that somebody else opened, all of one interface.
+///
+/// # Errors
+/// [`TapError::BadFd`] says which descriptor is wrong, and how.
+pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), TapError> {
+    let bad = |fd, wrong: String| TapError::BadFd { fd, wrong };
+    let mut queues = Vec::new();
+    let mut first: Option<(String, c_int)> = None;
+    for &number in numbers {
+        let fd = ioctl::take_inherited_fd(number).map_err(|e| bad(number, format!("is not open: {e}")))?;
+        let (name, flags) = ioctl::tun_get_iff(fd.as_fd())
+            .map_err(|e| bad(number, format!("is no TAP queue (open {TUN_PATH} and TUNSETIFF it first): {e}")))?;
+        let wrong = |wrong: &str| Err(bad(number, format!("is a queue of {name:?} {wrong}")));
+        if flags & IFF_TAP == 0 {
+            return wrong("which is a TUN, without Ethernet headers; a TAP is needed (IFF_TAP)");
+        }
+        if flags & IFF_NO_PI == 0 {
+            return wrong("with packet information before each frame; open it with IFF_NO_PI");
+        }
+        if flags & IFF_VNET_HDR == 0 {
+            return wrong("without the virtio-net header; open it with IFF_VNET_HDR");
+        }
+        if numbers.len() > 1 && flags & IFF_MULTI_QUEUE == 0 {
+            return wrong("that takes one queue only; open all of them with IFF_MULTI_QUEUE");
+        }
+        let (first_name, _) = first.get_or_insert_with(|| (name.clone(), flags));
+        if *first_name != name {
+            return wrong(&format!("and the first one is of {first_name:?}; all must be of one interface"));
+        }
+        queues.push(fd);
+    }
+    let (name, flags) = first.unwrap_or_default();
+    // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known.
+    let mtu = netlink::link_by_name(&name).ok().flatten().and_then(|link| link.mtu);
+    log::info!("Took {} descriptor(s) of TAP {name:?}", queues.len());
+    finish(name, mtu, flags & IFF_MULTI_QUEUE != 0, queues)
+}
+
+/// What all TAP queues need, however they came: header layout, no offload yet, only the first one attached.
+fn finish(
+    name: String,
+    mtu: Option<u16>,
+    multi_queue: bool,
+    fds: Vec<OwnedFd>,
+) -> Result<(Device, Vec<DeviceQueue>), TapError> {
+    let set = |what| {
+        let name = name.clone();
+        move |cause| TapError::Set { what, name, cause }
+    };
+    let mut queues = Vec::with_capacity(fds.len());
+    let mut offloads = 0;
+    let mut control = None;
+    for fd in fds {
+        set_nonblocking(&fd).map_err(set("O_NONBLOCK"))?;
+        ioctl::tun_set_vnet_header_size(fd.as_fd(), HEADER_LEN as c_int).map_err(set("the header size"))?;
+        ioctl::tun_set_vnet_little_endian(fd.as_fd()).map_err(set("the header's byte order"))?;
+        let mut queue = DeviceQueue { fd, steering: if multi_queue { Steering::Attached } else { Steering::Always } };
+        if control.is_none() {
+            offloads = probe_offloads(&queue);
+            control = Some(queue.fd.try_clone().map_err(set("up a second descriptor"))?);
+        } else {
+            queue.detach().map_err(set("aside a queue"))?;
+        }
+        queues.push(queue);
+    }
+    let Some(control) = control else {
+        return Err(TapError::BadFd { fd: -1, wrong: "names no descriptor".to_owned() });
+    };
+    ioctl::tun_set_offload(control.as_fd(), 0).map_err(set("offloads off"))?;
+    Ok((Device { name, kind: Kind::Tap { control }, offloads, mtu }, queues))
+}
+
+/// The offloads that the kernel takes. Each needs the checksum; USO comes for both IP versions or for none.
+fn probe_offloads(queue: &DeviceQueue) -> u32 {
+    let groups = [TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO4 | TUN_F_TSO_ECN, TUN_F_UFO, TUN_F_USO4 | TUN_F_USO6];
+    let takes = |flags| ioctl::tun_set_offload(queue.as_fd(), flags).is_ok();
+    if !takes(TUN_F_CSUM) {
+        return 0;
+    }
+    groups.into_iter().filter(|group| takes(TUN_F_CSUM | group)).fold(TUN_F_CSUM, |all, group| all | group)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_that_the_kernel_would_cut_or_expand_is_refused() {
+        for bad in ["", "sixteen-bytes-xx", "tap%d", "a/b", ".", "..", "a b", "a:1"] {
+            assert!(bad.parse::<InterfaceName>().is_err(), "{bad:?}");
+        }
+        for good in ["tap0", "fifteen-bytes-x", "vm.1"] {
+            assert_eq!(good.parse::<InterfaceName>().map(|n| n.0), Ok(good.to_owned()));
+        }
+    }
+}

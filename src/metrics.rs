@@ -1,0 +1,111 @@
+//! Counters: one set per queue pair, written by its worker alone and read by anyone.
+//!
+//! A worker adds with a plain load and store, no locked instruction: it is the only writer. Each set has cache lines of
+//! its own, so workers do not slow each other down. Every way to drop a frame has a counter, so that at a quiescent
+//! moment frames in = frames out + drops.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// A counter with one writer.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`; only the owning worker may.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Relaxed).wrapping_add(n), Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])+ $name:ident,)+) => {
+        /// One queue pair's counters; rx and tx are the guest's.
+        #[derive(Debug, Default)]
+        #[repr(align(128))]
+        pub struct PairCounters {
+            $($(#[$doc])+ pub $name: Counter,)+
+        }
+
+        impl PairCounters {
+            /// Every counter's name and value.
+            pub fn values(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name.get()),)+].into_iter()
+            }
+        }
+    };
+}
+
+counters! {
+    /// Frames given to the guest.
+    rx_frames,
+    /// Their bytes, without virtio-net header.
+    rx_bytes,
+    /// Those longer than 1514 bytes: unsegmented or jumbo frames.
+    rx_large_frames,
+    /// Frames given to the device.
+    tx_frames,
+    /// Their bytes, without virtio-net header.
+    tx_bytes,
+    /// Those longer than 1514 bytes.
+    tx_large_frames,
+    /// Wake-ups by the rx ring's kick.
+    rx_kicks,
+    /// Calls for the rx ring.
+    rx_calls,
+    /// Wake-ups by the tx ring's kick.
+    tx_kicks,
+    /// Calls for the tx ring.
+    tx_calls,
+    /// Dropped: no buffer of the guest is large enough for the frame.
+    rx_drop_too_large,
+    /// Dropped: the frame needs an offload that the guest did not negotiate.
+    rx_drop_not_negotiated,
+    /// Dropped: not for an address or VLAN that the guest asked for.
+    rx_drop_filtered,
+    /// Dropped: the device gave less than a header and an Ethernet header.
+    rx_drop_short,
+    /// Buffers returned unused: malformed chains, and good ones that stood in the way of a malformed one.
+    rx_bad_chains,
+    /// Frames that were read before the guest had enough buffers, and had to be kept and copied.
+    rx_held,
+    /// Reads that failed for a passing reason.
+    rx_read_errors,
+    /// Dropped: malformed descriptor chain.
+    tx_drop_bad_chain,
+    /// Dropped: shorter than a header and an Ethernet header, or longer than any frame.
+    tx_drop_bad_length,
+    /// Dropped: the virtio-net header asks for what was not negotiated or does not fit the frame.
+    tx_drop_bad_header,
+    /// Discarded: the ring was disabled (vhost-user, "Ring states").
+    tx_drop_disabled,
+    /// Dropped: the interface is down.
+    tx_drop_link_down,
+    /// Dropped: the kernel had no memory for it, twice.
+    tx_drop_no_memory,
+    /// Dropped: the kernel refused the frame.
+    tx_drop_refused,
+    /// Rings parked because their indices or heads made no sense.
+    broken_rings,
+    /// Rings that carried on from the used index where the front-end's base said otherwise.
+    rings_resumed_off_base,
+}
+
+impl fmt::Display for PairCounters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // What went wrong is worth reading only where it did.
+        let is_trouble = |name: &str| ["drop", "bad", "broken"].iter().any(|word| name.contains(word));
+        self.values().filter(|(name, value)| *value > 0 || !is_trouble(name)).enumerate().try_for_each(
+            |(at, (name, value))| {
+                let space = if at == 0 { "" } else { " " };
+                write!(f, "{space}{name}={value}")
+            },
+        )
+    }
+}

@@ -1,0 +1,276 @@
+//! The control queue's commands (VIRTIO 1.3, "Network Device", "Control Virtqueue"): bytes in, a verdict out.
+//!
+//! For front-ends that hand the control queue over. This file decides what a command means for the device's state;
+//! `control_queue` reads the ring and carries the [`Effect`] out. What was not negotiated or does not exist is refused,
+//! and so is a command that is not exactly as long as its structure.
+
+use std::sync::Arc;
+
+use super::features::{
+    self, CTRL_GUEST_OFFLOADS, CTRL_MAC_ADDR, CTRL_RX, CTRL_RX_EXTRA, CTRL_VLAN, GUEST_ANNOUNCE, GuestOffloads, MQ,
+};
+use super::filter::{Mac, MacTable, RxFilter, VlanTable};
+
+/// `VIRTIO_NET_OK`.
+pub const OK: u8 = 0;
+/// `VIRTIO_NET_ERR`.
+pub const ERR: u8 = 1;
+
+const CLASS_RX: u8 = 0;
+const CLASS_MAC: u8 = 1;
+const CLASS_VLAN: u8 = 2;
+const CLASS_ANNOUNCE: u8 = 3;
+const CLASS_MQ: u8 = 4;
+const CLASS_GUEST_OFFLOADS: u8 = 5;
+
+const MAC_TABLE_SET: u8 = 0;
+const MAC_ADDR_SET: u8 = 1;
+const VLAN_ADD: u8 = 0;
+const VLAN_DEL: u8 = 1;
+const ANNOUNCE_ACK: u8 = 0;
+const MQ_VQ_PAIRS_SET: u8 = 0;
+const GUEST_OFFLOADS_SET: u8 = 0;
+
+/// Addresses of one kind that are kept; with more, all of that kind pass.
+const MAC_TABLE_MAX: usize = 64;
+
+/// What a command asks for beyond this file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Other frames pass to the guest.
+    Filter(Arc<RxFilter>),
+    /// The guest's address is another.
+    Mac(Mac),
+    /// Queue pairs from this one on are not used.
+    QueuePairs(u16),
+    /// The guest takes other unfinished frames.
+    Offloads(GuestOffloads),
+    /// The driver has announced itself.
+    Announced,
+}
+
+/// What the commands have set so far.
+#[derive(Clone, Debug, Default)]
+pub struct ControlState {
+    features: u64,
+    max_queue_pairs: u16,
+    filter: RxFilter,
+}
+
+impl ControlState {
+    /// The state after a reset, for a guest that acknowledged `features`.
+    pub fn new(features: u64, max_queue_pairs: u16, mac: Option<Mac>) -> ControlState {
+        let features = features::consistent(features);
+        let vlans = (features & CTRL_VLAN != 0).then(VlanTable::default);
+        ControlState { features, max_queue_pairs, filter: RxFilter { mac, vlans, ..RxFilter::default() } }
+    }
+
+    /// The filter as it is now.
+    pub fn filter(&self) -> Arc<RxFilter> {
+        Arc::new(self.filter.clone())
+    }
+
+    /// Decides on one command: class, command and data. `None` refuses it, and nothing has changed then.
+    pub fn command(&mut self, command: &[u8]) -> Option<Effect> {
+        let (&[class, command], data) = command.split_first_chunk()?;
+        match class {
+            CLASS_RX => self.set_mode(command, data),
+            CLASS_MAC => self.set_mac(command, data),
+            CLASS_VLAN => self.set_vlan(command, data),
+            CLASS_ANNOUNCE if command == ANNOUNCE_ACK && data.is_empty() && self.has(GUEST_ANNOUNCE) => {
+                Some(Effect::Announced)
+            }
+            CLASS_MQ if command == MQ_VQ_PAIRS_SET && self.has(MQ) => {
+                let pairs = u16::from_le_bytes(data.try_into().ok()?);
+                (1..=self.max_queue_pairs).contains(&pairs).then_some(Effect::QueuePairs(pairs))
+            }
+            CLASS_GUEST_OFFLOADS if command == GUEST_OFFLOADS_SET && self.has(CTRL_GUEST_OFFLOADS) => {
+                let wanted = u64::from_le_bytes(data.try_into().ok()?);
+                let negotiated = self.features & GuestOffloads::ALL;
+                (wanted & !negotiated == 0).then(|| Effect::Offloads(GuestOffloads::of(wanted)))
+            }
+            _ => None,
+        }
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.features & feature != 0
+    }
+
+    fn filter_changed(&self) -> Option<Effect> {
+        Some(Effect::Filter(self.filter()))
+    }
+
+    fn set_mode(&mut self, command: u8, data: &[u8]) -> Option<Effect> {
+        let &[on @ (0 | 1)] = data else { return None };
+        let modes = &mut self.filter.modes;
+        let (mode, needs) = match command {
+            0 => (&mut modes.promiscuous, CTRL_RX),
+            1 => (&mut modes.all_multicast, CTRL_RX),
+            2 => (&mut modes.all_unicast, CTRL_RX_EXTRA),
+            3 => (&mut modes.no_multicast, CTRL_RX_EXTRA),
+            4 => (&mut modes.no_unicast, CTRL_RX_EXTRA),
+            5 => (&mut modes.no_broadcast, CTRL_RX_EXTRA),
+            _ => return None,
+        };
+        (self.features & needs != 0).then_some(())?;
+        *mode = on == 1;
+        self.filter_changed()
+    }
+
+    fn set_mac(&mut self, command: u8, data: &[u8]) -> Option<Effect> {
+        match command {
+            MAC_TABLE_SET if self.has(CTRL_RX) => {
+                let (unicast, rest) = read_macs(data)?;
+                let (multicast, rest) = read_macs(rest)?;
+                rest.is_empty().then_some(())?;
+                self.filter.table = MacTable {
+                    unicast: kept(unicast),
+                    multicast: kept(multicast),
+                    unicast_overflow: unicast.len() > MAC_TABLE_MAX,
+                    multicast_overflow: multicast.len() > MAC_TABLE_MAX,
+                };
+                self.filter_changed()
+            }
+            MAC_ADDR_SET if self.has(CTRL_MAC_ADDR) => {
+                let mac: Mac = data.try_into().ok()?;
+                self.filter.mac = Some(mac);
+                Some(Effect::Mac(mac))
+            }
+            _ => None,
+        }
+    }
+
+    fn set_vlan(&mut self, command: u8, data: &[u8]) -> Option<Effect> {
+        let id = u16::from_le_bytes(data.try_into().ok()?);
+        let pass = match command {
+            VLAN_ADD => true,
+            VLAN_DEL => false,
+            _ => return None,
+        };
+        let vlans = self.filter.vlans.as_mut().filter(|_| id < 4096)?;
+        vlans.set(id, pass);
+        self.filter_changed()
+    }
+}
+
+/// One table of `struct virtio_net_ctrl_mac`: a count and as many addresses; tells what comes behind it.
+fn read_macs(data: &[u8]) -> Option<(&[Mac], &[u8])> {
+    let (count, rest) = data.split_first_chunk()?;
+    let count = usize::try_from(u32::from_le_bytes(*count)).ok()?;
+    let (table, rest) = rest.split_at_checked(count.checked_mul(size_of::<Mac>())?)?;
+    Some((table.as_chunks().0, rest))
+}
+
+/// The addresses to keep: none where the table is too large, as all pass then.
+fn kept(macs: &[Mac]) -> Vec<Mac> {
+    if macs.len() > MAC_TABLE_MAX { Vec::new() } else { macs.to_vec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::features::{CTRL_VQ, GUEST_CSUM, GUEST_TSO4};
+
+    const ALL: u64 = CTRL_VQ
+        | CTRL_RX
+        | CTRL_RX_EXTRA
+        | CTRL_VLAN
+        | CTRL_MAC_ADDR
+        | MQ
+        | GUEST_ANNOUNCE
+        | CTRL_GUEST_OFFLOADS
+        | GUEST_CSUM
+        | GUEST_TSO4;
+
+    fn state() -> ControlState {
+        ControlState::new(ALL, 4, Some([2, 0, 0, 0, 0, 1]))
+    }
+
+    fn table(unicast: usize, multicast: usize) -> Vec<u8> {
+        let mut data = vec![CLASS_MAC, MAC_TABLE_SET];
+        for count in [unicast, multicast] {
+            data.extend((count as u32).to_le_bytes());
+            data.extend(std::iter::repeat_n([4; 6], count).flatten());
+        }
+        data
+    }
+
+    #[test]
+    fn every_command_without_its_feature_is_refused() {
+        let commands: &[&[u8]] = &[
+            &[0, 0, 1],
+            &[0, 2, 1],
+            &table(1, 1),
+            &[1, 1, 2, 0, 0, 0, 0, 9],
+            &[2, 0, 5, 0],
+            &[3, 0],
+            &[4, 0, 1, 0],
+            &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        ];
+        for command in commands {
+            assert!(state().command(command).is_some(), "{command:?}");
+            assert_eq!(ControlState::new(CTRL_VQ, 4, None).command(command), None, "{command:?}");
+        }
+    }
+
+    #[test]
+    fn unknown_or_wrongly_sized_command_is_refused() {
+        let commands: &[&[u8]] = &[
+            &[],
+            &[0],
+            &[0, 0],
+            &[0, 0, 2],
+            &[0, 0, 1, 1],
+            &[0, 6, 1],
+            &[1, 2, 0],
+            &[1, 1, 2, 0, 0, 0, 0],
+            &[2, 0, 5],
+            &[2, 2, 5, 0],
+            &[2, 0, 0, 0x10],
+            &[2, 0, 0xff, 0xff],
+            &[3, 0, 0],
+            &[3, 1],
+            &[4, 1, 1, 0],
+            &[4, 0, 0, 0],
+            &[4, 0, 5, 0],
+            &[5, 0, 0],
+            &[6, 0],
+            &[255, 255, 255],
+        ];
+        for command in commands {
+            assert_eq!(state().command(command), None, "{command:?}");
+        }
+    }
+
+    #[test]
+    fn queue_pairs_and_offloads_within_limits_take_effect() {
+        assert_eq!(state().command(&[4, 0, 4, 0]), Some(Effect::QueuePairs(4)));
+        let set = |bits: u64| state().command(&[&[5, 0][..], &bits.to_le_bytes()].concat());
+        assert_eq!(set(GUEST_CSUM), Some(Effect::Offloads(GuestOffloads::of(GUEST_CSUM))));
+        assert_eq!(set(features::GUEST_TSO6), None);
+        assert_eq!(set(1 << 60), None);
+    }
+
+    #[test]
+    fn mac_table_larger_than_kept_lets_all_of_its_kind_pass() {
+        let mut state = state();
+        state.command(&[0, 0, 0]).expect("promiscuous off");
+        state.command(&table(2, MAC_TABLE_MAX + 1)).expect("table");
+        let table = &state.filter.table;
+        assert!(table.multicast_overflow && table.multicast.is_empty());
+        assert!(!table.unicast_overflow && table.unicast == [[4; 6]; 2]);
+    }
+
+    #[test]
+    fn mac_table_whose_count_does_not_fit_is_refused() {
+        for count in [2, u32::MAX, u32::MAX / 6 + 1] {
+            let mut data = table(1, 0);
+            data[2..6].copy_from_slice(&count.to_le_bytes());
+            assert_eq!(state().command(&data), None, "{count}");
+        }
+        let mut long = table(1, 1);
+        long.push(0);
+        assert_eq!(state().command(&long), None);
+    }
+}

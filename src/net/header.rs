@@ -1,0 +1,375 @@
+//! The virtio-net header (VIRTIO 1.3, "Network Device", "Device Operation"): 12 bytes before each frame.
+//!
+//! The kernel acts on this header without knowing what was negotiated, so it is checked here, on a copy of ours, and
+//! that copy is what the kernel gets. For a segmentation request the protocol headers are copied and checked too: what
+//! is declared must be what is there. `tx` and `rx` call this; nothing here touches guest memory.
+
+use thiserror::Error;
+
+use super::features::{
+    self, CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_UFO, GUEST_USO4, GUEST_USO6, GuestOffloads,
+    HOST_ECN, HOST_TSO4, HOST_TSO6, HOST_UFO, HOST_USO,
+};
+use super::{ETH_HEADER, FRAME_MAX};
+
+/// Bytes of the header; with `VIRTIO_F_VERSION_1`, which is required here, it has `num_buffers` always.
+pub const HEADER_LEN: usize = 12;
+/// How much of a frame is looked at for its protocol headers: Ethernet, two VLAN tags, IP and TCP with all options.
+pub const PROTOCOL_HEADERS_MAX: usize = 192;
+/// The most segments that one frame may ask for: a full frame of the smallest TCP segments that make sense (48 bytes).
+/// A frame of thousands costs the host hundreds of times a normal one.
+const SEGMENTS_MAX: usize = 1366;
+
+/// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
+pub const F_NEEDS_CSUM: u8 = 1;
+/// `VIRTIO_NET_HDR_F_DATA_VALID`.
+pub const F_DATA_VALID: u8 = 2;
+/// `VIRTIO_NET_HDR_GSO_NONE`.
+pub const GSO_NONE: u8 = 0;
+/// `VIRTIO_NET_HDR_GSO_TCPV4`.
+pub const GSO_TCPV4: u8 = 1;
+/// `VIRTIO_NET_HDR_GSO_UDP`.
+pub const GSO_UDP: u8 = 3;
+/// `VIRTIO_NET_HDR_GSO_TCPV6`.
+pub const GSO_TCPV6: u8 = 4;
+/// `VIRTIO_NET_HDR_GSO_UDP_L4`.
+pub const GSO_UDP_L4: u8 = 5;
+/// `VIRTIO_NET_HDR_GSO_ECN`, a flag on the types.
+pub const GSO_ECN: u8 = 0x80;
+
+/// A virtio-net header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VnetHeader {
+    /// `F_` flags.
+    pub flags: u8,
+    /// A `GSO_` type.
+    pub gso_type: u8,
+    /// Bytes of the protocol headers of a frame to be segmented.
+    pub hdr_len: u16,
+    /// Payload bytes of each segment.
+    pub gso_size: u16,
+    /// Where the checksum begins to count.
+    pub csum_start: u16,
+    /// Where it is stored, from there.
+    pub csum_offset: u16,
+    /// Over how many buffers the frame is spread (rx).
+    pub num_buffers: u16,
+}
+
+impl VnetHeader {
+    /// Reads a header.
+    #[inline]
+    pub fn from_bytes(bytes: &[u8; HEADER_LEN]) -> VnetHeader {
+        let [flags, gso_type, a, b, c, d, e, f, g, h, i, j] = *bytes;
+        let [hdr_len, gso_size, csum_start, csum_offset, num_buffers] =
+            [[a, b], [c, d], [e, f], [g, h], [i, j]].map(u16::from_le_bytes);
+        VnetHeader { flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers }
+    }
+
+    /// Writes the header.
+    #[inline]
+    pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
+        let words = [self.hdr_len, self.gso_size, self.csum_start, self.csum_offset, self.num_buffers];
+        let [[a, b], [c, d], [e, f], [g, h], [i, j]] = words.map(u16::to_le_bytes);
+        [self.flags, self.gso_type, a, b, c, d, e, f, g, h, i, j]
+    }
+
+    /// Whether the frame is to be segmented, so that its protocol headers have to be checked too.
+    #[inline]
+    pub fn is_gso(&self) -> bool {
+        self.gso_type != GSO_NONE
+    }
+}
+
+/// What can be wrong with a header that the driver wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum HeaderFault {
+    /// The frame is shorter than an Ethernet header or longer than any frame.
+    #[error("frame of {len} bytes")]
+    Length {
+        /// Its length.
+        len: usize,
+    },
+    /// A checksum or segmentation that was not negotiated, or that does not exist.
+    #[error("flags {flags:#x} or GSO type {gso_type:#x} not negotiated")]
+    NotNegotiated {
+        /// The header's flags.
+        flags: u8,
+        /// The header's type.
+        gso_type: u8,
+    },
+    /// Segmentation without a segment size or a checksum, or flags that exclude each other.
+    #[error("contradictory flags {flags:#x}, GSO type {gso_type:#x}, GSO size {gso_size}")]
+    Contradictory {
+        /// The header's flags.
+        flags: u8,
+        /// The header's type.
+        gso_type: u8,
+        /// The header's segment size.
+        gso_size: u16,
+    },
+    /// The checksum field is not within the frame, or not where the protocol has it.
+    #[error("checksum from {start}, stored at +{offset}, does not fit the frame")]
+    Checksum {
+        /// `csum_start`.
+        start: u16,
+        /// `csum_offset`.
+        offset: u16,
+    },
+    /// The frame is not of the protocol that is to be segmented.
+    #[error("frame is not of the protocol that GSO type {gso_type:#x} segments")]
+    WrongProtocol {
+        /// The header's type.
+        gso_type: u8,
+    },
+    /// Too many segments.
+    #[error("{segments} segments")]
+    TooManySegments {
+        /// How many it would make.
+        segments: usize,
+    },
+}
+
+/// A tx header that the kernel may act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckedHeader {
+    /// The header to send.
+    pub header: VnetHeader,
+    /// How many bytes of the frame, protocol headers that were checked, must be sent from the checked copy.
+    pub protocol_headers: usize,
+}
+
+/// What the driver may ask for on tx: the acknowledged features.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TxRules(u64);
+
+impl TxRules {
+    /// The rules that follow from the acknowledged features.
+    pub fn of(acked: u64) -> TxRules {
+        TxRules(features::consistent(acked))
+    }
+
+    /// Checks the header of a frame of `len` bytes; `start` is a private copy of the frame's first bytes, up to
+    /// [`PROTOCOL_HEADERS_MAX`], and is looked at only if [`VnetHeader::is_gso`].
+    ///
+    /// # Errors
+    /// [`HeaderFault`]; the frame must not reach the kernel then.
+    #[inline]
+    pub fn check(self, header: VnetHeader, len: usize, start: &[u8]) -> Result<CheckedHeader, HeaderFault> {
+        if !(ETH_HEADER..=FRAME_MAX).contains(&len) {
+            return Err(HeaderFault::Length { len });
+        }
+        if header.is_gso() {
+            return self.check_gso(header, len, start);
+        }
+        let plain = VnetHeader { flags: header.flags & F_NEEDS_CSUM, ..VnetHeader::default() };
+        if plain.flags == 0 {
+            return Ok(CheckedHeader { header: plain, protocol_headers: 0 });
+        }
+        self.check_checksum(header, len)?;
+        let header = VnetHeader { csum_start: header.csum_start, csum_offset: header.csum_offset, ..plain };
+        Ok(CheckedHeader { header, protocol_headers: 0 })
+    }
+
+    fn has(self, feature: u64) -> bool {
+        self.0 & feature != 0
+    }
+
+    /// NEEDS_CSUM was negotiated, stands alone, and its field lies behind the Ethernet header, within the frame.
+    fn check_checksum(self, header: VnetHeader, len: usize) -> Result<(), HeaderFault> {
+        let VnetHeader { flags, gso_type, gso_size, csum_start: start, csum_offset: offset, .. } = header;
+        if !self.has(CSUM) {
+            return Err(HeaderFault::NotNegotiated { flags, gso_type });
+        }
+        if flags & F_DATA_VALID != 0 {
+            return Err(HeaderFault::Contradictory { flags, gso_type, gso_size });
+        }
+        let end = usize::from(start) + usize::from(offset) + 2;
+        if usize::from(start) < ETH_HEADER || end > len {
+            return Err(HeaderFault::Checksum { start, offset });
+        }
+        Ok(())
+    }
+
+    fn check_gso(self, header: VnetHeader, len: usize, start: &[u8]) -> Result<CheckedHeader, HeaderFault> {
+        let VnetHeader { flags, gso_type, gso_size, csum_start, csum_offset, .. } = header;
+        let l4 = self.negotiated_protocol(gso_type).ok_or(HeaderFault::NotNegotiated { flags, gso_type })?;
+        if gso_size == 0 || flags & F_NEEDS_CSUM == 0 {
+            return Err(HeaderFault::Contradictory { flags, gso_type, gso_size });
+        }
+        self.check_checksum(header, len)?;
+        let start = start.get(..len.min(start.len())).unwrap_or_default();
+        let found = find_l4(start).filter(|found| found.protocol == l4.protocol && l4.ip.allows(found.version));
+        let found = found.ok_or(HeaderFault::WrongProtocol { gso_type })?;
+        if usize::from(csum_start) != found.offset || csum_offset != l4.checksum_offset {
+            return Err(HeaderFault::Checksum { start: csum_start, offset: csum_offset });
+        }
+        let headers = l4.headers_end(start, found.offset).ok_or(HeaderFault::WrongProtocol { gso_type })?;
+        let segments = len.saturating_sub(headers).div_ceil(usize::from(gso_size));
+        if segments > SEGMENTS_MAX {
+            return Err(HeaderFault::TooManySegments { segments });
+        }
+        // `hdr_len` is computed, whatever the driver said; `headers` is at most PROTOCOL_HEADERS_MAX.
+        let header = VnetHeader {
+            flags: F_NEEDS_CSUM,
+            gso_type,
+            hdr_len: headers as u16,
+            gso_size,
+            csum_start,
+            csum_offset,
+            num_buffers: 0,
+        };
+        Ok(CheckedHeader { header, protocol_headers: headers })
+    }
+
+    /// What a GSO type promises of its frame, if it exists and was negotiated.
+    fn negotiated_protocol(self, gso_type: u8) -> Option<L4> {
+        let (feature, l4) = match gso_type & !GSO_ECN {
+            GSO_TCPV4 => (HOST_TSO4, L4::tcp(IpVersions::V4)),
+            GSO_TCPV6 => (HOST_TSO6, L4::tcp(IpVersions::V6)),
+            GSO_UDP => (HOST_UFO, L4::udp()),
+            GSO_UDP_L4 => (HOST_USO, L4::udp()),
+            _ => return None,
+        };
+        let ecn = gso_type & GSO_ECN != 0;
+        let ecn_allowed = !ecn || (self.has(HOST_ECN) && l4.protocol == IPPROTO_TCP);
+        (self.has(feature) && ecn_allowed).then_some(l4)
+    }
+}
+
+const IPPROTO_TCP: u8 = 6;
+const IPPROTO_UDP: u8 = 17;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum IpVersions {
+    V4,
+    V6,
+    Both,
+}
+
+impl IpVersions {
+    fn allows(self, version: u8) -> bool {
+        match self {
+            IpVersions::V4 => version == 4,
+            IpVersions::V6 => version == 6,
+            IpVersions::Both => true,
+        }
+    }
+}
+
+/// The transport protocol that a GSO type segments.
+struct L4 {
+    ip: IpVersions,
+    protocol: u8,
+    checksum_offset: u16,
+}
+
+impl L4 {
+    fn tcp(ip: IpVersions) -> L4 {
+        L4 { ip, protocol: IPPROTO_TCP, checksum_offset: 16 }
+    }
+
+    fn udp() -> L4 {
+        L4 { ip: IpVersions::Both, protocol: IPPROTO_UDP, checksum_offset: 6 }
+    }
+
+    /// Where the headers end whose transport header is at `offset`, if all of it is there.
+    fn headers_end(&self, frame: &[u8], offset: usize) -> Option<usize> {
+        let len = match self.protocol {
+            IPPROTO_TCP => usize::from(*frame.get(offset + 12)? >> 4) * 4,
+            _ => 8,
+        };
+        let least = if self.protocol == IPPROTO_TCP { 20 } else { 8 };
+        let end = offset + len;
+        (len >= least && end <= frame.len()).then_some(end)
+    }
+}
+
+/// Where a frame's transport header is, and of what protocol.
+struct Found {
+    version: u8,
+    protocol: u8,
+    offset: usize,
+}
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+/// 802.1Q and 802.1ad.
+const ETHERTYPES_VLAN: [u16; 2] = [0x8100, 0x88a8];
+const VLAN_TAGS_MAX: usize = 2;
+
+/// The network header's ethertype and offset, behind up to two VLAN tags.
+fn find_l3(frame: &[u8]) -> Option<(u16, usize)> {
+    let mut at = 12;
+    for _ in 0..=VLAN_TAGS_MAX {
+        let ethertype = u16::from_be_bytes(*frame.get(at..)?.first_chunk()?);
+        if !ETHERTYPES_VLAN.contains(&ethertype) {
+            return Some((ethertype, at + 2));
+        }
+        at += 4;
+    }
+    None
+}
+
+fn find_l4(frame: &[u8]) -> Option<Found> {
+    let (ethertype, at) = find_l3(frame)?;
+    let ip = frame.get(at..)?;
+    match (ethertype, ip.first()? >> 4) {
+        (ETHERTYPE_IPV4, 4) => {
+            let header_len = usize::from(ip.first()? & 15) * 4;
+            (header_len >= 20).then_some(())?;
+            Some(Found { version: 4, protocol: *ip.get(9)?, offset: at + header_len })
+        }
+        (ETHERTYPE_IPV6, 6) => {
+            let (protocol, len) = skip_ipv6_headers(ip)?;
+            Some(Found { version: 6, protocol, offset: at + len })
+        }
+        _ => None,
+    }
+}
+
+/// The transport protocol behind an IPv6 header and the extension headers that a segmented packet may have, and the
+/// length of all of them.
+fn skip_ipv6_headers(ip: &[u8]) -> Option<(u8, usize)> {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const DESTINATION: u8 = 60;
+    let mut protocol = *ip.get(6)?;
+    let mut at = 40;
+    while [HOP_BY_HOP, ROUTING, DESTINATION].contains(&protocol) {
+        let [next, units] = *ip.get(at..)?.first_chunk()?;
+        protocol = next;
+        at += (usize::from(units) + 1) * 8;
+    }
+    Some((protocol, at))
+}
+
+/// A frame that the guest cannot finish: it needs an offload that was not negotiated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotNegotiated;
+
+/// The rx header as the guest may see it: nothing in it that it did not negotiate.
+///
+/// # Errors
+/// [`NotNegotiated`] where leaving it out would break the frame.
+#[inline]
+pub fn check_rx(header: VnetHeader, guest: GuestOffloads) -> Result<VnetHeader, NotNegotiated> {
+    if header.flags == 0 && header.gso_type == GSO_NONE {
+        return Ok(VnetHeader::default());
+    }
+    let segmentation = match header.gso_type & !GSO_ECN {
+        GSO_NONE => true,
+        GSO_TCPV4 => guest.has(GUEST_TSO4),
+        GSO_TCPV6 => guest.has(GUEST_TSO6),
+        GSO_UDP => guest.has(GUEST_UFO),
+        GSO_UDP_L4 => guest.has(GUEST_USO4) && guest.has(GUEST_USO6),
+        _ => false,
+    };
+    let ecn = header.gso_type & GSO_ECN == 0 || guest.has(GUEST_ECN);
+    let checksum = header.flags & F_NEEDS_CSUM == 0 || guest.has(GUEST_CSUM);
+    if !(segmentation && ecn && checksum) {
+        return Err(NotNegotiated);
+    }
+    let may = if guest.has(GUEST_CSUM) { F_NEEDS_CSUM | F_DATA_VALID } else { 0 };
+    Ok(VnetHeader { flags: header.flags & may, num_buffers: 0, ..header })
+}

@@ -1,0 +1,32 @@
+//! The virtio-net device: features, headers, configuration space, frames each way. No sockets, threads or messages.
+
+pub mod config_space;
+pub mod control;
+pub mod features;
+pub mod filter;
+pub mod header;
+pub mod rx;
+pub mod tx;
+mod window;
+
+/// How a pass over one direction ended. Ordinary ends, all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pump {
+    /// The side that frames come from has no more.
+    Drained,
+    /// The device takes no frame at the moment.
+    DeviceBlocked,
+    /// The guest has no (or not enough) buffers for the next frame.
+    NoBuffers,
+    /// There is more to do, after the other direction had its turn.
+    BudgetSpent,
+    /// The device is gone.
+    DeviceLost,
+}
+
+/// An Ethernet header.
+pub(crate) const ETH_HEADER: usize = 14;
+/// Longest frame without virtio-net header: 64 KiB of IP packet behind an Ethernet header with two VLAN tags.
+pub(crate) const FRAME_MAX: usize = 65_535 + ETH_HEADER + 8;
+/// Frames longer than this are counted as large: an Ethernet header and the usual MTU.
+pub(crate) const LARGE_FRAME: usize = 1514;

@@ -1,0 +1,194 @@
+//! The window of `rx`: buffers of the guest that were popped and that no frame is in yet, oldest first.
+//!
+//! It keeps the chains' heads and pieces, fills itself from the queue, and completes as many chains as a frame took.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use super::filter::FILTER_LEN;
+use super::header::{HEADER_LEN, VnetHeader};
+use crate::memory::MemView;
+use crate::metrics::PairCounters;
+use crate::virtqueue::iovec::IOV_MAX;
+use crate::virtqueue::{GuestIovecs, Head, Queue, RingBroken, Shape};
+
+/// Pieces that a read can take besides our header and our private buffer.
+const READ_PIECES_MAX: usize = IOV_MAX - 2;
+
+/// What the window must hold.
+#[derive(Clone, Copy)]
+pub(super) struct Need {
+    /// Bytes, header included.
+    pub(super) bytes: usize,
+    /// At most so many chains.
+    pub(super) chains: usize,
+    /// A shorter chain is of no use.
+    pub(super) chain_min: usize,
+}
+
+/// See the file's head.
+pub(super) struct Window {
+    iovecs: GuestIovecs,
+    /// How many of the first pieces belong to chains that are completed.
+    gone: usize,
+    chains: VecDeque<Buffer>,
+    /// Bytes in `chains`.
+    bytes: usize,
+    /// The entry behind the window, where that one can only be returned unused.
+    bad: Option<Head>,
+}
+
+/// One chain of the window.
+struct Buffer {
+    head: Head,
+    len: usize,
+    pieces: usize,
+}
+
+impl Window {
+    pub(super) fn new(mem: Arc<MemView>) -> Window {
+        Window {
+            iovecs: GuestIovecs::new(mem, 3 * IOV_MAX),
+            gone: 0,
+            chains: VecDeque::with_capacity(IOV_MAX),
+            bytes: 0,
+            bad: None,
+        }
+    }
+
+    /// Number of chains.
+    pub(super) fn len(&self) -> usize {
+        self.chains.len()
+    }
+
+    /// Pops until `need` is there or the ring has no more; tells the bytes that are there then.
+    #[inline]
+    pub(super) fn fill(&mut self, queue: &mut Queue, need: Need, counters: &PairCounters) -> Result<usize, RingBroken> {
+        while self.bytes < need.bytes && self.chains.len() < need.chains {
+            if let Some(bad) = self.bad.take() {
+                self.return_unused(queue, bad, counters);
+            }
+            let Some(popped) = queue.pop(&mut self.iovecs)? else { break };
+            match popped.chain.and_then(Shape::only_writable) {
+                Ok(shape) if shape.writable_len as usize >= need.chain_min => self.append(popped.head, shape),
+                refused => {
+                    if let Ok(shape) = refused {
+                        self.iovecs.truncate(shape.writable().start);
+                    }
+                    self.bad = Some(popped.head);
+                }
+            }
+        }
+        Ok(self.bytes)
+    }
+
+    fn append(&mut self, head: Head, shape: Shape) {
+        let (len, pieces) = (shape.writable_len as usize, shape.writable().len());
+        self.bytes += len;
+        self.chains.push_back(Buffer { head, len, pieces });
+    }
+
+    /// Returns a malformed entry unused, and before it the good ones that a frame cannot use across it.
+    fn return_unused(&mut self, queue: &mut Queue, bad: Head, counters: &PairCounters) {
+        let heads = self.chains.drain(..).map(|buffer| buffer.head).chain([bad]);
+        for head in heads {
+            queue.push_used(head, 0);
+            counters.rx_bad_chains.add(1);
+        }
+        self.clear();
+    }
+
+    /// Puts everything back, youngest first.
+    pub(super) fn give_back(&mut self, queue: &mut Queue) {
+        let youngest_first = self.bad.take().into_iter().chain(self.chains.drain(..).rev().map(|buffer| buffer.head));
+        youngest_first.for_each(|head| queue.rewind(head));
+        self.clear();
+    }
+
+    fn clear(&mut self) {
+        self.iovecs.truncate(0);
+        self.gone = 0;
+        self.bytes = 0;
+    }
+
+    /// The pieces that a read goes to.
+    fn read_pieces(&self) -> std::ops::Range<usize> {
+        self.gone..self.iovecs.len().min(self.gone + READ_PIECES_MAX)
+    }
+
+    /// The bytes that [`Window::read`] can put into the guest's buffers, header included.
+    pub(super) fn read_room(&self) -> usize {
+        if self.iovecs.len() - self.gone <= READ_PIECES_MAX {
+            self.bytes
+        } else {
+            self.iovecs.bytes(self.read_pieces())
+        }
+    }
+
+    /// Reads one frame: its header to `header`, then the guest's buffers behind the place of the header, then `private`.
+    #[inline]
+    pub(super) fn read(
+        &mut self,
+        device: BorrowedFd<'_>,
+        header: &mut [u8; HEADER_LEN],
+        private: &mut [u8],
+    ) -> io::Result<usize> {
+        let pieces = self.read_pieces();
+        self.iovecs.readv(device, header, (pieces, HEADER_LEN), private)
+    }
+
+    /// The first bytes of the frame that was just read, as they are in guest memory.
+    pub(super) fn start_of_frame(&self) -> [u8; FILTER_LEN] {
+        let mut start = [0; FILTER_LEN];
+        self.copy_frame_to(&mut start);
+        start
+    }
+
+    /// Copies the frame that was just read out of the guest's buffers.
+    pub(super) fn copy_frame_to(&self, out: &mut [u8]) {
+        self.iovecs.copy_to(self.gone..self.iovecs.len(), HEADER_LEN, out);
+    }
+
+    /// Copies a frame into the guest's buffers, behind the place of the header.
+    pub(super) fn copy_frame_from(&self, frame: &[u8]) {
+        self.iovecs.copy_from(self.gone..self.iovecs.len(), HEADER_LEN, frame);
+    }
+
+    /// Completes the chains that hold a frame of `len` bytes, which is in them already, and writes `header` before it.
+    ///
+    /// `num_buffers` is written before any used entry (VIRTIO 1.3, "Processing of Incoming Packets").
+    #[inline]
+    pub(super) fn complete(&mut self, queue: &mut Queue, mut header: VnetHeader, len: usize) {
+        let mut left = HEADER_LEN + len;
+        let mut count = 0;
+        for buffer in &self.chains {
+            count += 1;
+            if left <= buffer.len {
+                break;
+            }
+            left -= buffer.len;
+        }
+        // A frame has at most 64 KiB and a chain at least 12 bytes: the count fits.
+        header.num_buffers = count as u16;
+        self.iovecs.copy_from(self.gone..self.iovecs.len(), 0, &header.to_bytes());
+        let mut left = HEADER_LEN + len;
+        for buffer in self.chains.drain(..count) {
+            let here = left.min(buffer.len);
+            left -= here;
+            self.bytes -= buffer.len;
+            self.gone += buffer.pieces;
+            queue.push_used(buffer.head, here as u32);
+        }
+        self.compact();
+    }
+
+    /// Moves the pieces down once many are gone, so that the list stays short.
+    fn compact(&mut self) {
+        if self.chains.is_empty() || self.gone >= IOV_MAX {
+            self.iovecs.forget_first(self.gone);
+            self.gone = 0;
+        }
+    }
+}
