@@ -1,8 +1,61 @@
-//! A vhost-user network back-end.
+//! A vhost-user network back-end: ends a virtual machine's network card on a TAP, in a process of its own.
+//!
+//! On one side a Unix socket speaks vhost-user with a virtual machine monitor, which hands over the guest's memory, the
+//! addresses of the virtqueues and an eventfd pair (kick, call) for each. On the other side is a TAP. One worker thread
+//! for each queue pair moves frames between the two. The guest is an enemy; the front-end is trusted little.
+//!
+//! rx and tx are the guest's everywhere: tx leaves the guest.
+//!
+//! | module | job |
+//! |---|---|
+//! | [`cli`], [`config`] | what was typed, and what it means |
+//! | [`daemon`] | life of the process: accept, serve, end |
+//! | [`vhost_user`] | the control plane: sessions, messages, rings being described; never a packet |
+//! | [`nic`] | the card: what outlives sessions, and which thread runs which ring |
+//! | [`worker`], [`control_queue`] | the threads; [`mailbox`] is how they are talked to, [`running_ring`] what they run |
+//! | [`net`] | the virtio-net device: features, headers, frames each way; no sockets, threads or messages |
+//! | [`virtqueue`] | rings and descriptor chains; no networking |
+//! | [`memory`], [`notify`] | guest memory; kicks and calls |
+//! | [`device`] | the host's interface; no virtio |
+//! | [`metrics`] | counters |
 #![deny(unsafe_code)]
 
+pub mod cli;
+pub mod config;
+pub mod control_queue;
+pub mod daemon;
 pub mod device;
+pub mod mailbox;
 pub mod memory;
 pub mod metrics;
 pub mod net;
+pub mod nic;
+pub mod notify;
+mod poll;
+pub mod running_ring;
+mod throttle;
+pub mod vhost_user;
 pub mod virtqueue;
+pub mod worker;
+
+use std::error::Error;
+use std::fmt;
+
+/// Shows an error and its causes on one line.
+pub fn error_chain<'a>(error: &'a (dyn Error + 'a)) -> impl fmt::Display + 'a {
+    ErrorChain(error)
+}
+
+struct ErrorChain<'a>(&'a (dyn Error + 'a));
+
+impl fmt::Display for ErrorChain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}

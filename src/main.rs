@@ -1,2 +1,62 @@
-//! The command.
-fn main() {}
+//! The command: start-up in its order, and the one place that prints an error and picks an exit code.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+
+use clap::Parser;
+use vhost_user_net::cli::Cli;
+use vhost_user_net::config::{Config, DeviceChoice, FrontEnds};
+use vhost_user_net::daemon::{self, Daemon, Source};
+use vhost_user_net::device::{self, tap};
+use vhost_user_net::error_chain;
+use vhost_user_net::nic::Nic;
+use vhost_user_net::vhost_user::listener::SocketListener;
+
+/// For management software (QEMU, "Backend program conventions"); network back-ends have no features to list there.
+const CAPABILITIES: &str = r#"{"type": "net", "features": []}"#;
+
+type BoxError = Box<dyn std::error::Error>;
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vhost-user-net: {}", error_chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), BoxError> {
+    if cli.print_capabilities {
+        return Ok(writeln!(io::stdout(), "{CAPABILITIES}")?);
+    }
+    let config = Config::try_from(cli)?;
+    env_logger::Builder::new().filter_level(config.log_level).format(log_line).init();
+    daemon::block_signals()?;
+    daemon::raise_descriptor_limit();
+    let connected = match &config.front_ends {
+        FrontEnds::Descriptor(fd) => Some(UnixStream::from(device::connected_socket(*fd)?)),
+        FrontEnds::Socket { .. } => None,
+    };
+    let (device, queues) = match &config.device {
+        DeviceChoice::Tap(how) => tap::open(how)?,
+        DeviceChoice::TapFds(fds) => tap::from_fds(fds)?,
+    };
+    let source = match (config.front_ends, connected) {
+        (FrontEnds::Socket { path, access }, _) => Source::Listener(SocketListener::bind(&path, access)?),
+        (FrontEnds::Descriptor(_), Some(stream)) => Source::Connected(stream),
+        (FrontEnds::Descriptor(_), None) => return Err("the descriptor was not taken".into()),
+    };
+    if let Source::Listener(listener) = &source {
+        log::info!("Listening on {:?}", listener.path());
+    }
+    let nic = Nic::new(device, queues, config.nic)?;
+    Daemon::new(nic, source, config.session)?.with_signals()?.run()?;
+    Ok(())
+}
+
+fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> io::Result<()> {
+    writeln!(out, "vhost-user-net: {}: {}", record.level().as_str().to_lowercase(), record.args())
+}

@@ -1,0 +1,179 @@
+//! What was typed. What it means is `config`'s business.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Parser, ValueEnum};
+
+use crate::device::tap::InterfaceName;
+use crate::net::filter::Mac;
+
+/// End a virtual machine's network card on a TAP, in a process of its own.
+///
+/// A vhost-user back-end for QEMU, cloud-hypervisor and other virtual machine monitors: they connect to the socket and
+/// hand over the guest's memory and virtqueues, and frames move between those and the TAP without a copy. One process
+/// serves one network card. It does not daemonize, logs to standard error, serves front-ends one after another, and
+/// ends on SIGTERM or SIGINT with status 0. SIGUSR1 logs the counters.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+#[command(group = ArgGroup::new("front-end-socket").required(true).args(["socket_path", "fd", "print_capabilities"]))]
+#[command(group = ArgGroup::new("device").required(true).args(["tap", "tap_fd", "print_capabilities"]))]
+#[command(after_help = EXAMPLES)]
+pub struct Cli {
+    /// Listen for front-ends on a Unix socket at PATH
+    ///
+    /// The socket of a process that is gone is replaced; one that is served, and anything that is not a socket, is left
+    /// alone. At most 107 bytes.
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Serve the front-end on the connected socket that was passed as descriptor N, and end with it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
+    pub fd: Option<i32>,
+
+    /// Print what this back-end can do as JSON, as management software asks for it, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Use TAP interface NAME; it is created if it does not exist
+    ///
+    /// An existing one must have been made with 'ip tuntap add dev NAME mode tap vnet_hdr', and with 'multi_queue' for
+    /// more than one queue pair. One that is created is set up, and goes away when this process ends.
+    #[arg(long, value_name = "NAME")]
+    pub tap: Option<InterfaceName>,
+
+    /// Use TAP queues that were opened by someone else and passed as descriptors N,…: one for each queue pair
+    ///
+    /// They must have been opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, several of them with IFF_MULTI_QUEUE, all of
+    /// one interface.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(3..))]
+    pub tap_fd: Vec<i32>,
+
+    /// Attach to a multi-queue TAP even though another process has queues on it, and share its frames with that one
+    #[arg(long, requires = "tap")]
+    pub shared: bool,
+
+    /// Number of queue pairs, 1 to 127 [default: 1, or the number of descriptors of --tap-fd]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=127))]
+    pub queue_pairs: Option<u16>,
+
+    /// Largest queue that a front-end may set up: a power of two up to 32768
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub queue_size: u32,
+
+    /// MAC address of the card, for front-ends that take it from the back-end
+    ///
+    /// QEMU does not: there it is the device's 'mac=' property.
+    #[arg(long, value_name = "MAC", value_parser = parse_mac)]
+    pub mac: Option<Mac>,
+
+    /// Largest MTU that the guest may use, 68 to 65535 [default: that of the TAP]
+    ///
+    /// A TAP that is created gets it; an existing one keeps its own. QEMU has its own property 'host_mtu=' for it.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
+    pub mtu: Option<u16>,
+
+    /// Permissions of the socket, in octal
+    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = parse_mode, requires = "socket_path")]
+    pub socket_mode: u32,
+
+    /// Group that the socket is given to, by name or number (with --socket-mode 0660)
+    #[arg(long, value_name = "GROUP", requires = "socket_path")]
+    pub socket_group: Option<String>,
+
+    /// What kind of front-end will connect
+    #[arg(long, value_name = "KIND", default_value = "standard")]
+    pub front_end: FrontEndKind,
+
+    /// Do not offer the configuration space: QEMU warns about it once for each queue pair
+    #[arg(long)]
+    pub no_config: bool,
+
+    /// How much to log
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log_level: LogLevel,
+}
+
+/// Who keeps the control queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FrontEndKind {
+    /// One with a network device of its own, which keeps the control queue: QEMU -netdev vhost-user, cloud-hypervisor
+    /// vhost_user=true
+    Standard,
+    /// One that hands everything over, control queue and configuration space too: crosvm, libkrun, User Mode Linux,
+    /// cloud-hypervisor --generic-vhost-user
+    Generic,
+}
+
+/// How much to log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogLevel {
+    /// What was asked did not happen
+    Error,
+    /// And what is odd
+    Warn,
+    /// And what is rare and normal
+    Info,
+    /// And what changes within a session
+    Debug,
+    /// And every message of the protocol
+    Trace,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ip tuntap add dev tap0 mode tap vnet_hdr user alice
+  ip link set tap0 up
+  vhost-user-net --socket-path /run/user/1000/net0 --tap tap0
+
+  qemu-system-x86_64 … -object memory-backend-memfd,id=mem0,size=1G,share=on -machine memory-backend=mem0 \\
+    -chardev socket,id=chr0,path=/run/user/1000/net0 -netdev vhost-user,id=net0,chardev=chr0 \\
+    -device virtio-net-pci,netdev=net0
+
+The guest's memory must be shared (share=on), or there is nothing that can be handed over.";
+
+fn parse_mac(text: &str) -> Result<Mac, String> {
+    let is_hex = |part: &str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+    let digits = |part: &str| is_hex(part).then(|| u8::from_str_radix(part, 16).ok()).flatten();
+    let bytes: Option<Vec<u8>> = text.split(':').map(digits).collect();
+    let mac: Option<Mac> = bytes.and_then(|bytes| bytes.try_into().ok());
+    match mac {
+        None => Err("six pairs of hexadecimal digits are expected, such as 52:54:00:12:34:56".to_owned()),
+        Some([first, ..]) if first & 1 == 1 => {
+            Err("this is a multicast address; the first byte must be even".to_owned())
+        }
+        Some(mac) if mac == [0; 6] => Err("the address of all zeros is none".to_owned()),
+        Some(mac) => Ok(mac),
+    }
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| "three or four octal digits are expected, such as 0660".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn declaration_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn mac_that_no_card_can_have_is_refused() {
+        assert_eq!(parse_mac("52:54:00:12:34:5f"), Ok([0x52, 0x54, 0, 0x12, 0x34, 0x5f]));
+        for bad in [
+            "",
+            "52:54:00:12:34",
+            "52:54:00:12:34:56:78",
+            "5:254:00:12:34:56",
+            "01:00:5e:00:00:01",
+            "+2:54:00:12:34:56",
+            "00:00:00:00:00:00",
+        ] {
+            assert!(parse_mac(bad).is_err(), "{bad}");
+        }
+    }
+}

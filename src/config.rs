@@ -1,0 +1,197 @@
+//! What was asked for, checked: to have a [`Config`] is to have a valid one.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::cli::{Cli, FrontEndKind, LogLevel};
+use crate::device::tap::TapByName;
+use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
+use crate::vhost_user::listener::SocketAccess;
+use crate::vhost_user::session::SessionOptions;
+use crate::virtqueue::{QueueSize, RingError};
+
+/// Where front-ends come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FrontEnds {
+    /// They connect here.
+    Socket {
+        /// The socket's path.
+        path: PathBuf,
+        /// Who may connect.
+        access: SocketAccess,
+    },
+    /// One that is connected, on this descriptor.
+    Descriptor(i32),
+}
+
+/// The host's side.
+#[derive(Clone, Debug)]
+pub enum DeviceChoice {
+    /// A TAP by its name.
+    Tap(TapByName),
+    /// Queues of a TAP, as descriptors.
+    TapFds(Vec<i32>),
+}
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where front-ends come from.
+    pub front_ends: FrontEnds,
+    /// The host's side.
+    pub device: DeviceChoice,
+    /// What the card is like.
+    pub nic: NicSetup,
+    /// What of the protocol is offered.
+    pub session: SessionOptions,
+    /// How much to log.
+    pub log_level: log::LevelFilter,
+}
+
+/// What does not fit together.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The queue size is impossible.
+    #[error("--queue-size cannot be used")]
+    QueueSize(#[source] RingError),
+    /// One descriptor for each queue pair.
+    #[error("--queue-pairs {queue_pairs} does not fit --tap-fd, which has {fds} descriptor(s): one is needed for each")]
+    TapFdCount {
+        /// What was asked.
+        queue_pairs: u16,
+        /// How many descriptors there are.
+        fds: usize,
+    },
+    /// A descriptor cannot be two things.
+    #[error("Descriptor {fd} is named twice")]
+    SameFd {
+        /// Its number.
+        fd: i32,
+    },
+    /// There is no such group.
+    #[error("--socket-group {name:?}: there is no such group; 'getent group' lists them")]
+    Group {
+        /// The name.
+        name: String,
+    },
+    /// Neither socket nor device was named.
+    #[error("A socket (--socket-path or --fd) and a TAP (--tap or --tap-fd) are needed")]
+    Incomplete,
+}
+
+impl TryFrom<Cli> for Config {
+    type Error = ConfigError;
+
+    fn try_from(cli: Cli) -> Result<Config, ConfigError> {
+        check_fds(&cli)?;
+        let queue_pairs = queue_pairs(&cli)?;
+        let queue_size_max = QueueSize::try_from(cli.queue_size).map_err(ConfigError::QueueSize)?;
+        let nic = NicSetup { mac: cli.mac, mtu: cli.mtu, is_generic: cli.front_end == FrontEndKind::Generic };
+        let access =
+            SocketAccess { mode: cli.socket_mode, group: cli.socket_group.as_deref().map(group_number).transpose()? };
+        let front_ends = match (cli.socket_path, cli.fd) {
+            (Some(path), _) => FrontEnds::Socket { path, access },
+            (None, Some(fd)) => FrontEnds::Descriptor(fd),
+            (None, None) => return Err(ConfigError::Incomplete),
+        };
+        let device = match cli.tap {
+            Some(name) => DeviceChoice::Tap(TapByName { name, queue_pairs, shared: cli.shared, mtu: cli.mtu }),
+            None if cli.tap_fd.is_empty() => return Err(ConfigError::Incomplete),
+            None => DeviceChoice::TapFds(cli.tap_fd),
+        };
+        Ok(Config {
+            front_ends,
+            device,
+            nic,
+            session: SessionOptions { offers_config: !cli.no_config, queue_size_max },
+            log_level: level_filter(cli.log_level),
+        })
+    }
+}
+
+fn check_fds(cli: &Cli) -> Result<(), ConfigError> {
+    let mut fds: Vec<i32> = cli.fd.iter().chain(&cli.tap_fd).copied().collect();
+    fds.sort_unstable();
+    match fds.windows(2).find(|pair| matches!(pair, [a, b] if a == b)) {
+        Some(&[fd, ..]) => Err(ConfigError::SameFd { fd }),
+        _ => Ok(()),
+    }
+}
+
+fn queue_pairs(cli: &Cli) -> Result<u16, ConfigError> {
+    let fds = cli.tap_fd.len();
+    if fds == 0 {
+        return Ok(cli.queue_pairs.unwrap_or(1));
+    }
+    let queue_pairs = cli.queue_pairs.unwrap_or_else(|| u16::try_from(fds).unwrap_or(u16::MAX));
+    if usize::from(queue_pairs) != fds || queue_pairs > QUEUE_PAIRS_MAX {
+        return Err(ConfigError::TapFdCount { queue_pairs: queue_pairs.min(QUEUE_PAIRS_MAX), fds });
+    }
+    Ok(queue_pairs)
+}
+
+fn group_number(name: &str) -> Result<u32, ConfigError> {
+    let unknown = || ConfigError::Group { name: name.to_owned() };
+    name.parse().or_else(|_| {
+        let group = nix::unistd::Group::from_name(name).ok().flatten();
+        group.map(|group| group.gid.as_raw()).ok_or_else(unknown)
+    })
+}
+
+fn level_filter(level: LogLevel) -> log::LevelFilter {
+    match level {
+        LogLevel::Error => log::LevelFilter::Error,
+        LogLevel::Warn => log::LevelFilter::Warn,
+        LogLevel::Info => log::LevelFilter::Info,
+        LogLevel::Debug => log::LevelFilter::Debug,
+        LogLevel::Trace => log::LevelFilter::Trace,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    fn config(args: &str) -> Result<Config, String> {
+        let args = format!("vhost-user-net {args}");
+        let cli = Cli::try_parse_from(args.split(' ')).map_err(|e| e.to_string())?;
+        Config::try_from(cli).map_err(|e| crate::error_chain(&e).to_string())
+    }
+
+    #[test]
+    fn queue_pairs_follow_the_descriptors() {
+        let good = config("--socket-path s --tap-fd 5,6").expect("valid");
+        assert!(matches!(good.device, DeviceChoice::TapFds(fds) if fds == [5, 6]));
+        let bad = config("--socket-path s --tap-fd 5,6 --queue-pairs 3").expect_err("refused");
+        assert!(bad.contains("--queue-pairs 3") && bad.contains("2 descriptor"), "{bad}");
+    }
+
+    #[test]
+    fn descriptor_named_twice_is_refused() {
+        for args in ["--fd 5 --tap-fd 5", "--fd 3 --tap-fd 4,4"] {
+            assert!(config(args).expect_err("refused").contains("named twice"));
+        }
+    }
+
+    #[test]
+    fn impossible_values_are_refused_with_their_range() {
+        for (args, wanted) in [
+            ("--socket-path s --tap t --queue-size 1000", "1000 is not a power of two"),
+            ("--socket-path s --tap t --queue-size 65536", "65536"),
+            ("--socket-path s --tap t --queue-pairs 128", "1..=127"),
+            ("--socket-path s --tap t --mtu 67", "68..=65535"),
+            ("--socket-path s --tap sixteen-bytes-xx", "16 bytes"),
+            ("--socket-path s --tap t --socket-group no-such-group-here", "no such group"),
+            ("--socket-path s --tap t --socket-mode 999", "octal"),
+            ("--socket-path s", "--tap"),
+            ("--tap t", "--socket-path"),
+            ("--socket-path s --fd 3 --tap t", "cannot be used with"),
+        ] {
+            let error = config(args).expect_err(args);
+            assert!(error.contains(wanted), "{args}: {error}");
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! The thread of the control queue, for front-ends that hand it over: reads commands, carries them out, answers.
+//!
+//! It is a thread of its own because its commands reach into the workers of the queue pairs, and a worker never waits
+//! for anybody: control thread → this thread → workers is the only order in which one waits for another. What a command
+//! means is decided in `net::control`.
+
+use std::fmt::Display;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::device::Device;
+use crate::mailbox::{Inbox, Mailbox};
+use crate::memory::MemView;
+use crate::metrics::PairCounters;
+use crate::net::config_space::ConfigSpace;
+use crate::net::control::{ControlState, ERR, Effect, OK};
+use crate::net::filter::Mac;
+use crate::notify::KickState;
+use crate::poll::{Event, Poll, Wait};
+use crate::running_ring::{Direction, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
+use crate::throttle::Throttle;
+use crate::virtqueue::iovec::IOV_MAX;
+use crate::virtqueue::{GuestIovecs, RingBroken, Shape, SplitRing};
+use crate::worker::{POLL_INTERVAL_MS, QueuePair};
+
+/// Commands between two looks at the mailbox.
+const BUDGET: usize = 64;
+/// A longer command is refused; a table of 64 addresses of each kind is not a tenth of it.
+const COMMAND_MAX: usize = 16 * 1024;
+
+/// What the commands act on.
+#[derive(Clone)]
+pub struct Surroundings {
+    /// The host's interface.
+    pub device: Arc<Device>,
+    /// The queue pairs' workers.
+    pub pairs: Arc<[Mailbox<QueuePair>]>,
+    /// The configuration space, whose address a command may change.
+    pub config: Arc<Mutex<ConfigSpace>>,
+}
+
+/// All that the control queue's thread owns.
+pub struct ControlQueue {
+    around: Surroundings,
+    state: ControlState,
+    ring: Option<(RunningRing, GuestIovecs)>,
+    poll: Poll,
+    command: Vec<u8>,
+    counters: PairCounters,
+    throttle: Throttle,
+}
+
+/// Starts the thread.
+///
+/// # Errors
+/// Where the kernel has no descriptor or thread for it.
+pub fn spawn(around: Surroundings) -> io::Result<Mailbox<ControlQueue>> {
+    let queue = ControlQueue {
+        around,
+        state: ControlState::default(),
+        ring: None,
+        poll: Poll::new()?,
+        command: Vec::new(),
+        counters: PairCounters::default(),
+        throttle: Throttle::default(),
+    };
+    Mailbox::spawn("control-queue".to_owned(), move |inbox| queue.run(&inbox))
+}
+
+impl ControlQueue {
+    /// Begins anew for a guest that acknowledged `features`.
+    pub fn reset(&mut self, features: u64, mac: Option<Mac>) {
+        // 127 pairs at most.
+        self.state = ControlState::new(features, self.around.pairs.len() as u16, mac);
+    }
+}
+
+/// Its one ring, for the control thread, through the mailbox.
+impl RunsRings for ControlQueue {
+    fn start(&mut self, _: Direction, start: StartRing) -> io::Result<()> {
+        let iovecs = GuestIovecs::new(Arc::clone(start.queue.mem()), IOV_MAX + 1);
+        self.ring = Some((RunningRing::start(start, &self.poll, Event::ControlKick, &self.counters)?, iovecs));
+        Ok(())
+    }
+
+    fn stop(&mut self, _: Direction) -> Option<StoppedRing> {
+        self.ring.take().map(|(ring, _)| ring.stop(&self.poll))
+    }
+
+    fn change(&mut self, _: Direction, change: RingChange) -> io::Result<()> {
+        self.ring.as_mut().map_or(Ok(()), |(ring, _)| ring.change(change, &self.poll))
+    }
+
+    fn relocate(&mut self, _: Direction, mem: &Arc<MemView>, found: Option<SplitRing>) {
+        let Some(found) = found else { return self.park(&"it is no longer in guest memory") };
+        if let Some((ring, iovecs)) = &mut self.ring {
+            *iovecs = GuestIovecs::new(Arc::clone(mem), IOV_MAX + 1);
+            ring.queue.relocate(found, Arc::clone(mem));
+        }
+    }
+}
+
+/// What happens in the thread.
+impl ControlQueue {
+    fn run(mut self, inbox: &Inbox<ControlQueue>) {
+        if let Err(e) = self.poll.add_eventfd(inbox.wake(), Event::Mailbox) {
+            return log::error!("Control queue: cannot watch its mailbox: {e}");
+        }
+        while inbox.run_jobs(&mut self) {
+            let wait = self.wait();
+            let events = match self.poll.wait(wait) {
+                Ok(events) => events,
+                Err(e) => return log::error!("Control queue: cannot wait for events: {e}"),
+            };
+            for (event, _) in events {
+                match event {
+                    Event::Mailbox => inbox.clear(),
+                    _ => self.kicked(),
+                }
+            }
+            if let Some((ring, _)) = self.ring.as_mut().filter(|(ring, _)| ring.is_polled()) {
+                ring.can_run = true;
+            }
+            if self.is_ready() {
+                self.pass();
+            }
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        // There is nothing to discard on this queue: a disabled ring waits as one that was never enabled.
+        self.ring.as_ref().is_some_and(|(ring, _)| ring.is_ready() && ring.passes())
+    }
+
+    fn wait(&self) -> Wait {
+        if self.is_ready() {
+            Wait::No
+        } else if self.ring.as_ref().is_some_and(|(ring, _)| ring.is_polled()) {
+            Wait::Millis(POLL_INTERVAL_MS)
+        } else {
+            Wait::Forever
+        }
+    }
+
+    fn kicked(&mut self) {
+        if self.ring.as_mut().map(|(ring, _)| ring.kicked()) == Some(KickState::Dead) {
+            self.park(&"its kick descriptor is dead");
+        }
+    }
+
+    fn pass(&mut self) {
+        let passed = self.answer_commands();
+        let Some((ring, _)) = &mut self.ring else { return };
+        ring.publish(&self.counters.tx_calls);
+        let settled = passed.and_then(|more| if more { Ok(()) } else { ring.sleep() });
+        if let Err(broken) = settled {
+            self.park(&broken);
+        }
+    }
+
+    /// Answers up to [`BUDGET`] commands; tells whether there may be more.
+    fn answer_commands(&mut self) -> Result<bool, RingBroken> {
+        for _ in 0..BUDGET {
+            let Some((ring, iovecs)) = &mut self.ring else { return Ok(false) };
+            iovecs.truncate(0);
+            let Some(popped) = ring.queue.pop(iovecs)? else { return Ok(false) };
+            let written = popped.chain.map_or(0, |chain| self.answer(chain));
+            if let Some((ring, _)) = &mut self.ring {
+                ring.queue.push_used(popped.head, written);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Carries out the command of one chain and writes its status; tells the bytes written.
+    fn answer(&mut self, chain: Shape) -> u32 {
+        let Some((_, iovecs)) = &self.ring else { return 0 };
+        if chain.writable_len == 0 {
+            return 0;
+        }
+        let len = chain.readable_len as usize;
+        let mut command = std::mem::take(&mut self.command);
+        command.resize(len.min(COMMAND_MAX), 0);
+        iovecs.copy_to(chain.readable(), 0, &mut command);
+        let effect = if len > COMMAND_MAX { None } else { self.state.command(&command) };
+        self.command = command;
+        let status = if effect.is_some_and(|effect| self.carry_out(effect)) { OK } else { ERR };
+        if let Some((_, iovecs)) = &self.ring {
+            iovecs.copy_from(chain.writable(), 0, &[status]);
+        }
+        1
+    }
+
+    /// Whether the effect took place.
+    fn carry_out(&self, effect: Effect) -> bool {
+        log::debug!("Control queue: {effect:?}");
+        match effect {
+            Effect::Filter(filter) => self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter))),
+            Effect::QueuePairs(count) => self.tell_pairs(move |index, pair| {
+                pair.set_allowed(index < usize::from(count));
+            }),
+            Effect::Mac(mac) => {
+                self.config().mac = mac;
+                let filter = self.state.filter();
+                self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter)))
+            }
+            Effect::Announced => {
+                self.config().announce = false;
+                true
+            }
+            // First the workers where less is allowed, the device first where more is: but for a moment in which frames
+            // that do not fit are dropped and counted, either order is right.
+            Effect::Offloads(offloads) => match self.around.device.set_offloads(offloads.tun_flags()) {
+                Ok(()) => self.tell_pairs(move |_, pair| pair.set_offloads(offloads)),
+                Err(e) => {
+                    log::error!("Cannot set offloads of {:?}: {e}", self.around.device.name());
+                    false
+                }
+            },
+        }
+    }
+
+    fn config(&self) -> std::sync::MutexGuard<'_, ConfigSpace> {
+        self.around.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has every worker do `job`; tells whether all did.
+    fn tell_pairs(&self, job: impl Fn(usize, &mut QueuePair) + Clone + Send + 'static) -> bool {
+        let mut done = true;
+        for (index, pair) in self.around.pairs.iter().enumerate() {
+            let job = job.clone();
+            if let Err(stuck) = pair.call(move |pair| job(index, pair)) {
+                log::error!("{stuck}");
+                done = false;
+            }
+        }
+        done
+    }
+
+    fn park(&mut self, why: &dyn Display) {
+        if let Some((ring, _)) = &mut self.ring {
+            ring.park(&self.poll, &self.counters.broken_rings, &mut self.throttle, why);
+        }
+    }
+}

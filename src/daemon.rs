@@ -1,0 +1,322 @@
+//! Life of the process after start-up: accept a front-end, serve it, accept the next, until told to end.
+//!
+//! The control thread's event loop (crate `event-manager`). It waits for the listener, the one session, signals, a stop
+//! request, and a timer that is armed only while something is pending. Descriptors that a front-end sent are never
+//! waited for here: they belong to the workers.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags, poll};
+use thiserror::Error;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::nic::Nic;
+use crate::throttle::Throttle;
+use crate::vhost_user::listener::SocketListener;
+use crate::vhost_user::session::{Session, SessionOptions, SessionState};
+
+/// How long rings must have been left alone before device queues that nobody uses are detached: a front-end sets rings
+/// up one after the other, and detaching loses what waits in a queue.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// Where front-ends come from.
+#[derive(Debug)]
+pub enum Source {
+    /// They connect, one after the other.
+    Listener(SocketListener),
+    /// There is this one, and with it the process ends.
+    Connected(UnixStream),
+}
+
+/// Why the loop cannot run.
+#[derive(Debug, Error)]
+pub enum DaemonError {
+    /// The event loop failed.
+    #[error("The event loop failed: {0}")]
+    EventLoop(event_manager::Error),
+    /// The kernel has no descriptor for it.
+    #[error("Cannot set up the event loop")]
+    SetUp(#[source] std::io::Error),
+}
+
+/// What can happen. The numbers are the events' data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    Stop,
+    Signal,
+    Timer,
+    Listener,
+    Session,
+}
+
+const TOKENS: [Token; 5] = [Token::Stop, Token::Signal, Token::Timer, Token::Listener, Token::Session];
+
+/// The signals that are taken as events.
+fn signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1].into_iter().collect()
+}
+
+/// Keeps the signals from ending the process in the middle of something. Before any thread is started.
+///
+/// # Errors
+/// What `sigprocmask(2)` says.
+pub fn block_signals() -> std::io::Result<()> {
+    signals().thread_block().map_err(std::io::Error::from)
+}
+
+/// Lets this process have as many descriptors as it may: each memory region, kick and call is one.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        log::warn!("Cannot raise the limit of open files from {:?}: {error}", limit.current);
+    }
+}
+
+/// See the file's head.
+pub struct Daemon {
+    nic: Arc<Nic>,
+    options: SessionOptions,
+    listener: Option<SocketListener>,
+    /// A connection that was there from the start, until the loop begins.
+    connected: Option<UnixStream>,
+    session: Option<Session>,
+    stop: EventFd,
+    signals: Option<SignalFd>,
+    timer: TimerFd,
+    settle_at: Option<Instant>,
+    has_ended: bool,
+    throttle: Throttle,
+}
+
+impl Daemon {
+    /// A daemon for `nic`.
+    ///
+    /// # Errors
+    /// Where the kernel has no descriptors for it.
+    pub fn new(nic: Nic, source: Source, options: SessionOptions) -> Result<Daemon, DaemonError> {
+        let (listener, connected) = match source {
+            Source::Listener(listener) => (Some(listener), None),
+            Source::Connected(stream) => (None, Some(stream)),
+        };
+        Ok(Daemon {
+            nic: Arc::new(nic),
+            options,
+            listener,
+            connected,
+            session: None,
+            stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(DaemonError::SetUp)?,
+            signals: None,
+            timer: TimerFd::new().map_err(|e| DaemonError::SetUp(e.into()))?,
+            settle_at: None,
+            has_ended: false,
+            throttle: Throttle::default(),
+        })
+    }
+
+    /// Ends on SIGTERM, SIGINT and SIGHUP, and logs counters on SIGUSR1; they must be blocked ([`block_signals`]).
+    ///
+    /// # Errors
+    /// Where the kernel has no descriptor for it.
+    pub fn with_signals(mut self) -> Result<Daemon, DaemonError> {
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        let signals = SignalFd::with_flags(&signals(), flags).map_err(|e| DaemonError::SetUp(e.into()))?;
+        self.signals = Some(signals);
+        Ok(self)
+    }
+
+    /// An eventfd that ends the loop when it is written to.
+    ///
+    /// # Errors
+    /// Where the kernel has no descriptor for it.
+    pub fn stop_handle(&self) -> Result<EventFd, DaemonError> {
+        self.stop.try_clone().map_err(DaemonError::SetUp)
+    }
+
+    /// The card, for its counters.
+    pub fn nic(&self) -> Arc<Nic> {
+        Arc::clone(&self.nic)
+    }
+
+    /// Serves until told to end, or until the one connection ends. All rings are stopped and the socket is removed then.
+    ///
+    /// # Errors
+    /// [`DaemonError`].
+    pub fn run(self) -> Result<(), DaemonError> {
+        let mut manager = EventManager::new().map_err(DaemonError::EventLoop)?;
+        let id = manager.add_subscriber(self);
+        loop {
+            let daemon = manager.subscriber_mut(id).map_err(DaemonError::EventLoop)?;
+            if daemon.has_ended {
+                break;
+            }
+            manager.run().map_err(DaemonError::EventLoop)?;
+        }
+        let mut daemon = manager.remove_subscriber(id).map_err(DaemonError::EventLoop)?;
+        daemon.session = None;
+        daemon.log_counters();
+        Ok(())
+    }
+
+    fn log_counters(&self) {
+        self.nic.counter_lines().for_each(|line| log::info!("Counters: {line}"));
+    }
+
+    fn begin(&mut self, stream: UnixStream, ops: &mut EventOps) {
+        let session = Session::new(stream, Arc::clone(&self.nic), self.options);
+        let watched = session.map_err(|e| e.to_string()).and_then(|session| {
+            let events = Events::with_data_raw(session.as_fd().as_raw_fd(), Token::Session as u32, EventSet::IN);
+            ops.add(events).map_err(|e| e.to_string()).map(|()| session)
+        });
+        match watched {
+            Ok(session) => {
+                log::info!("Front-end connected");
+                self.session = Some(session);
+            }
+            Err(error) => log::error!("Cannot serve a front-end: {error}"),
+        }
+    }
+
+    fn end_session(&mut self, ops: &mut EventOps) {
+        if let Some(session) = self.session.take() {
+            unwatch(&session, Token::Session, ops);
+            // Its rings are stopped before the next one is accepted.
+            drop(session);
+            log::info!("Front-end disconnected");
+            self.has_ended |= self.listener.is_none();
+        }
+    }
+
+    fn process_session(&mut self, ops: &mut EventOps) {
+        let Some(session) = &mut self.session else { return };
+        if session.process() == SessionState::Over {
+            return self.end_session(ops);
+        }
+        if session.take_unsettled() {
+            self.settle_at = Some(Instant::now() + SETTLE);
+        }
+        // A front-end that does not read its replies is not read from.
+        let wanted = if session.wants_write() { EventSet::OUT } else { EventSet::IN };
+        let events = Events::with_data_raw(session.as_fd().as_raw_fd(), Token::Session as u32, wanted);
+        if let Err(error) = ops.modify(events) {
+            log::error!("Cannot wait for the front-end: {error}");
+            self.end_session(ops);
+        }
+    }
+
+    fn accept(&mut self, ops: &mut EventOps) {
+        let accepted = match self.listener.as_ref().map(SocketListener::accept) {
+            Some(Ok(Some(stream))) => stream,
+            Some(Err(error)) => {
+                if self.throttle.allows() {
+                    log::error!("Cannot accept a front-end: {error}");
+                }
+                return;
+            }
+            _ => return,
+        };
+        if self.session.as_ref().is_some_and(has_hung_up) {
+            self.end_session(ops);
+        }
+        if self.session.is_none() {
+            self.begin(accepted, ops);
+        } else if self.throttle.allows() {
+            log::warn!("Refused a second front-end: one is being served");
+        }
+    }
+
+    fn take_signals(&mut self) {
+        let Some(signals) = &self.signals else { return };
+        while let Ok(Some(signal)) = signals.read_signal() {
+            if signal.ssi_signo == Signal::SIGUSR1 as u32 {
+                self.log_counters();
+            } else {
+                log::info!("Ending on a signal");
+                self.has_ended = true;
+            }
+        }
+    }
+
+    /// Sees to what is due.
+    fn tick(&mut self, ops: &mut EventOps) {
+        // What it counts is of no interest.
+        let _ = self.timer.wait();
+        if self.settle_at.is_some_and(|at| at <= Instant::now()) {
+            self.settle_at = None;
+            if let Err(stuck) = self.nic.detach_unused() {
+                log::error!("{stuck}");
+            }
+        }
+        self.process_session(ops);
+    }
+
+    /// Arms the timer for what is due next, if anything is.
+    fn arm_timer(&mut self) {
+        let deadlines = [self.settle_at, self.session.as_ref().and_then(Session::deadline)];
+        let armed = match deadlines.into_iter().flatten().min() {
+            // A zero would disarm it.
+            Some(at) => {
+                self.timer.reset(at.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)), None)
+            }
+            None => self.timer.clear(),
+        };
+        if let Err(error) = armed {
+            log::error!("Cannot set the timer: {error}");
+        }
+    }
+}
+
+impl MutEventSubscriber for Daemon {
+    fn init(&mut self, ops: &mut EventOps) {
+        let stop = self.stop.as_raw_fd();
+        let timer = self.timer.as_raw_fd();
+        let signals = self.signals.as_ref().map(|fd| fd.as_fd().as_raw_fd());
+        let listener = self.listener.as_ref().map(|fd| fd.as_fd().as_raw_fd());
+        let always = [(Some(stop), Token::Stop), (Some(timer), Token::Timer)];
+        for (fd, token) in always.into_iter().chain([(signals, Token::Signal), (listener, Token::Listener)]) {
+            let events = fd.map(|fd| Events::with_data_raw(fd, token as u32, EventSet::IN));
+            if let Some(Err(error)) = events.map(|events| ops.add(events)) {
+                log::error!("Cannot wait for {token:?}: {error}");
+                self.has_ended = true;
+            }
+        }
+        if let Some(stream) = self.connected.take() {
+            self.begin(stream, ops);
+            self.has_ended |= self.session.is_none();
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match TOKENS.get(events.data() as usize) {
+            Some(Token::Stop) => self.has_ended = true,
+            Some(Token::Signal) => self.take_signals(),
+            Some(Token::Timer) => self.tick(ops),
+            Some(Token::Listener) => self.accept(ops),
+            Some(Token::Session) => self.process_session(ops),
+            None => {}
+        }
+        self.arm_timer();
+    }
+}
+
+fn unwatch(fd: &impl AsFd, token: Token, ops: &mut EventOps) {
+    let events = Events::with_data_raw(fd.as_fd().as_raw_fd(), token as u32, EventSet::IN);
+    if let Err(error) = ops.remove(events) {
+        log::error!("Cannot stop waiting for {token:?}: {error}");
+    }
+}
+
+/// Whether the front-end has closed its end; what it sent before may be unread.
+fn has_hung_up(session: &Session) -> bool {
+    let mut fds = [PollFd::new(session, PollFlags::RDHUP)];
+    let polled = poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 }));
+    polled.is_ok_and(|ready| ready > 0)
+}

@@ -1,0 +1,129 @@
+//! The way to talk to a thread that owns something: closures, run by the owner between two passes.
+//!
+//! [`Mailbox::call`] waits for the result, so whoever called knows that the change has taken effect. The owner is never
+//! interrupted and takes no lock; looking into an empty [`Inbox`] is two loads.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// How long a job may wait for its turn: a pass takes well under a millisecond.
+const JOB_TIMEOUT: Duration = Duration::from_secs(5);
+
+type Job<T> = Box<dyn FnOnce(&mut T) + Send>;
+
+/// A thread did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("Thread {name} did not answer within {JOB_TIMEOUT:?}: it ended, or guest memory does not answer")]
+pub struct Stuck {
+    /// The thread's name.
+    pub name: String,
+}
+
+/// The callers' end. Dropping it ends the thread and waits for that.
+pub struct Mailbox<T> {
+    name: String,
+    /// `None` only while being dropped.
+    jobs: Option<Sender<Job<T>>>,
+    wake: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The owner's end.
+pub(crate) struct Inbox<T> {
+    jobs: Receiver<Job<T>>,
+    wake: Arc<EventFd>,
+}
+
+impl<T: 'static> Mailbox<T> {
+    /// Starts a thread that does `run`, which must look into its inbox whenever the wake-up descriptor is readable and
+    /// end when [`Inbox::run_jobs`] says so.
+    pub(crate) fn spawn(name: String, run: impl FnOnce(Inbox<T>) + Send + 'static) -> io::Result<Mailbox<T>> {
+        let (sender, receiver) = mpsc::channel();
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let inbox = Inbox { jobs: receiver, wake: Arc::clone(&wake) };
+        let thread = std::thread::Builder::new().name(name.clone()).spawn(move || run(inbox))?;
+        Ok(Mailbox { name, jobs: Some(sender), wake, thread: Some(thread) })
+    }
+
+    /// Has the owner run `job`, and waits for the result.
+    ///
+    /// # Errors
+    /// [`Stuck`]; the job may still run later.
+    pub fn call<R: Send + 'static>(&self, job: impl FnOnce(&mut T) -> R + Send + 'static) -> Result<R, Stuck> {
+        let stuck = || Stuck { name: self.name.clone() };
+        let (answer, answered) = mpsc::sync_channel(1);
+        let job: Job<T> = Box::new(move |owner| {
+            // After a time-out nobody waits any more; then the result is of no use.
+            let _ = answer.send(job(owner));
+        });
+        let jobs = self.jobs.as_ref().ok_or_else(stuck)?;
+        jobs.send(job).map_err(|_| stuck())?;
+        self.wake.write(1).map_err(|_| stuck())?;
+        answered.recv_timeout(JOB_TIMEOUT).map_err(|_| stuck())
+    }
+}
+
+impl<T> Drop for Mailbox<T> {
+    fn drop(&mut self) {
+        self.jobs = None;
+        let woken = self.wake.write(1).is_ok();
+        if let Some(thread) = self.thread.take().filter(|_| woken) {
+            // A panic of that thread was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<T> Inbox<T> {
+    /// The descriptor that is readable when a job is there.
+    pub(crate) fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// Takes the wake-up, so that it does not come again for the same jobs.
+    pub(crate) fn clear(&self) {
+        // An empty eventfd only means that its job was seen already.
+        let _ = self.wake.read();
+    }
+
+    /// Runs the jobs that are there; tells whether more may come.
+    pub(crate) fn run_jobs(&self, owner: &mut T) -> bool {
+        loop {
+            match self.jobs.try_recv() {
+                Ok(job) => job(owner),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn call_returns_after_the_owner_ran_it() {
+        let mailbox = Mailbox::spawn("owner".to_owned(), |inbox: Inbox<u32>| {
+            let mut owned = 1;
+            while inbox.run_jobs(&mut owned) {
+                std::thread::yield_now();
+            }
+        })
+        .expect("thread");
+        assert_eq!(mailbox.call(|n| std::mem::replace(n, 5)), Ok(1));
+        assert_eq!(mailbox.call(|n| *n), Ok(5));
+    }
+
+    #[test]
+    fn call_to_a_thread_that_ended_is_an_error() {
+        let mailbox = Mailbox::spawn("gone".to_owned(), |_: Inbox<()>| {}).expect("thread");
+        assert_eq!(mailbox.call(|_| ()), Err(Stuck { name: "gone".to_owned() }));
+    }
+}

@@ -1,0 +1,318 @@
+//! The virtual network card: what outlives front-end connections.
+//!
+//! It owns the device, a worker for each queue pair, the control queue's thread and the configuration space. A
+//! vhost-user session drives it in terms of ring indices; which thread that means is known here alone.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+
+use crate::control_queue::{self, ControlQueue, Surroundings};
+use crate::device::{Device, DeviceQueue};
+use crate::mailbox::{Mailbox, Stuck};
+use crate::memory::MemView;
+use crate::metrics::PairCounters;
+use crate::net::config_space::{ConfigSpace, MTU_MIN};
+use crate::net::features::{self, Circumstances, GuestOffloads, MQ};
+use crate::net::filter::{Mac, RxFilter};
+use crate::net::header::HEADER_LEN;
+use crate::running_ring::{Direction, RingChange, RunsRings, StartRing, StoppedRing};
+use crate::virtqueue::SplitRing;
+use crate::worker::{self, QueuePair};
+
+/// The usual MTU, where neither the operator nor the interface says one.
+const MTU_DEFAULT: u16 = 1500;
+/// Ring indices that messages can carry.
+const RINGS_MAX: usize = 256;
+/// The most queue pairs: ring 2N is the control queue's, and kick and call messages carry the ring's index in 8 bits.
+pub const QUEUE_PAIRS_MAX: u16 = 127;
+
+/// What the card is like, besides its device.
+#[derive(Clone, Debug)]
+pub struct NicSetup {
+    /// Its MAC address, if we are to say it.
+    pub mac: Option<Mac>,
+    /// The largest MTU; the device's if not given.
+    pub mtu: Option<u16>,
+    /// Whether the front-end hands over the control queue.
+    pub is_generic: bool,
+}
+
+/// What could not be done.
+#[derive(Debug, Error)]
+pub enum NicError {
+    /// A thread does not answer.
+    #[error(transparent)]
+    Stuck(#[from] Stuck),
+    /// The device refused offloads.
+    #[error("Cannot set offloads {flags:#x} on {name:?}")]
+    Offloads {
+        /// The interface.
+        name: String,
+        /// `TUN_F_` flags.
+        flags: u32,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+    /// A kick descriptor cannot be waited for.
+    #[error("Cannot wait for the kick descriptor of ring {ring}")]
+    Kick {
+        /// The ring's index.
+        ring: usize,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+    /// An MTU that no network card has.
+    #[error("MTU {mtu} is not in {MTU_MIN} to 65535")]
+    Mtu {
+        /// What was asked.
+        mtu: u64,
+    },
+    /// A frame of ours was not taken by the device.
+    #[error("Cannot send a frame on {name:?}")]
+    Inject {
+        /// The interface.
+        name: String,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+/// Where a ring is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Pair(usize, Direction),
+    Control,
+    /// A ring that a front-end may set up but that nothing here runs.
+    Nowhere,
+}
+
+/// See the file's head.
+pub struct Nic {
+    device: Arc<Device>,
+    pairs: Arc<[Mailbox<QueuePair>]>,
+    counters: Vec<Arc<PairCounters>>,
+    control: Mailbox<ControlQueue>,
+    config: Arc<Mutex<ConfigSpace>>,
+    initial_config: ConfigSpace,
+    setup: NicSetup,
+}
+
+impl Nic {
+    /// Starts the threads of a card on `device`, whose `queues` are the queue pairs'.
+    ///
+    /// # Errors
+    /// Where the kernel has no descriptors or threads for it.
+    pub fn new(device: Device, queues: Vec<DeviceQueue>, setup: NicSetup) -> io::Result<Nic> {
+        let device = Arc::new(device);
+        let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
+        let spawned = queues.into_iter().zip(&counters).enumerate();
+        let pairs: Arc<[_]> = spawned
+            .map(|(index, (queue, counters))| worker::spawn(index, queue, Arc::clone(counters)))
+            .collect::<io::Result<Vec<_>>>()?
+            .into();
+        let initial_config = ConfigSpace {
+            mac: setup.mac.unwrap_or_default(),
+            announce: false,
+            max_queue_pairs: u16::try_from(pairs.len()).unwrap_or(QUEUE_PAIRS_MAX),
+            mtu: setup.mtu.or(device.mtu()).unwrap_or(MTU_DEFAULT),
+        };
+        let config = Arc::new(Mutex::new(initial_config.clone()));
+        let around =
+            Surroundings { device: Arc::clone(&device), pairs: Arc::clone(&pairs), config: Arc::clone(&config) };
+        Ok(Nic { control: control_queue::spawn(around)?, device, pairs, counters, config, initial_config, setup })
+    }
+
+    /// The virtio features to offer.
+    pub fn offered_features(&self) -> u64 {
+        features::offered(Circumstances {
+            device_offloads: self.device.supported_offloads(),
+            has_mac: self.setup.mac.is_some(),
+            is_generic: self.setup.is_generic,
+        })
+    }
+
+    /// What to answer to `GET_QUEUE_NUM`: front-ends read it as pairs, or as rings, or as rings with the control queue,
+    /// and all of them are content with 2N + 1.
+    pub fn queue_number(&self) -> u64 {
+        2 * self.pairs.len() as u64 + 1
+    }
+
+    /// How many rings a front-end may set up: as many as one that takes the queue number for pairs may think there are.
+    /// Those that nothing runs stay idle.
+    pub fn ring_count(&self) -> usize {
+        (2 * (2 * self.pairs.len() + 1)).min(RINGS_MAX)
+    }
+
+    /// Whether something here runs ring `index`.
+    pub fn runs_ring(&self, index: usize) -> bool {
+        self.place(index) != Place::Nowhere
+    }
+
+    fn place(&self, index: usize) -> Place {
+        let direction = if index.is_multiple_of(2) { Direction::Rx } else { Direction::Tx };
+        match index / 2 {
+            pair if pair < self.pairs.len() => Place::Pair(pair, direction),
+            _ if self.setup.is_generic && index == 2 * self.pairs.len() => Place::Control,
+            _ => Place::Nowhere,
+        }
+    }
+
+    fn config(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads the configuration space; `None` where not all of the range exists.
+    pub fn read_config(&self, offset: u32, size: u32) -> Option<Vec<u8>> {
+        self.config().read(offset, size)
+    }
+
+    /// Changes the MTU that the guest is told.
+    ///
+    /// # Errors
+    /// [`NicError::Mtu`].
+    pub fn set_mtu(&self, mtu: u64) -> Result<(), NicError> {
+        let valid = u16::try_from(mtu).ok().filter(|mtu| *mtu >= MTU_MIN).ok_or(NicError::Mtu { mtu })?;
+        self.config().mtu = valid;
+        Ok(())
+    }
+
+    /// Takes what the guest acknowledged: the device's offloads follow, the control queue's state begins anew.
+    ///
+    /// No ring may run.
+    ///
+    /// # Errors
+    /// [`NicError`].
+    pub fn set_features(&self, acked: u64) -> Result<(), NicError> {
+        let flags = GuestOffloads::of(acked).tun_flags();
+        self.device.set_offloads(flags).map_err(|cause| NicError::Offloads {
+            name: self.device.name().to_owned(),
+            flags,
+            cause,
+        })?;
+        *self.config() = ConfigSpace { mtu: self.config().mtu, ..self.initial_config.clone() };
+        let mac = self.setup.mac;
+        self.control.call(move |control| control.reset(acked, mac))?;
+        // With the control queue here, the driver says how many pairs it uses, and begins with one (VIRTIO 1.3,
+        // "Automatic receive steering"). Else the front-end says it, by enabling rings.
+        let starts_with_one = self.setup.is_generic && acked & MQ != 0;
+        let filter = Arc::new(RxFilter::default());
+        for (index, pair) in self.pairs.iter().enumerate() {
+            let filter = Arc::clone(&filter);
+            pair.call(move |pair| {
+                pair.set_filter(filter);
+                pair.set_allowed(index == 0 || !starts_with_one);
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Runs a ring.
+    ///
+    /// # Errors
+    /// [`NicError`]; the ring does not run then.
+    pub fn start(&self, ring: usize, start: StartRing) -> Result<(), NicError> {
+        let started = self.on_ring(ring, Ok(()), move |owner, direction| owner.start(direction, start))?;
+        started.map_err(|cause| NicError::Kick { ring, cause })
+    }
+
+    /// Stops a ring; what was completed is published, and nothing of it is touched any more.
+    ///
+    /// # Errors
+    /// [`Stuck`].
+    pub fn stop(&self, ring: usize) -> Result<Option<StoppedRing>, Stuck> {
+        self.on_ring(ring, None, |owner, direction| owner.stop(direction))
+    }
+
+    /// Changes one thing about a running ring.
+    ///
+    /// # Errors
+    /// [`NicError`].
+    pub fn change(&self, ring: usize, change: RingChange) -> Result<(), NicError> {
+        let changed = self.on_ring(ring, Ok(()), move |owner, direction| owner.change(direction, change))?;
+        changed.map_err(|cause| NicError::Kick { ring, cause })
+    }
+
+    /// Has a running ring carry on in a new view of memory, where it was `found` or not.
+    ///
+    /// # Errors
+    /// [`Stuck`].
+    pub fn relocate(&self, ring: usize, mem: &Arc<MemView>, found: Option<SplitRing>) -> Result<(), Stuck> {
+        let mem = Arc::clone(mem);
+        self.on_ring(ring, (), move |owner, direction| owner.relocate(direction, &mem, found))
+    }
+
+    /// Has the thread that runs `ring` do `job`; where none does, the result is `nowhere`.
+    fn on_ring<R: Send + 'static>(
+        &self,
+        ring: usize,
+        nowhere: R,
+        job: impl FnOnce(&mut dyn RunsRings, Direction) -> R + Send + 'static,
+    ) -> Result<R, Stuck> {
+        match self.place(ring) {
+            Place::Pair(pair, direction) => self.on_pair(pair, move |pair| job(pair, direction)),
+            Place::Control => self.control.call(|control| job(control, Direction::Tx)),
+            Place::Nowhere => Ok(nowhere),
+        }
+    }
+
+    /// Detaches the device queues of pairs that pass no frames while others do: flows that the kernel steers to them
+    /// would be lost. Where no pair is in use nothing is detached: frames wait for the guest to come back.
+    ///
+    /// # Errors
+    /// [`NicError::Stuck`].
+    pub fn detach_unused(&self) -> Result<(), NicError> {
+        let usages = self.pairs.iter().map(|pair| pair.call(|pair| pair.usage())).collect::<Result<Vec<_>, _>>()?;
+        if !usages.iter().any(|usage| usage.in_use && usage.attached) {
+            return Ok(());
+        }
+        let idle = self.pairs.iter().zip(usages).filter(|(_, usage)| usage.attached && !usage.in_use);
+        for (pair, _) in idle {
+            pair.call(QueuePair::detach)?;
+        }
+        Ok(())
+    }
+
+    /// Broadcasts a RARP request from `mac`, so that switches learn where the guest is now (RFC 903; vhost-user,
+    /// `VHOST_USER_SEND_RARP`).
+    ///
+    /// # Errors
+    /// [`NicError`].
+    pub fn send_rarp(&self, mac: Mac) -> Result<(), NicError> {
+        let frame = rarp_frame(mac);
+        self.on_pair(0, move |pair| pair.inject(&frame))?
+            .map_err(|cause| NicError::Inject { name: self.device.name().to_owned(), cause })
+    }
+
+    /// One line of counters for each queue pair, for the log.
+    pub fn counter_lines(&self) -> impl Iterator<Item = String> {
+        self.counters.iter().enumerate().map(|(index, counters)| format!("pair={index} {counters}"))
+    }
+
+    fn on_pair<R: Send + 'static>(
+        &self,
+        pair: usize,
+        job: impl FnOnce(&mut QueuePair) -> R + Send + 'static,
+    ) -> Result<R, Stuck> {
+        let none = || Stuck { name: format!("pair-{pair}") };
+        self.pairs.get(pair).ok_or_else(none)?.call(job)
+    }
+}
+
+/// A "request reverse" for `mac` itself, to everybody, behind an empty virtio-net header.
+fn rarp_frame(mac: Mac) -> Vec<u8> {
+    /// Without frame check sequence (IEEE 802.3).
+    const FRAME_MIN: usize = 60;
+    let ethernet: [&[u8]; 3] = [&[0xff; 6], &mac, &[0x80, 0x35]];
+    // Ethernet, IPv4, their address lengths, and operation 3: request reverse.
+    let fixed: &[u8] = &[0, 1, 8, 0, 6, 4, 0, 3];
+    let addresses: [&[u8]; 4] = [&mac, &[0; 4], &mac, &[0; 4]];
+    let mut frame = vec![0; HEADER_LEN];
+    ethernet.iter().chain([&fixed]).chain(&addresses).for_each(|part| frame.extend_from_slice(part));
+    frame.resize(HEADER_LEN + FRAME_MIN, 0);
+    frame
+}

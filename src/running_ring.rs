@@ -1,0 +1,230 @@
+//! A started ring in its worker's hands: the queue with its notifications, and what it may do.
+
+use std::fmt::Display;
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::epoll::EventSet;
+
+use crate::memory::MemView;
+use crate::metrics::{Counter, PairCounters};
+use crate::notify::{Call, Kick, KickState};
+use crate::poll::{Event, Poll};
+use crate::throttle::Throttle;
+use crate::virtqueue::{Queue, RingBroken, SplitRing};
+
+/// What a started ring may do (vhost-user, "Ring states").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingMode {
+    /// Not enabled yet: its entries wait. Frames that a guest queued before a reconnect survive the gap.
+    Waiting,
+    /// Frames pass.
+    Enabled,
+    /// Disabled after it was enabled: tx frames are discarded, rx gets none.
+    Disabled,
+}
+
+/// A ring on its way to its worker.
+#[derive(Debug)]
+pub struct StartRing {
+    /// The queue.
+    pub queue: Queue,
+    /// Its kick; without one the ring is polled.
+    pub kick: Option<Kick>,
+    /// Its call; without one the guest polls.
+    pub call: Option<Call>,
+    /// Where a broken ring is reported.
+    pub err: Option<Call>,
+    /// Where the front-end says that it carries on; the queue knows better.
+    pub base: u16,
+    /// What it may do.
+    pub mode: RingMode,
+    /// The acknowledged virtio features.
+    pub features: u64,
+}
+
+/// What is left of a ring that stopped.
+#[derive(Debug)]
+pub struct StoppedRing {
+    /// Where it carries on.
+    pub position: u16,
+    /// Its call.
+    pub call: Option<Call>,
+    /// Its error descriptor.
+    pub err: Option<Call>,
+}
+
+/// One thing that may change about a running ring.
+#[derive(Debug)]
+pub enum RingChange {
+    /// What it may do.
+    Mode(RingMode),
+    /// Its kick; without one it is polled.
+    Kick(Option<Kick>),
+    /// Its call.
+    Call(Option<Call>),
+    /// Where its break is reported.
+    Err(Option<Call>),
+}
+
+/// A thread's object that runs one ring of each direction, or one in all.
+pub trait RunsRings {
+    /// Runs a ring from now on; it is looked at once without waiting for a kick.
+    ///
+    /// # Errors
+    /// What `epoll_ctl(2)` says of the kick descriptor.
+    fn start(&mut self, direction: Direction, start: StartRing) -> io::Result<()>;
+
+    /// Stops a ring, if it runs. Nothing of it is touched after this.
+    fn stop(&mut self, direction: Direction) -> Option<StoppedRing>;
+
+    /// Changes one thing about a ring, if it runs.
+    ///
+    /// # Errors
+    /// What `epoll_ctl(2)` says of a new kick descriptor; the ring is polled then.
+    fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()>;
+
+    /// Carries on with the same ring in a new view of memory; `None` where the ring is not in it, which breaks it.
+    fn relocate(&mut self, direction: Direction, mem: &Arc<MemView>, found: Option<SplitRing>);
+}
+
+/// A direction, from the guest's point of view; the ring's index modulo 2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// To the guest: even rings.
+    Rx,
+    /// From the guest: odd rings.
+    Tx,
+}
+
+/// See the file's head.
+#[derive(Debug)]
+pub(crate) struct RunningRing {
+    pub(crate) queue: Queue,
+    kick: Option<Kick>,
+    call: Option<Call>,
+    err: Option<Call>,
+    pub(crate) mode: RingMode,
+    /// Whether there may be entries that were not looked at.
+    pub(crate) can_run: bool,
+    /// Whether it is parked until it is set up anew.
+    broken: bool,
+    event: Event,
+}
+
+impl RunningRing {
+    /// Watches the kick and calls the driver once: a kick or a call may have been lost with the process before.
+    pub(crate) fn start(
+        start: StartRing,
+        poll: &Poll,
+        event: Event,
+        counters: &PairCounters,
+    ) -> io::Result<RunningRing> {
+        let StartRing { queue, kick, call, err, base, mode, .. } = start;
+        if base != queue.position() {
+            counters.rings_resumed_off_base.add(1);
+        }
+        if let Some(kick) = &kick {
+            poll.add(kick, event, EventSet::IN)?;
+        }
+        if let Some(call) = &call {
+            call.signal();
+        }
+        Ok(RunningRing { queue, kick, call, err, mode, can_run: true, broken: false, event })
+    }
+
+    pub(crate) fn stop(self, poll: &Poll) -> StoppedRing {
+        unwatch(poll, self.kick.as_ref());
+        StoppedRing { position: self.queue.position(), call: self.call, err: self.err }
+    }
+
+    /// Whether its frames pass.
+    pub(crate) fn passes(&self) -> bool {
+        self.mode == RingMode::Enabled && !self.broken
+    }
+
+    /// Whether there may be something to do.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.can_run && !self.broken
+    }
+
+    /// Whether it has to be looked at without being kicked.
+    pub(crate) fn is_polled(&self) -> bool {
+        self.kick.is_none() && !self.broken
+    }
+
+    /// Changes one thing about it. A kick that is replaced is unwatched before it is closed; a new call is signalled,
+    /// as the old one's last signal may not have been seen.
+    pub(crate) fn change(&mut self, change: RingChange, poll: &Poll) -> io::Result<()> {
+        match change {
+            RingChange::Mode(mode) => self.mode = mode,
+            RingChange::Kick(kick) => {
+                unwatch(poll, self.kick.take().as_ref());
+                if let Some(kick) = &kick {
+                    poll.add(kick, self.event, EventSet::IN)?;
+                }
+                self.kick = kick;
+            }
+            RingChange::Call(call) => {
+                if let Some(call) = &call {
+                    call.signal();
+                }
+                self.call = call;
+            }
+            RingChange::Err(err) => self.err = err,
+        }
+        self.can_run = true;
+        Ok(())
+    }
+
+    /// Takes a kick; tells what the descriptor is worth.
+    pub(crate) fn kicked(&mut self) -> KickState {
+        let state = self.kick.as_ref().map_or(KickState::Open, Kick::drain);
+        if state == KickState::Open {
+            self.can_run = true;
+            self.queue.disable_kicks();
+        }
+        state
+    }
+
+    /// Makes completions visible and calls the driver if it asked for it.
+    pub(crate) fn publish(&mut self, calls: &Counter) {
+        if self.queue.publish()
+            && let Some(call) = &self.call
+        {
+            call.signal();
+            calls.add(1);
+        }
+    }
+
+    /// Goes to sleep on this ring, unless entries came meanwhile.
+    pub(crate) fn sleep(&mut self) -> Result<(), RingBroken> {
+        self.can_run = self.queue.enable_kicks()?;
+        if self.can_run {
+            self.queue.disable_kicks();
+        }
+        Ok(())
+    }
+
+    /// Parks a ring that cannot go on: counted, reported once to the front-end, and left alone until it is set up anew.
+    pub(crate) fn park(&mut self, poll: &Poll, broken_rings: &Counter, throttle: &mut Throttle, why: &dyn Display) {
+        if std::mem::replace(&mut self.broken, true) {
+            return;
+        }
+        unwatch(poll, self.kick.take().as_ref());
+        if let Some(err) = &self.err {
+            err.signal();
+        }
+        broken_rings.add(1);
+        if throttle.allows() {
+            log::warn!("{:?} ring broken, parked until it is set up anew: {why}", self.event);
+        }
+    }
+}
+
+fn unwatch(poll: &Poll, kick: Option<&Kick>) {
+    if let Some(kick) = kick {
+        // It was added, so this fails only for a descriptor that epoll had to drop itself.
+        let _ = poll.remove(kick);
+    }
+}

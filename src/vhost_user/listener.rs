@@ -1,0 +1,173 @@
+//! The socket that front-ends connect to: made at start, with the access that was asked for, removed at the end.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Mode;
+use thiserror::Error;
+
+/// Bytes of a socket's path, without the closing NUL (unix(7)).
+pub const PATH_MAX: usize = 107;
+
+/// Who may connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// Permission bits.
+    pub mode: u32,
+    /// The group that the socket is given to.
+    pub group: Option<u32>,
+}
+
+/// Why the socket cannot be made.
+#[derive(Debug, Error)]
+pub enum ListenError {
+    /// Longer than the kernel takes.
+    #[error("Socket path {path:?} has {len} bytes, and a socket's path can have {PATH_MAX}; use a shorter one")]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+    },
+    /// There is something else.
+    #[error("Socket path {path:?} is a {what}; remove it, or use another path")]
+    Occupied {
+        /// The path.
+        path: PathBuf,
+        /// What is there.
+        what: &'static str,
+    },
+    /// Another process listens there.
+    #[error("Socket {path:?} is served by another process (another back-end?); end it, or use another path")]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Something failed.
+    #[error("Cannot {what} socket {path:?}{}", hint(path, cause))]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+fn hint(path: &Path, cause: &io::Error) -> String {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match cause.kind() {
+        io::ErrorKind::NotFound => format!(": its directory is not there; 'mkdir -p {}'", directory.display()),
+        io::ErrorKind::PermissionDenied => {
+            format!(": this user may not write to {} or change the group", directory.display())
+        }
+        _ => String::new(),
+    }
+}
+
+/// A listening socket, whose file is removed with it.
+#[derive(Debug)]
+pub struct SocketListener {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: u64,
+}
+
+impl SocketListener {
+    /// Listens at `path`. The socket of a process that is gone is replaced; anything else that is there is left alone.
+    ///
+    /// # Errors
+    /// [`ListenError`], which says what to do about it.
+    pub fn bind(path: &Path, access: SocketAccess) -> Result<SocketListener, ListenError> {
+        let failed = |what| move |cause| ListenError::Io { what, path: path.to_owned(), cause };
+        let len = path.as_os_str().len();
+        if len > PATH_MAX {
+            return Err(ListenError::TooLong { path: path.to_owned(), len });
+        }
+        remove_stale(path)?;
+        // Nobody may connect before mode and group are as asked. The process has one thread still.
+        let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
+        let listener = UnixListener::bind(path);
+        rustix::process::umask(umask);
+        let listener = listener.map_err(failed("listen on"))?;
+        listener.set_nonblocking(true).map_err(failed("set up"))?;
+        let inode = fs::symlink_metadata(path).map_err(failed("examine"))?.ino();
+        let this = SocketListener { listener, path: path.to_owned(), inode };
+        if let Some(group) = access.group {
+            std::os::unix::fs::chown(path, None, Some(group)).map_err(failed("change the group of"))?;
+        }
+        fs::set_permissions(path, fs::Permissions::from_mode(access.mode)).map_err(failed("set the mode of"))?;
+        Ok(this)
+    }
+
+    /// The next front-end, if one waits.
+    ///
+    /// # Errors
+    /// What `accept(2)` says.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        match self.listener.accept() {
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for SocketListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for SocketListener {
+    fn drop(&mut self) {
+        // Somebody may have put another socket there: that one is not ours to remove.
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            log::warn!("Cannot remove socket {:?}: {error}", self.path);
+        }
+    }
+}
+
+/// Removes the socket of a process that is gone.
+fn remove_stale(path: &Path) -> Result<(), ListenError> {
+    let failed = |what| move |cause| ListenError::Io { what, path: path.to_owned(), cause };
+    let kind = match fs::symlink_metadata(path) {
+        Ok(found) => found.file_type(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("examine")(error)),
+    };
+    let what = match kind {
+        kind if kind.is_socket() => return remove_socket_if_dead(path),
+        kind if kind.is_symlink() => "symbolic link",
+        kind if kind.is_dir() => "directory",
+        _ => "file",
+    };
+    Err(ListenError::Occupied { path: path.to_owned(), what })
+}
+
+fn remove_socket_if_dead(path: &Path) -> Result<(), ListenError> {
+    let failed = |what| move |cause| ListenError::Io { what, path: path.to_owned(), cause };
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            log::info!("Replacing socket {path:?} of a process that is gone");
+            fs::remove_file(path).map_err(failed("remove"))
+        }
+        // A full backlog is somebody's too.
+        Ok(_) => Err(ListenError::InUse { path: path.to_owned() }),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ListenError::InUse { path: path.to_owned() }),
+        Err(error) => Err(failed("probe")(error)),
+    }
+}

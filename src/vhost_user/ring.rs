@@ -1,0 +1,144 @@
+//! A ring's life in a session (vhost-user, "Ring states").
+//!
+//! ```text
+//!   Stopped(RingSetup) ── size, addresses and a kick are there ──▶ Started(Layout)   its Queue is with a worker
+//!          ▲                                                            │
+//!          └───────────────────── GET_VRING_BASE ───────────────────────┘
+//! ```
+//!
+//! The order in which the parts come does not matter (QEMU: base, addresses, kick, call; cloud-hypervisor: addresses,
+//! base, call, kick), and a call may come later or never. Where to carry on is read from the used index in guest memory
+//! when the ring starts: completion is in order, so that index is the truth, whatever base the front-end says.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use vhost::vhost_user::message::VhostUserVringAddr;
+
+use crate::memory::MemView;
+use crate::notify::{Call, Kick};
+use crate::running_ring::StoppedRing;
+use crate::virtqueue::queue::RingFeatures;
+use crate::virtqueue::{Queue, QueueSize, RingBroken, RingError, SplitRing, SplitRingAddresses};
+
+/// A ring's areas in the front-end's address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct UserAddresses {
+    desc: u64,
+    avail: u64,
+    used: u64,
+}
+
+impl From<&VhostUserVringAddr> for UserAddresses {
+    fn from(message: &VhostUserVringAddr) -> UserAddresses {
+        UserAddresses { desc: message.descriptor, avail: message.available, used: message.used }
+    }
+}
+
+/// Where a ring is and how large.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub(super) size: QueueSize,
+    pub(super) addresses: UserAddresses,
+}
+
+/// Why a ring does not start, or is refused where it is described.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum StartError {
+    /// An address is in no memory region.
+    #[error("Ring address {user:#x} is in no memory region")]
+    NotInMemory {
+        /// The address in the front-end.
+        user: u64,
+    },
+    /// Its layout is impossible.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// Its indices are impossible.
+    #[error("Ring is broken: {0}")]
+    Broken(#[from] RingBroken),
+}
+
+impl Layout {
+    /// Finds the ring in `mem`.
+    pub(super) fn find(&self, mem: &Arc<MemView>) -> Result<SplitRing, StartError> {
+        let guest = |user| mem.user_to_guest(user).ok_or(StartError::NotInMemory { user });
+        let UserAddresses { desc, avail, used } = self.addresses;
+        let addresses = SplitRingAddresses { desc: guest(desc)?, avail: guest(avail)?, used: guest(used)? };
+        Ok(SplitRing::new(mem, self.size, addresses)?)
+    }
+
+    /// Starts a queue on the ring.
+    pub(super) fn start(&self, mem: &Arc<MemView>, features: RingFeatures) -> Result<Queue, StartError> {
+        Ok(Queue::start(self.find(mem)?, Arc::clone(mem), features)?)
+    }
+}
+
+/// By what a ring is kicked.
+#[derive(Debug)]
+pub(super) enum KickSource {
+    /// A descriptor.
+    Descriptor(Kick),
+    /// Nothing: the front-end asks for polling.
+    Polled,
+}
+
+impl From<Option<Kick>> for KickSource {
+    fn from(kick: Option<Kick>) -> KickSource {
+        kick.map_or(KickSource::Polled, KickSource::Descriptor)
+    }
+}
+
+impl From<KickSource> for Option<Kick> {
+    fn from(source: KickSource) -> Option<Kick> {
+        match source {
+            KickSource::Descriptor(kick) => Some(kick),
+            KickSource::Polled => None,
+        }
+    }
+}
+
+/// What is known of a ring that is stopped.
+#[derive(Debug, Default)]
+pub(super) struct RingSetup {
+    pub(super) size: Option<QueueSize>,
+    pub(super) addresses: Option<UserAddresses>,
+    pub(super) base: u16,
+    pub(super) kick: Option<KickSource>,
+    pub(super) call: Option<Call>,
+    pub(super) err: Option<Call>,
+}
+
+impl RingSetup {
+    /// Where it would be, once both parts of that are known.
+    pub(super) fn layout(&self) -> Option<Layout> {
+        Some(Layout { size: self.size?, addresses: self.addresses? })
+    }
+
+    /// A ring of `layout` that has just stopped. The kick is gone: what starts it again is a new one.
+    pub(super) fn stopped(layout: Layout, left: StoppedRing) -> RingSetup {
+        RingSetup {
+            size: Some(layout.size),
+            addresses: Some(layout.addresses),
+            base: left.position,
+            kick: None,
+            call: left.call,
+            err: left.err,
+        }
+    }
+}
+
+/// See the file's head.
+#[derive(Debug)]
+pub(super) enum Ring {
+    /// Being described.
+    Stopped(RingSetup),
+    /// With a worker.
+    Started(Layout),
+}
+
+impl Default for Ring {
+    fn default() -> Ring {
+        Ring::Stopped(RingSetup::default())
+    }
+}

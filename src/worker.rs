@@ -1,0 +1,390 @@
+//! The thread of one queue pair: waits, matches the event, lets `net` move frames.
+//!
+//! Ownership, not locks. A [`QueuePair`] is all that one thread owns: the device queue, and the rx and tx virtqueue
+//! while they run. The control thread changes it through its [`Mailbox`], between two passes, and waits until that is
+//! done: whatever a vhost-user message changed has taken effect when the front-end gets its answer.
+//!
+//! One pass moves at most [`BUDGET`] frames in each direction, then looks for events, so that neither direction, and no
+//! message, waits for the other. With nothing to do the thread sleeps, without a timeout.
+//!
+//! Rings and device are remembered as flags: a ring's `can_run` (it may have entries), the device's `readable` (it may
+//! have frames). A flag is cleared only by having looked and found nothing, after which an event is certain to come:
+//! the device is watched edge-triggered; kicks are asked for, and then the ring is looked at once more.
+
+use std::fmt::Display;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use vmm_sys_util::epoll::EventSet;
+
+use crate::device::DeviceQueue;
+use crate::mailbox::{Inbox, Mailbox};
+use crate::memory::MemView;
+use crate::metrics::PairCounters;
+use crate::net::Pump;
+use crate::net::features::GuestOffloads;
+use crate::net::filter::RxFilter;
+use crate::net::rx::{HeldFrame, Rx};
+use crate::net::tx::Tx;
+use crate::notify::KickState;
+use crate::poll::{Event, Poll, Wait};
+use crate::running_ring::{Direction, RingChange, RingMode, RunningRing, RunsRings, StartRing, StoppedRing};
+use crate::throttle::Throttle;
+use crate::virtqueue::SplitRing;
+
+/// Frames that one direction may move before the other has its turn: also how many completions are published at once.
+pub const BUDGET: usize = 64;
+/// How often a ring without a kick descriptor is looked at (vhost-user, `VHOST_USER_SET_VRING_KICK`, bit 8).
+pub(crate) const POLL_INTERVAL_MS: i32 = 1;
+
+/// Edge-triggered: an event for each arrival, none for what is still there.
+const READABLE: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
+
+/// Whether a pair passes frames, and whether the kernel gives it any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// It runs.
+    pub in_use: bool,
+    /// The kernel spreads flows over its device queue.
+    pub attached: bool,
+}
+
+/// All that one worker thread owns.
+pub struct QueuePair {
+    index: usize,
+    device: DeviceQueue,
+    counters: Arc<PairCounters>,
+    poll: Poll,
+    rx: Option<(RunningRing, Rx)>,
+    tx: Option<(RunningRing, Tx)>,
+    /// A frame that was read for a ring that stopped.
+    left: Option<HeldFrame>,
+    filter: Arc<RxFilter>,
+    /// Whether the device may have frames.
+    readable: bool,
+    /// Whether the device takes no frames until it says so.
+    blocked: bool,
+    lost: bool,
+    /// Whether the driver may use this pair (`VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`).
+    allowed: bool,
+    throttle: Throttle,
+}
+
+/// Starts the thread of queue pair `index` on `device`.
+///
+/// # Errors
+/// Where the kernel has no descriptor or thread for it.
+pub fn spawn(index: usize, device: DeviceQueue, counters: Arc<PairCounters>) -> io::Result<Mailbox<QueuePair>> {
+    let poll = Poll::new()?;
+    poll.add(&device, Event::Device, READABLE)?;
+    let pair = QueuePair {
+        index,
+        device,
+        counters,
+        poll,
+        rx: None,
+        tx: None,
+        left: None,
+        filter: Arc::new(RxFilter::default()),
+        readable: true,
+        blocked: false,
+        lost: false,
+        allowed: true,
+        throttle: Throttle::default(),
+    };
+    Mailbox::spawn(format!("pair-{index}"), move |inbox| pair.run(&inbox))
+}
+
+/// Its rings, for the control thread, through the mailbox.
+impl RunsRings for QueuePair {
+    fn start(&mut self, direction: Direction, start: StartRing) -> io::Result<()> {
+        let (mem, features) = (Arc::clone(start.queue.mem()), start.features);
+        match direction {
+            Direction::Rx => {
+                let ring = RunningRing::start(start, &self.poll, Event::RxKick, &self.counters)?;
+                let mut rx = Rx::new(mem, features, self.left.take());
+                rx.set_filter(Arc::clone(&self.filter));
+                self.rx = Some((ring, rx));
+            }
+            Direction::Tx => {
+                let ring = RunningRing::start(start, &self.poll, Event::TxKick, &self.counters)?;
+                self.tx = Some((ring, Tx::new(mem, features)));
+            }
+        }
+        self.look_again();
+        Ok(())
+    }
+
+    fn stop(&mut self, direction: Direction) -> Option<StoppedRing> {
+        let ring = match direction {
+            Direction::Rx => self.rx.take().map(|(ring, rx)| {
+                self.left = rx.into_held_frame();
+                ring
+            }),
+            Direction::Tx => self.tx.take().map(|(ring, _)| ring),
+        }?;
+        Some(ring.stop(&self.poll))
+    }
+
+    fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()> {
+        let ring = match direction {
+            Direction::Rx => self.rx.as_mut().map(|(ring, _)| ring),
+            Direction::Tx => self.tx.as_mut().map(|(ring, _)| ring),
+        };
+        let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll));
+        self.look_again();
+        changed
+    }
+
+    fn relocate(&mut self, direction: Direction, mem: &Arc<MemView>, found: Option<SplitRing>) {
+        let Some(found) = found else {
+            return self.park(direction, &"it is no longer in guest memory");
+        };
+        match (direction, &mut self.rx, &mut self.tx) {
+            (Direction::Rx, Some((ring, rx)), _) => {
+                rx.relocate(&mut ring.queue, Arc::clone(mem));
+                ring.queue.relocate(found, Arc::clone(mem));
+            }
+            (Direction::Tx, _, Some((ring, tx))) => {
+                tx.relocate(Arc::clone(mem));
+                ring.queue.relocate(found, Arc::clone(mem));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What else the control threads may ask for, through the mailbox.
+impl QueuePair {
+    /// Changes which frames reach the guest.
+    pub fn set_filter(&mut self, filter: Arc<RxFilter>) {
+        self.filter = Arc::clone(&filter);
+        if let Some((_, rx)) = &mut self.rx {
+            rx.set_filter(filter);
+        }
+    }
+
+    /// Changes which unfinished frames the guest takes.
+    pub fn set_offloads(&mut self, offloads: GuestOffloads) {
+        if let Some((_, rx)) = &mut self.rx {
+            rx.set_offloads(offloads);
+        }
+    }
+
+    /// Says whether the driver may use this pair.
+    pub fn set_allowed(&mut self, allowed: bool) {
+        self.allowed = allowed;
+        self.look_again();
+    }
+
+    /// Whether this pair passes frames, and whether the kernel gives it any.
+    pub fn usage(&self) -> Usage {
+        let in_use = self.allowed && self.rx.as_ref().is_some_and(|(ring, _)| ring.passes());
+        Usage { in_use, attached: self.device.is_attached() }
+    }
+
+    /// Has the kernel give the device's queue no frames any more.
+    pub fn detach(&mut self) {
+        match self.device.detach() {
+            Ok(()) => log::debug!("Queue pair {}: detached from the device", self.index),
+            Err(e) => log::warn!("Queue pair {}: cannot detach from the device: {e}", self.index),
+        }
+    }
+
+    /// Puts a frame of ours, with its virtio-net header, on the device.
+    ///
+    /// # Errors
+    /// What `write(2)` says.
+    pub fn inject(&mut self, frame: &[u8]) -> io::Result<()> {
+        rustix::io::write(&self.device, frame).map(drop).map_err(io::Error::from)
+    }
+}
+
+/// What happens in the thread.
+impl QueuePair {
+    fn run(mut self, inbox: &Inbox<QueuePair>) {
+        if let Err(e) = self.poll.add_eventfd(inbox.wake(), Event::Mailbox) {
+            return log::error!("Queue pair {}: cannot watch its mailbox: {e}", self.index);
+        }
+        while inbox.run_jobs(&mut self) {
+            let wait = self.wait();
+            let events = match self.poll.wait(wait) {
+                Ok(events) => events,
+                Err(e) => return log::error!("Queue pair {}: cannot wait for events: {e}", self.index),
+            };
+            for (event, on) in events {
+                self.handle(event, on, inbox);
+            }
+            if matches!(wait, Wait::Millis(_)) {
+                self.look_at_polled();
+            }
+            if self.tx_ready() {
+                self.pump_tx();
+            }
+            if self.rx_ready() {
+                self.pump_rx();
+            }
+        }
+    }
+
+    fn wait(&self) -> Wait {
+        let polled = |ring: Option<&RunningRing>| ring.is_some_and(RunningRing::is_polled);
+        if self.tx_ready() || self.rx_ready() {
+            Wait::No
+        } else if polled(self.rx.as_ref().map(|(r, _)| r)) || polled(self.tx.as_ref().map(|(r, _)| r)) {
+            Wait::Millis(POLL_INTERVAL_MS)
+        } else {
+            Wait::Forever
+        }
+    }
+
+    fn handle(&mut self, event: Event, on: EventSet, inbox: &Inbox<QueuePair>) {
+        match event {
+            Event::Mailbox => inbox.clear(),
+            Event::Device => {
+                self.readable = true;
+                if on.contains(EventSet::OUT) && std::mem::take(&mut self.blocked) {
+                    // Only while blocked is it worth being woken for every frame that somebody takes.
+                    let _ = self.poll.modify(&self.device, Event::Device, READABLE);
+                }
+            }
+            Event::RxKick => {
+                self.counters.rx_kicks.add(1);
+                self.kicked(Direction::Rx);
+                self.attach_if_used();
+            }
+            Event::TxKick => {
+                self.counters.tx_kicks.add(1);
+                self.kicked(Direction::Tx);
+            }
+            // Of the control queue's thread.
+            Event::ControlKick => {}
+        }
+    }
+
+    fn kicked(&mut self, direction: Direction) {
+        if self.ring(direction).map(RunningRing::kicked) == Some(KickState::Dead) {
+            self.park(direction, &"its kick descriptor is dead");
+        }
+    }
+
+    fn look_at_polled(&mut self) {
+        for direction in [Direction::Rx, Direction::Tx] {
+            if let Some(ring) = self.ring(direction).filter(|ring| ring.is_polled()) {
+                ring.can_run = true;
+            }
+        }
+        self.attach_if_used();
+    }
+
+    fn tx_ready(&self) -> bool {
+        let device_takes = !self.blocked && !self.lost && self.device.is_attached();
+        self.tx.as_ref().is_some_and(|(ring, _)| match ring.mode {
+            RingMode::Waiting => false,
+            RingMode::Enabled => ring.is_ready() && device_takes,
+            RingMode::Disabled => ring.is_ready(),
+        })
+    }
+
+    fn rx_ready(&self) -> bool {
+        let takes = |ring: &RunningRing| ring.is_ready() && ring.mode == RingMode::Enabled;
+        self.readable && !self.lost && self.rx.as_ref().is_some_and(|(ring, _)| takes(ring))
+    }
+
+    /// One pass over the direction to the device.
+    fn pump_tx(&mut self) {
+        let Some((ring, tx)) = &mut self.tx else { return };
+        let passed = match ring.mode {
+            RingMode::Disabled => tx.discard(&mut ring.queue, &self.counters, BUDGET),
+            _ => tx.pump(&mut ring.queue, self.device.as_fd(), &self.counters, BUDGET),
+        };
+        ring.publish(&self.counters.tx_calls);
+        let settled = passed.and_then(|pump| match pump {
+            Pump::Drained => ring.sleep().map(|()| pump),
+            _ => Ok(pump),
+        });
+        match settled {
+            Ok(Pump::DeviceBlocked) => self.wait_until_writable(),
+            Ok(Pump::DeviceLost) => self.lose_device(),
+            Ok(Pump::Drained | Pump::NoBuffers | Pump::BudgetSpent) => {}
+            Err(broken) => self.park(Direction::Tx, &broken),
+        }
+    }
+
+    /// One pass over the direction from the device.
+    fn pump_rx(&mut self) {
+        let Some((ring, rx)) = &mut self.rx else { return };
+        let passed = rx.pump(&mut ring.queue, self.device.as_fd(), &self.counters, BUDGET);
+        ring.publish(&self.counters.rx_calls);
+        let settled = passed.and_then(|pump| match pump {
+            Pump::NoBuffers => ring.sleep().map(|()| pump),
+            _ => Ok(pump),
+        });
+        match settled {
+            Ok(Pump::Drained) => self.readable = false,
+            Ok(Pump::DeviceLost) => self.lose_device(),
+            Ok(Pump::NoBuffers | Pump::DeviceBlocked | Pump::BudgetSpent) => {}
+            Err(broken) => self.park(Direction::Rx, &broken),
+        }
+    }
+
+    /// Asks for an event once the device takes frames again; asking looks once more.
+    fn wait_until_writable(&mut self) {
+        self.blocked = true;
+        if let Err(e) = self.poll.modify(&self.device, Event::Device, READABLE | EventSet::OUT) {
+            log::error!("Queue pair {}: cannot wait for the device: {e}", self.index);
+            self.lose_device();
+        }
+    }
+
+    fn lose_device(&mut self) {
+        if !std::mem::replace(&mut self.lost, true) {
+            log::error!("Queue pair {}: the device is gone; no frames will pass", self.index);
+        }
+    }
+
+    /// Something changed by which the device may have become of interest.
+    fn look_again(&mut self) {
+        self.readable = true;
+        self.attach_if_used();
+    }
+
+    /// Attaches the device's queue once the pair runs and its rx ring has buffers: a flow that the kernel steers to a
+    /// queue that the guest never fills would be lost.
+    fn attach_if_used(&mut self) {
+        let (Some((rx, _)), Some((tx, _))) = (&mut self.rx, &mut self.tx) else { return };
+        if self.device.is_attached() || !self.allowed || !rx.passes() {
+            return;
+        }
+        match rx.queue.has_entries() {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(broken) => return self.park(Direction::Rx, &broken),
+        }
+        match self.device.attach() {
+            Ok(()) => log::debug!("Queue pair {}: attached to the device", self.index),
+            Err(e) => return log::warn!("Queue pair {}: cannot attach to the device: {e}", self.index),
+        }
+        self.readable = true;
+        tx.can_run = true;
+    }
+
+    fn ring(&mut self, direction: Direction) -> Option<&mut RunningRing> {
+        match direction {
+            Direction::Rx => self.rx.as_mut().map(|(ring, _)| ring),
+            Direction::Tx => self.tx.as_mut().map(|(ring, _)| ring),
+        }
+    }
+
+    fn park(&mut self, direction: Direction, why: &dyn Display) {
+        let ring = match direction {
+            Direction::Rx => self.rx.as_mut().map(|(ring, _)| ring),
+            Direction::Tx => self.tx.as_mut().map(|(ring, _)| ring),
+        };
+        if let Some(ring) = ring {
+            let why = format_args!("queue pair {}: {why}", self.index);
+            ring.park(&self.poll, &self.counters.broken_rings, &mut self.throttle, &why);
+        }
+    }
+}
