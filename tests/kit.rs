@@ -12,9 +12,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use common::driver::CtrlDriver;
+use common::frames::{self, Checker, Ends, L4Csum, Stamp};
 use common::memory::{GuestMemory, RegionSpec};
 use common::split_ring::{Buf, SplitRing, need_event};
-use common::virtio::ctrl;
+use common::tap_double::TapDouble;
+use common::virtio::{VnetHdr, ctrl};
 use common::{PATIENCE, fd_of, wait_readable};
 
 const MIB: usize = 1 << 20;
@@ -198,4 +200,75 @@ fn control_driver_brings_a_command_and_takes_its_status() {
 
     assert_eq!(command, [4, 0, 2, 0]);
     assert_eq!(status, ctrl::ERR);
+}
+
+#[test]
+fn tap_double_keeps_borders_and_blocks_when_full() {
+    let (tap, device) = TapDouble::new();
+    let header = VnetHdr::default();
+
+    tap.send(&header, &[1; 60]);
+    tap.send(&header, &[2; 1514]);
+    let mut bytes = vec![0; 2000];
+    assert_eq!(rustix::io::read(&device, &mut bytes).unwrap(), 72);
+    assert_eq!(rustix::io::read(&device, &mut bytes[..100]).unwrap(), 100);
+    let blocked = rustix::io::read(&device, &mut bytes);
+    assert_eq!(blocked, Err(rustix::io::Errno::AGAIN));
+
+    let fillers = tap.fill();
+    let full = rustix::io::write(&device, &[0; 72]);
+    assert_eq!(full, Err(rustix::io::Errno::AGAIN));
+    assert!(tap.drain_fillers(fillers).is_empty());
+    rustix::io::write(&device, &bytes[..72]).unwrap();
+    assert_eq!(tap.recv(PATIENCE).unwrap().1.len(), 60);
+}
+
+#[test]
+fn checker_tells_loss_duplication_reordering_and_corruption_apart() {
+    let frame = |seq| frames::test_frame(&Ends::TX, Stamp { stream: 9, seq }, 60);
+    let mut checker = Checker::new(9);
+    let mut spoilt = frame(8);
+    spoilt[50] ^= 1;
+
+    for seq in [0, 1, 1, 4, 3] {
+        checker.see(&frame(seq));
+    }
+    checker.see(&spoilt);
+    checker.see(&frame(8)[..40]);
+    checker.see(&frames::arp_request(&Ends::TX));
+
+    assert_eq!(checker.lost(7), [2, 5, 6]);
+    assert_eq!(checker.duplicated, 1);
+    assert_eq!(checker.reordered, 1);
+    assert_eq!(checker.corrupted.len(), 2);
+    assert_eq!(checker.foreign, 1);
+}
+
+#[test]
+fn built_frames_have_right_checksums() {
+    for len in [18, 19, 1400, 1401] {
+        let payload = frames::payload(Stamp { stream: 1, seq: 5 }, len);
+        for frame in [
+            frames::udp4(&Ends::TX, &payload, L4Csum::Full),
+            frames::udp6(&Ends::TX, &payload, L4Csum::Full),
+            frames::tcp4(&Ends::TX, 1, &payload, L4Csum::Full),
+            frames::tcp6(&Ends::TX, 1, &payload, L4Csum::Full),
+            frames::vlan(&frames::udp4(&Ends::TX, &payload, L4Csum::Full), 42),
+        ] {
+            assert!(frames::checksums_are_right(&frame));
+            let stamp = Stamp { stream: 1, seq: 5 };
+            assert_eq!(frames::find_stamp(&frame), Some(Ok(stamp)));
+        }
+        let partial = frames::udp4(&Ends::TX, &payload, L4Csum::Partial);
+        assert!(!frames::checksums_are_right(&partial));
+    }
+}
+
+#[test]
+fn known_ip_header_has_its_known_checksum() {
+    // The example that RFC 1071's implementers use.
+    let header = [
+        0x45, 0, 0, 0x73, 0, 0, 0x40, 0, 0x40, 0x11, 0, 0, 0xc0, 0xa8, 0, 1, 0xc0, 0xa8, 0, 0xc7,
+    ];
+    assert_eq!(!frames::checksum_add(0, &header), 0xb861);
 }

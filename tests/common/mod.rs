@@ -1,6 +1,7 @@
 //! The test kit: everything around a vhost-user net back-end, so that a test drives it from outside.
 //!
-//! Rings as a driver writes them ([`split_ring`] and [`driver`] on [`memory`]).
+//! Rings as a driver writes them ([`split_ring`] and [`driver`] on [`memory`]), a SEQPACKET pair as the TAP
+//! ([`tap_double`]), frames that tell loss from corruption ([`frames`]).
 //!
 //! Nothing here uses the library under test, sleeps, or waits without a bound: [`PATIENCE`] says how long
 //! an event that must come is waited for, and a kit function that gives up says what it waited for.
@@ -12,8 +13,10 @@
 #![allow(unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
 pub mod driver;
+pub mod frames;
 pub mod memory;
 pub mod split_ring;
+pub mod tap_double;
 pub mod virtio;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
