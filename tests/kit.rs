@@ -1,4 +1,4 @@
-//! The test kit proved: its parts one by one.
+//! The test kit proved: its parts one by one, and whole sessions against the reference back-end.
 //!
 //! What passes here is known of the kit, so that a failure elsewhere is the library's.
 
@@ -7,19 +7,391 @@
 
 mod common;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::driver::CtrlDriver;
+use common::crate_frontend::CrateFrontend;
+use common::driver::{CtrlDriver, NetDriver, NetDriverSpec};
 use common::frames::{self, Checker, Ends, L4Csum, Stamp};
+use common::frontend::{Answer, RawFrontend, Refusal, SessionSpec};
 use common::memory::{GuestMemory, RegionSpec};
+use common::message::{Message, request};
+use common::reference::ReferenceDaemon;
 use common::split_ring::{Buf, SplitRing, need_event};
 use common::tap_double::TapDouble;
-use common::virtio::{VnetHdr, ctrl};
-use common::{PATIENCE, fd_of, wait_readable};
+use common::virtio::{VnetHdr, ctrl, feature, gso, net_flag};
+use common::{PATIENCE, QUIET, fd_of, wait_readable};
+use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
+
+/// The feature sets over which the scenarios run.
+const FEATURE_SETS: [u64; 5] = [
+    0,
+    feature::MRG_RXBUF,
+    feature::EVENT_IDX,
+    feature::INDIRECT_DESC,
+    feature::MRG_RXBUF | feature::EVENT_IDX | feature::INDIRECT_DESC,
+];
+
+/// A reference daemon with its TAP double, and a guest in front of it.
+struct Bench {
+    // Dropped in this order: the front-end ends its session before the daemon is waited for.
+    session: Option<CrateFrontend>,
+    daemon: ReferenceDaemon,
+    tap: TapDouble,
+    mem: Arc<GuestMemory>,
+    driver: NetDriver,
+    socket: PathBuf,
+    _dir: TempDir,
+}
+
+impl Bench {
+    fn new(features: u64, start_index: u16) -> Self {
+        let dir = TempDir::new().unwrap();
+        let socket = dir.path().join("vhost.sock");
+        let (tap, device) = TapDouble::new();
+        let daemon = ReferenceDaemon::start(&socket, device);
+        let mem = Arc::new(GuestMemory::single(64 * MIB));
+        let spec = NetDriverSpec {
+            features: features | feature::VERSION_1,
+            start_index,
+            tolerate_partial_frames: true,
+            ..NetDriverSpec::default()
+        };
+        Self {
+            session: None,
+            driver: NetDriver::new(&mem, &spec),
+            daemon,
+            tap,
+            mem,
+            socket,
+            _dir: dir,
+        }
+    }
+
+    /// With a session in cloud-hypervisor's order, through the crate that it uses.
+    fn started(features: u64, start_index: u16) -> Self {
+        let mut bench = Self::new(features, start_index);
+        let session = CrateFrontend::start(&bench.socket, &bench.session_spec(features)).unwrap();
+        bench.session = Some(session);
+        bench
+    }
+
+    fn session_spec(&self, features: u64) -> SessionSpec<'_> {
+        SessionSpec::new(&self.mem, self.driver.rings().to_vec(), features)
+    }
+
+    fn connect(&self) -> RawFrontend {
+        RawFrontend::connect(&self.socket).unwrap()
+    }
+
+    /// Sends `count` frames of `len` bytes from the guest and checks that the TAP got them.
+    fn assert_tx_works(&mut self, stream: u16, count: u32, len: usize) {
+        let mut checker = Checker::new(stream);
+        for seq in 0..count {
+            let frame = frames::test_frame(&Ends::TX, Stamp { stream, seq }, len);
+            self.driver.send(&VnetHdr::default(), &frame);
+            let (_, frame) = self.tap.recv(PATIENCE).expect("a frame on the TAP");
+            checker.see(&frame);
+        }
+        checker.assert_perfect(count);
+    }
+
+    /// Sends `count` frames of `len` bytes to the guest and checks that it got them.
+    fn assert_rx_works(&mut self, stream: u16, count: u32, len: usize) {
+        let mut checker = Checker::new(stream);
+        for seq in 0..count {
+            let frame = frames::test_frame(&Ends::RX, Stamp { stream, seq }, len);
+            self.tap.send(&VnetHdr::default(), &frame);
+            let (_, frame) = self.driver.recv(PATIENCE).expect("a frame in the guest");
+            checker.see(&frame);
+        }
+        checker.assert_perfect(count);
+    }
+}
+
+// Sessions against the reference back-end.
+
+#[test]
+fn frames_of_all_sizes_reach_the_tap_in_order() {
+    for features in FEATURE_SETS {
+        let mut bench = Bench::started(features, 0);
+        let mut checker = Checker::new(1);
+        let sizes = [60, 64, 590, 1514, 9014, 65_549];
+        for (seq, len) in (0..).zip(sizes) {
+            let stamp = Stamp { stream: 1, seq };
+            let sent = frames::test_frame(&Ends::TX, stamp, len);
+
+            bench.driver.send(&VnetHdr::default(), &sent);
+
+            let (_, got) = bench.tap.recv(PATIENCE).expect("a frame on the TAP");
+            assert_eq!(got, sent, "{len} bytes with features {features:#x}");
+            checker.see(&got);
+        }
+        checker.assert_perfect(sizes.len() as u32);
+        assert!(bench.driver.wait_tx_done(PATIENCE));
+        assert_eq!(bench.driver.tx.out_of_order(), 0);
+    }
+}
+
+#[test]
+fn frames_of_all_sizes_reach_the_guest_in_order() {
+    for features in FEATURE_SETS {
+        let mut bench = Bench::started(features, 0);
+        let mergeable = features & feature::MRG_RXBUF != 0;
+        if mergeable {
+            bench.driver.post_rx(128, 1536);
+        } else {
+            bench.driver.post_rx_chains(16, &[4096, 66_000 - 4096]);
+        }
+        for (seq, len) in (0..).zip([60, 64, 590, 1514, 9014, 65_549]) {
+            let stamp = Stamp { stream: 2, seq };
+            let sent = frames::test_frame(&Ends::RX, stamp, len);
+
+            bench.tap.send(&VnetHdr::default(), &sent);
+
+            let got = bench
+                .driver
+                .recv_detailed(PATIENCE)
+                .expect("a frame in the guest");
+            assert_eq!(got.frame, sent, "{len} bytes with features {features:#x}");
+            let buffers = if mergeable {
+                (len + VnetHdr::LEN).div_ceil(1536)
+            } else {
+                1
+            };
+            assert_eq!(got.lens.len(), buffers);
+        }
+    }
+}
+
+#[test]
+fn headers_pass_unchanged_both_ways() {
+    let header = VnetHdr {
+        flags: net_flag::NEEDS_CSUM,
+        gso_type: gso::TCPV4,
+        hdr_len: 54,
+        gso_size: 1448,
+        csum_start: 34,
+        csum_offset: 16,
+        num_buffers: 0,
+    };
+    let mut bench = Bench::started(0, 0);
+    bench.driver.post_rx(4, 4096);
+    let frame = frames::test_frame(&Ends::TX, Stamp { stream: 1, seq: 0 }, 100);
+
+    bench.driver.send(&header, &frame);
+    let (sent, _) = bench.tap.recv(PATIENCE).unwrap();
+    bench.tap.send(&header, &frame);
+    let (got, _) = bench.driver.recv(PATIENCE).unwrap();
+
+    assert_eq!(sent, header);
+    assert_eq!(
+        got,
+        VnetHdr {
+            num_buffers: 1,
+            ..header
+        }
+    );
+}
+
+#[test]
+fn rings_that_pass_65535_lose_nothing() {
+    for features in FEATURE_SETS {
+        let mut bench = Bench::started(features, 65_530);
+        bench.driver.post_rx(64, 2048);
+
+        bench.assert_tx_works(1, 600, 80);
+        bench.assert_rx_works(2, 600, 80);
+
+        assert!(bench.driver.tx.avail_idx() < 65_530);
+        assert!(bench.driver.rx.last_used() < 65_530);
+    }
+}
+
+#[test]
+fn a_flood_larger_than_the_ring_arrives_whole() {
+    let mut bench = Bench::started(feature::EVENT_IDX, 0);
+    let mut checker = Checker::new(1);
+    const COUNT: u32 = 5000;
+    let tap = &bench.tap;
+    let driver = &mut bench.driver;
+
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for seq in 0..COUNT {
+                let frame = frames::test_frame(&Ends::TX, Stamp { stream: 1, seq }, 200);
+                driver.queue(&VnetHdr::default(), &frame);
+                driver.tx.publish_and_kick();
+            }
+            assert!(driver.wait_tx_done(PATIENCE));
+        });
+        for _ in 0..COUNT {
+            let (_, frame) = tap.recv(PATIENCE).expect("a frame on the TAP");
+            checker.see(&frame);
+        }
+    });
+
+    checker.assert_perfect(COUNT);
+}
+
+#[test]
+fn a_chain_cut_anywhere_arrives_as_one_frame() {
+    let mut bench = Bench::started(0, 0);
+    let frame = frames::test_frame(&Ends::TX, Stamp { stream: 1, seq: 0 }, 100);
+    let bytes = [&VnetHdr::default().to_bytes()[..], &frame].concat();
+    let single_bytes = [1; VnetHdr::LEN];
+    for cuts in [&[][..], &[1], &[11], &[12], &[13, 40], &single_bytes] {
+        bench.driver.queue_split(&bytes, cuts);
+        bench.driver.tx.publish_and_kick();
+
+        let (_, got) = bench.tap.recv(PATIENCE).expect("a frame on the TAP");
+        assert_eq!(got, frame, "cut at {cuts:?}");
+    }
+}
+
+#[test]
+fn a_full_tap_delays_frames_and_loses_none() {
+    let mut bench = Bench::started(feature::EVENT_IDX, 0);
+    let fillers = bench.tap.fill();
+    let mut checker = Checker::new(1);
+    for seq in 0..10 {
+        let frame = frames::test_frame(&Ends::TX, Stamp { stream: 1, seq }, 200);
+        bench.driver.send(&VnetHdr::default(), &frame);
+    }
+    assert!(!bench.driver.wait_tx_done(QUIET));
+
+    let early = bench.tap.drain_fillers(fillers);
+    for _ in early.len()..10 {
+        checker.see(&bench.tap.recv(PATIENCE).expect("a delayed frame").1);
+    }
+
+    assert!(early.is_empty(), "The TAP was not full");
+    checker.assert_perfect(10);
+    assert!(bench.driver.wait_tx_done(PATIENCE));
+}
+
+#[test]
+fn a_session_stops_with_the_bases_that_the_rings_have_reached() {
+    let mut bench = Bench::started(0, 100);
+    bench.driver.post_rx(16, 2048);
+    bench.assert_tx_works(1, 5, 60);
+    bench.assert_rx_works(2, 3, 60);
+
+    let bases = bench.session.as_mut().unwrap().stop().unwrap();
+
+    assert_eq!(bases, [103, 105]);
+}
+
+#[test]
+fn raw_front_end_in_cloud_hypervisors_order_starts_a_session() {
+    let features = feature::MRG_RXBUF | feature::EVENT_IDX;
+    let mut bench = Bench::new(features, 0);
+    let front_end = bench.connect();
+
+    let negotiated = front_end
+        .negotiate_like_cloud_hypervisor(&bench.session_spec(features))
+        .unwrap();
+
+    assert_eq!(negotiated.queue_num, Some(2));
+    bench.driver.post_rx(8, 2048);
+    bench.assert_tx_works(1, 20, 60);
+    bench.assert_rx_works(2, 20, 60);
+    assert_eq!(front_end.stop_like_cloud_hypervisor(2), Ok(vec![20, 20]));
+    assert!(front_end.is_alive());
+    front_end.disconnect();
+}
+
+#[test]
+fn memory_in_several_files_and_regions_reaches_the_back_end() {
+    let mut bench = Bench::new(0, 0);
+    bench.mem = Arc::new(GuestMemory::new(&[
+        RegionSpec::new(0, MIB),
+        RegionSpec::new(MIB as u64, MIB).in_file(0, MIB as u64),
+        RegionSpec::new(0x1_0000_0000, 16 * MIB)
+            .in_file(1, 4096)
+            .at_user(0x5555_0000_0000),
+    ]));
+    let spec = NetDriverSpec {
+        queue_size: 16,
+        ..NetDriverSpec::default()
+    };
+    // Rings low, buffers over the border of the first two regions.
+    bench.driver = NetDriver::new(&bench.mem, &spec);
+    bench.mem.alloc(MIB - 64 * 1024, 1);
+    let front_end = bench.connect();
+    front_end
+        .negotiate_like_cloud_hypervisor(&bench.session_spec(0))
+        .unwrap();
+    let ends = Ends::TX;
+    let frame = frames::test_frame(&ends, Stamp { stream: 1, seq: 0 }, 4000);
+    let addr = MIB as u64 - 2000;
+    bench.mem.write(addr, &VnetHdr::default().to_bytes());
+    bench.mem.write(addr + VnetHdr::LEN as u64, &frame);
+
+    let whole = Buf::readable(addr, VnetHdr::LEN + frame.len());
+    bench.driver.tx.add(&[whole]);
+    bench.driver.tx.publish_and_kick();
+
+    let (_, got) = bench.tap.recv(PATIENCE).expect("a frame on the TAP");
+    assert_eq!(got, frame);
+    front_end.disconnect();
+}
+
+#[test]
+fn refusals_show_as_nack_and_closed() {
+    let bench = Bench::new(0, 0);
+    let front_end = bench.connect();
+    front_end
+        .negotiate_like_cloud_hypervisor(&bench.session_spec(0))
+        .unwrap();
+
+    assert_eq!(front_end.ask(Message::set_vring_base(1, 7)), Answer::Ack);
+    assert!(matches!(
+        front_end.ask(Message::set_vring_num(99, 256)),
+        Answer::Nack(_)
+    ));
+    let unknown = Message::new(4242, vec![1, 2, 3, 4]);
+    assert_eq!(front_end.ask(unknown), Answer::Closed);
+}
+
+#[test]
+fn qemus_order_is_beyond_the_reference() {
+    let bench = Bench::new(0, 0);
+    let front_end = bench.connect();
+
+    let refused = front_end.negotiate_like_qemu(&bench.session_spec(0));
+
+    assert_eq!(
+        refused,
+        Err(Refusal {
+            request: request::SET_VRING_ENABLE,
+            answer: Answer::Closed
+        })
+    );
+}
+
+#[test]
+fn reference_serves_one_connection_after_another() {
+    let mut bench = Bench::new(0, 0);
+    for stream in 0..3 {
+        let front_end = bench.connect();
+        front_end
+            .negotiate_like_cloud_hypervisor(&bench.session_spec(0))
+            .unwrap();
+        bench.assert_tx_works(stream, 3, 60);
+        // Else the old session's worker may still look at the rings below.
+        front_end.stop_like_cloud_hypervisor(2).unwrap();
+        front_end.disconnect();
+        // The next session's rings begin anew, as after a guest's reboot.
+        bench.driver.tx.reset();
+        bench.driver.rx.reset();
+    }
+    assert!(bench.daemon.endings().len() >= 2);
+}
 
 // The kit's parts.
 

@@ -1,7 +1,9 @@
 //! The test kit: everything around a vhost-user net back-end, so that a test drives it from outside.
 //!
-//! Rings as a driver writes them ([`split_ring`] and [`driver`] on [`memory`]), a SEQPACKET pair as the TAP
-//! ([`tap_double`]), frames that tell loss from corruption ([`frames`]).
+//! Rings as a driver writes them ([`split_ring`] and [`driver`] on [`memory`]), messages as a front-end sends them
+//! ([`message`], [`frontend`], [`crate_frontend`]), a SEQPACKET pair as the TAP ([`tap_double`]),
+//! frames that tell loss from corruption ([`frames`]). [`reference`] is a back-end that we did not design, for a
+//! second opinion.
 //!
 //! Nothing here uses the library under test, sleeps, or waits without a bound: [`PATIENCE`] says how long
 //! an event that must come is waited for, and a kit function that gives up says what it waited for.
@@ -12,9 +14,13 @@
 // `pub` here means "for the tests", and a test fails by panicking.
 #![allow(unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
+pub mod crate_frontend;
 pub mod driver;
 pub mod frames;
+pub mod frontend;
 pub mod memory;
+pub mod message;
+pub mod reference;
 pub mod split_ring;
 pub mod tap_double;
 pub mod virtio;
