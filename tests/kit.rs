@@ -18,6 +18,7 @@ use common::frames::{self, Checker, Ends, L4Csum, Stamp};
 use common::frontend::{Answer, RawFrontend, Refusal, SessionSpec};
 use common::memory::{GuestMemory, RegionSpec};
 use common::message::{Message, request};
+use common::netns::{NetNs, PacketSocket, TapSpec, require_root};
 use common::reference::ReferenceDaemon;
 use common::split_ring::{Buf, SplitRing, need_event};
 use common::tap_double::TapDouble;
@@ -391,6 +392,85 @@ fn reference_serves_one_connection_after_another() {
         bench.driver.rx.reset();
     }
     assert!(bench.daemon.endings().len() >= 2);
+}
+
+// Kernel devices.
+
+#[test]
+fn kernel_tap_in_a_namespace_passes_frames_both_ways() {
+    if !require_root("kernel_tap_in_a_namespace_passes_frames_both_ways") {
+        return;
+    }
+    let namespace = NetNs::new();
+    namespace.add_tap(&TapSpec {
+        addr: Some("10.99.0.1/24"),
+        mac: Some("52:54:00:bb:00:01"),
+        multi_queue: true,
+        ..TapSpec::new("tap0")
+    });
+    let tap = namespace.open_tap("tap0", true);
+    let host = PacketSocket::open(&namespace, "tap0");
+
+    let request = frames::arp_request(&Ends::TX);
+    tap.write(&VnetHdr::default(), &request).unwrap();
+    let seen = host.recv(PATIENCE).expect("a frame on the packet socket");
+    assert_eq!(seen, request);
+    let reply = tap.read_until(PATIENCE, |frame| frames::is_arp_reply(frame, &Ends::TX));
+    assert!(reply.is_some(), "The host answers ARP");
+
+    let sent = frames::test_frame(&Ends::RX, Stamp { stream: 1, seq: 7 }, 100);
+    host.send(&sent);
+    let got = tap.read_until(PATIENCE, |frame| frame == sent);
+    assert!(got.is_some(), "The TAP has the host's frame");
+    assert_eq!(namespace.statistic("tap0", "rx_packets"), 1);
+    assert!(namespace.ip("link show tap0").contains("LOWER_UP"));
+}
+
+#[test]
+fn packet_socket_with_headers_shows_offloads() {
+    if !require_root("packet_socket_with_headers_shows_offloads") {
+        return;
+    }
+    let namespace = NetNs::new();
+    namespace.add_tap(&TapSpec::new("tap0"));
+    let tap = namespace.open_tap("tap0", false);
+    let host = PacketSocket::open_vnet_hdr(&namespace, "tap0");
+    let payload = frames::payload(Stamp { stream: 1, seq: 0 }, 4000);
+    let frame = frames::tcp4(&Ends::TX, 1, &payload, L4Csum::Partial);
+    let header = VnetHdr {
+        flags: net_flag::NEEDS_CSUM,
+        gso_type: gso::TCPV4,
+        hdr_len: 54,
+        gso_size: 1448,
+        csum_start: 34,
+        csum_offset: frames::TCP_CSUM_OFFSET,
+        num_buffers: 0,
+    };
+
+    tap.write(&header, &frame).unwrap();
+
+    let (seen, whole) = host.recv_vnet(PATIENCE).expect("a GSO frame");
+    assert_eq!((seen.gso_type, seen.gso_size), (gso::TCPV4, 1448));
+    assert_eq!(
+        frames::find_stamp(&whole),
+        Some(Ok(Stamp { stream: 1, seq: 0 }))
+    );
+}
+
+#[test]
+fn namespace_is_gone_after_its_test() {
+    if !require_root("namespace_is_gone_after_its_test") {
+        return;
+    }
+    let namespace = NetNs::new();
+    let name = namespace.name.clone();
+    let sleeper = namespace.spawn("sleep", &["60"]);
+    assert!(PathBuf::from(format!("/proc/{}", sleeper.pid())).exists());
+
+    drop(sleeper);
+    drop(namespace);
+
+    assert!(!PathBuf::from(format!("/run/netns/{name}")).exists());
 }
 
 // The kit's parts.
