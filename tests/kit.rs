@@ -19,11 +19,14 @@ use common::frontend::{Answer, RawFrontend, Refusal, SessionSpec};
 use common::memory::{GuestMemory, RegionSpec};
 use common::message::{Message, request};
 use common::netns::{NetNs, PacketSocket, TapSpec, require_root};
+use common::qemu_shim::QemuShim;
+use common::qtest::{self, Qemu, QemuSpec, QtestDriver, require_qemu};
+use common::recorder::{Recorded, Recorder};
 use common::reference::ReferenceDaemon;
 use common::split_ring::{Buf, SplitRing, need_event};
 use common::tap_double::TapDouble;
 use common::virtio::{VnetHdr, ctrl, feature, gso, net_flag};
-use common::{PATIENCE, QUIET, fd_of, wait_readable};
+use common::{PATIENCE, QUIET, fd_of, skip, wait_readable};
 use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
@@ -392,6 +395,114 @@ fn reference_serves_one_connection_after_another() {
         bench.driver.rx.reset();
     }
     assert!(bench.daemon.endings().len() >= 2);
+}
+
+// A real front-end.
+
+#[test]
+fn qemu_front_end_moves_frames_both_ways() {
+    const TEST: &str = "qemu_front_end_moves_frames_both_ways";
+    if !require_qemu(TEST) {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let socket = dir.path().join("vhost.sock");
+    let (tap, device) = TapDouble::new();
+    let behind = dir.path().join("reference.sock");
+    let _daemon = ReferenceDaemon::start(&behind, device);
+    let _shim = QemuShim::start(&socket, &behind);
+    let qemu = Qemu::start(&QemuSpec::new(&socket));
+    let mut driver = QtestDriver::new(qemu, |offered| offered & feature::MRG_RXBUF);
+    assert!(driver.features_ok);
+    driver.set_up_queues(2);
+    let buffers = qtest::BUFFERS;
+    for head in 0..8 {
+        let addr = buffers + 2048 * u64::from(head);
+        driver.add(0, head, &[Buf::writable(addr, 2048)]);
+    }
+    driver.driver_ok();
+    driver.kick(0);
+
+    let sent = frames::test_frame(&Ends::TX, Stamp { stream: 1, seq: 0 }, 200);
+    let at = buffers + 0x10_0000;
+    driver.qemu.write(at, &VnetHdr::default().to_bytes());
+    driver.qemu.write(at + 12, &sent);
+    driver.add(1, 0, &[Buf::readable(at, 12), Buf::readable(at + 12, 200)]);
+    driver.kick(1);
+    let (_, got) = tap.recv(PATIENCE).expect("a frame on the TAP");
+    assert_eq!(got, sent);
+    assert_eq!(driver.wait_used(1, PATIENCE), Some((0, 0)));
+
+    let sent = frames::test_frame(&Ends::RX, Stamp { stream: 2, seq: 0 }, 300);
+    tap.send(&VnetHdr::default(), &sent);
+    assert_eq!(driver.wait_used(0, PATIENCE), Some((0, 312)));
+    assert_eq!(driver.qemu.read(buffers + 12, 300), sent);
+}
+
+/// Requests in their order, without what differs from machine to machine: how often QEMU enables the rings, and how
+/// many regions there are.
+fn order_of(messages: &[Recorded]) -> Vec<(u32, Option<u32>, bool)> {
+    let mut order: Vec<_> = messages
+        .iter()
+        .filter(|message| message.request != request::SET_VRING_ENABLE)
+        .map(|message| (message.request, message.index(), message.need_reply))
+        .collect();
+    order.dedup();
+    order
+}
+
+fn position(messages: &[Recorded], request: u32) -> usize {
+    messages
+        .iter()
+        .position(|message| message.request == request)
+        .unwrap()
+}
+
+#[test]
+fn qemu_front_end_sends_in_the_order_that_the_kit_imitates() {
+    const TEST: &str = "qemu_front_end_sends_in_the_order_that_the_kit_imitates";
+    if !require_qemu(TEST) {
+        return;
+    }
+    if !qtest::version().contains("version 7.2") {
+        skip(TEST, "knows QEMU 7.2's order only");
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let socket = dir.path().join("qemu.sock");
+    let recorder = Recorder::start(&socket);
+    let spec = QemuSpec {
+        queue_pairs: 2,
+        ..QemuSpec::new(&socket)
+    };
+    let wanted = feature::MQ | feature::CTRL_VQ | feature::MRG_RXBUF;
+    let mut driver = QtestDriver::new(Qemu::start(&spec), |offered| offered & wanted);
+    driver.set_up_queues(5);
+    driver.driver_ok();
+    let mq = [2, 0];
+    let status = driver.ctrl(4, ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &mq);
+    assert_eq!(status, Some(ctrl::OK));
+    drop(driver);
+    let qemu = recorder.finish();
+
+    let socket = dir.path().join("kit.sock");
+    let recorder = Recorder::start(&socket);
+    let mem = Arc::new(GuestMemory::single(MIB));
+    let rings: Vec<_> = (0..4).map(|_| SplitRing::new(&mem, 256)).collect();
+    let session = SessionSpec {
+        protocol: SessionSpec::QEMU_PROTOCOL,
+        ..SessionSpec::new(&mem, rings.iter().collect(), 0)
+    };
+    let front_end = RawFrontend::connect(&socket).unwrap();
+    front_end.negotiate_like_qemu_7(&session).unwrap();
+    front_end.disconnect();
+    let kit = recorder.finish();
+
+    assert_eq!(order_of(&qemu), order_of(&kit));
+    for messages in [&qemu, &kit] {
+        let enable = position(messages, request::SET_VRING_ENABLE);
+        assert!(enable < position(messages, request::SET_FEATURES));
+    }
 }
 
 // Kernel devices.

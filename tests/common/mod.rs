@@ -3,7 +3,9 @@
 //! Rings as a driver writes them ([`split_ring`] and [`driver`] on [`memory`]), messages as a front-end sends them
 //! ([`message`], [`frontend`], [`crate_frontend`]), a SEQPACKET pair as the TAP ([`tap_double`]),
 //! frames that tell loss from corruption ([`frames`]). For what a double cannot show: kernel
-//! devices in a namespace ([`netns`]). [`reference`] is a back-end that we did not design, for a second opinion.
+//! devices in a namespace ([`netns`]) and a stock QEMU ([`qtest`]). [`reference`] is a back-end
+//! that we did not design, for a second opinion; [`qemu_shim`] lets QEMU talk to it, and
+//! [`recorder`] shows a front-end's message order.
 //!
 //! Nothing here uses the library under test, sleeps, or waits without a bound: [`PATIENCE`] says how long
 //! an event that must come is waited for, and a kit function that gives up says what it waited for.
@@ -21,6 +23,9 @@ pub mod frontend;
 pub mod memory;
 pub mod message;
 pub mod netns;
+pub mod qemu_shim;
+pub mod qtest;
+pub mod recorder;
 pub mod reference;
 pub mod split_ring;
 pub mod tap_double;
