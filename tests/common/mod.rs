@@ -1,0 +1,77 @@
+//! The test kit: everything around a vhost-user net back-end, so that a test drives it from outside.
+//!
+//! Rings as a driver writes them ([`split_ring`] and [`driver`] on [`memory`]), messages as a front-end sends them
+//! ([`message`], [`frontend`], [`crate_frontend`]), a SEQPACKET pair as the TAP ([`tap_double`]),
+//! frames that tell loss from corruption ([`frames`]). For what a double cannot show: kernel
+//! devices in a namespace ([`netns`]) and a stock QEMU ([`qtest`]). [`reference`] is a back-end
+//! that we did not design, for a second opinion; [`qemu_shim`] lets QEMU talk to it, and
+//! [`recorder`] shows a front-end's message order.
+//!
+//! Nothing here uses the library under test, sleeps, or waits without a bound: [`PATIENCE`] says how long
+//! an event that must come is waited for, and a kit function that gives up says what it waited for.
+//! As everywhere, rx and tx are the guest's: tx leaves the guest.
+
+// Each test binary compiles the whole kit and uses a part of it.
+#![allow(dead_code)]
+// `pub` here means "for the tests", and a test fails by panicking.
+#![allow(unreachable_pub, clippy::unwrap_used, clippy::panic)]
+
+pub mod crate_frontend;
+pub mod driver;
+pub mod frames;
+pub mod frontend;
+pub mod memory;
+pub mod message;
+pub mod netns;
+pub mod qemu_shim;
+pub mod qtest;
+pub mod recorder;
+pub mod reference;
+pub mod split_ring;
+pub mod tap_double;
+pub mod virtio;
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+/// How long an event that must come is waited for. Generous: the machine may be busy.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long to watch for an event that must not come.
+pub const QUIET: Duration = Duration::from_millis(100);
+
+/// Waits until `fd` has one of `events` (or hung up); false when `timeout` passed.
+pub fn wait_for(fd: impl AsFd, events: PollFlags, timeout: Duration) -> bool {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap(),
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        match poll(&mut [PollFd::new(&fd, events)], Some(&timeout)) {
+            Ok(ready) => return ready > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => panic!("Cannot poll: {error}"),
+        }
+    }
+}
+
+/// Waits until `fd` can be read (or its peer hung up); false when `timeout` passed.
+pub fn wait_readable(fd: impl AsFd, timeout: Duration) -> bool {
+    wait_for(fd, PollFlags::IN, timeout)
+}
+
+/// The eventfd as something to wait on, or to send.
+pub fn fd_of(eventfd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: `eventfd` owns its descriptor and outlives the borrow.
+    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
+}
+
+/// Says aloud why a test did nothing. Rust's test harness has no word for it.
+pub fn skip(test: &str, why: &str) {
+    eprintln!("SKIPPED: {test}: {why}");
+}

@@ -1,0 +1,378 @@
+//! Real kernel devices in a network namespace that lives as long as its test.
+//!
+//! Everything goes through `ip` (iproute2) and a thread that enters the namespace, so that the test's own
+//! thread stays where it is. IPv6 is off in the namespace: no frame is there that no test sent.
+//! Needs root: begin a test with `if !require_root("test_name") { return; }`.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Child, Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use super::tap_double::LARGEST_FRAME;
+use super::virtio::VnetHdr;
+use super::{skip, wait_readable};
+
+/// May this test make namespaces and TAPs? If not, says that it was skipped and why.
+pub fn require_root(test: &str) -> bool {
+    if !rustix::process::geteuid().is_root() {
+        skip(test, "needs root");
+    } else if !succeeds("ip", &["-V"]) {
+        skip(test, "needs ip of iproute2");
+    } else if !succeeds("unshare", &["--net", "true"]) {
+        skip(test, "may not make a network namespace");
+    } else if !Path::new("/dev/net/tun").exists() {
+        skip(test, "needs /dev/net/tun");
+    } else {
+        return true;
+    }
+    false
+}
+
+fn succeeds(program: &str, args: &[&str]) -> bool {
+    let output = Command::new(program).args(args).output();
+    output.is_ok_and(|output| output.status.success())
+}
+
+/// A TAP to make.
+#[derive(Clone, Copy, Debug)]
+pub struct TapSpec<'a> {
+    pub name: &'a str,
+    /// Hardware address of the host's side.
+    pub mac: Option<&'a str>,
+    /// Address and prefix length.
+    pub addr: Option<&'a str>,
+    pub multi_queue: bool,
+    pub mtu: Option<u32>,
+}
+
+impl<'a> TapSpec<'a> {
+    pub fn new(name: &'a str) -> Self {
+        Self {
+            name,
+            mac: None,
+            addr: None,
+            multi_queue: false,
+            mtu: None,
+        }
+    }
+}
+
+/// A network namespace; deleted, with all that is in it, when dropped.
+pub struct NetNs {
+    pub name: String,
+}
+
+impl NetNs {
+    /// Makes a namespace with a name that no other process uses.
+    pub fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("vun-{}-{count}", std::process::id());
+        must(Command::new("ip").args(["netns", "add", &name]));
+        let namespace = Self { name };
+        namespace.write_sysctl("net/ipv6/conf/all/disable_ipv6", "1");
+        namespace.write_sysctl("net/ipv6/conf/default/disable_ipv6", "1");
+        namespace.ip("link set lo up");
+        namespace
+    }
+
+    /// Makes a persistent TAP with virtio-net headers, and sets it up.
+    pub fn add_tap(&self, spec: &TapSpec<'_>) {
+        let name = spec.name;
+        let multi_queue = if spec.multi_queue { "multi_queue" } else { "" };
+        self.ip(&format!(
+            "tuntap add dev {name} mode tap vnet_hdr {multi_queue}"
+        ));
+        if let Some(mac) = spec.mac {
+            self.ip(&format!("link set dev {name} address {mac}"));
+        }
+        if let Some(mtu) = spec.mtu {
+            self.ip(&format!("link set dev {name} mtu {mtu}"));
+        }
+        if let Some(addr) = spec.addr {
+            self.ip(&format!("addr add {addr} dev {name}"));
+        }
+        self.ip(&format!("link set dev {name} up"));
+    }
+
+    /// Runs `ip` in the namespace with words of `args`; returns what it printed, panics if it fails.
+    pub fn ip(&self, args: &str) -> String {
+        let output = must(
+            Command::new("ip")
+                .args(["-n", &self.name])
+                .args(args.split_whitespace()),
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// A command that runs in the namespace, to be given arguments.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name, program]);
+        command
+    }
+
+    /// Runs a program in the namespace; returns what it printed, panics if it fails.
+    pub fn run(&self, program: &str, args: &[&str]) -> String {
+        let output = must(self.command(program).args(args));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Starts a program in the namespace; it is killed when the guard is dropped.
+    /// `ip netns exec` becomes the program, so the child's pid is the program's.
+    pub fn spawn(&self, program: &str, args: &[&str]) -> ChildGuard {
+        ChildGuard(self.command(program).args(args).spawn().unwrap())
+    }
+
+    /// Calls `work` in a thread that is in the namespace; what it opens stays there.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(format!("/run/netns/{}", self.name)).unwrap();
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                // SAFETY: setns only reads the descriptor, which `namespace` keeps open.
+                let entered = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+                assert_eq!(entered, 0, "setns: {}", io::Error::last_os_error());
+                work()
+            });
+            inside.join().unwrap()
+        })
+    }
+
+    /// A number from `/sys/class/net/DEV/statistics`, for example `rx_packets`.
+    pub fn statistic(&self, device: &str, name: &str) -> u64 {
+        let path = format!("/sys/class/net/{device}/statistics/{name}");
+        self.run("cat", &[&path]).trim().parse().unwrap()
+    }
+
+    /// Opens a queue of a TAP as a back-end would, non-blocking and with headers of [`VnetHdr::LEN`] bytes.
+    pub fn open_tap(&self, device: &str, multi_queue: bool) -> TapQueue {
+        TapQueue {
+            fd: self.within(|| tap_queue(device, multi_queue)),
+        }
+    }
+
+    fn write_sysctl(&self, name: &str, value: &str) {
+        // /proc/sys/net shows the namespace of the thread that looks.
+        self.within(|| {
+            // A kernel without IPv6 has no such file, and needs none.
+            let _ = std::fs::write(format!("/proc/sys/{name}"), value);
+        });
+    }
+}
+
+impl Drop for NetNs {
+    fn drop(&mut self) {
+        // Panicking here while panicking would hide the test's own message.
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .status();
+    }
+}
+
+/// A process that is killed and reaped when its test ends.
+pub struct ChildGuard(pub Child);
+
+impl ChildGuard {
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for ChildGuard {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// An open queue of a TAP: the guest's side, for tests without a back-end, or to hand over to one.
+pub struct TapQueue {
+    pub fd: OwnedFd,
+}
+
+impl TapQueue {
+    pub fn write(&self, header: &VnetHdr, frame: &[u8]) -> io::Result<usize> {
+        let bytes = [&header.to_bytes()[..], frame].concat();
+        Ok(rustix::io::write(&self.fd, &bytes)?)
+    }
+
+    pub fn read(&self, timeout: Duration) -> Option<(VnetHdr, Vec<u8>)> {
+        if !wait_readable(&self.fd, timeout) {
+            return None;
+        }
+        let mut bytes = vec![0; LARGEST_FRAME];
+        let len = rustix::io::read(&self.fd, &mut bytes).unwrap();
+        bytes.truncate(len);
+        let frame = bytes.split_off(VnetHdr::LEN);
+        Some((VnetHdr::from_bytes(&bytes), frame))
+    }
+
+    /// Reads frames until one is `wanted`; the host may send others.
+    pub fn read_until(&self, timeout: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let (_, frame) = self.read(left)?;
+            if wanted(&frame) {
+                return Some(frame);
+            }
+        }
+    }
+}
+
+/// Attaches a queue of `device` in the calling thread's namespace.
+fn tap_queue(device: &str, multi_queue: bool) -> OwnedFd {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).unwrap();
+    let mut wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if multi_queue {
+        wanted |= libc::IFF_MULTI_QUEUE;
+    }
+    // SAFETY: an ifreq of zeros is valid: a name of null bytes and numbers.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = wanted as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which outlives the call.
+    let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    assert_eq!(set, 0, "TUNSETIFF: {}", io::Error::last_os_error());
+    let header_len = VnetHdr::LEN as libc::c_int;
+    // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
+    let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header_len) };
+    assert_eq!(set, 0, "TUNSETVNETHDRSZ: {}", io::Error::last_os_error());
+    fd
+}
+
+/// A packet socket on a device, on the host's side: sends towards the guest, receives what the guest sent.
+pub struct PacketSocket {
+    fd: OwnedFd,
+    vnet_hdr: bool,
+}
+
+impl PacketSocket {
+    /// Plain frames, as they are on the wire; a GSO frame shows whole, without its header.
+    pub fn open(namespace: &NetNs, device: &str) -> Self {
+        Self::open_with(namespace, device, false)
+    }
+
+    /// Frames with the virtio-net header (10 bytes) that the kernel makes of them, for offloads.
+    pub fn open_vnet_hdr(namespace: &NetNs, device: &str) -> Self {
+        Self::open_with(namespace, device, true)
+    }
+
+    fn open_with(namespace: &NetNs, device: &str, vnet_hdr: bool) -> Self {
+        let fd = namespace.within(|| bound_packet_socket(device));
+        // What this host sends is not what the guest sent.
+        set_packet_option(&fd, libc::PACKET_IGNORE_OUTGOING, 1);
+        if vnet_hdr {
+            set_packet_option(&fd, libc::PACKET_VNET_HDR, 1);
+        }
+        Self { fd, vnet_hdr }
+    }
+
+    /// Sends a frame to the device, that is, towards the guest.
+    pub fn send(&self, frame: &[u8]) {
+        assert!(!self.vnet_hdr, "This socket wants a header");
+        send(&self.fd, frame, SendFlags::empty()).unwrap();
+    }
+
+    /// Sends a frame with offloads to be done.
+    pub fn send_vnet(&self, header: &VnetHdr, frame: &[u8]) -> io::Result<()> {
+        let bytes = [&header.to_bytes()[..10], frame].concat();
+        send(&self.fd, &bytes, SendFlags::empty())?;
+        Ok(())
+    }
+
+    /// The next frame that came out of the device, that is, left the guest.
+    pub fn recv(&self, timeout: Duration) -> Option<Vec<u8>> {
+        Some(self.recv_vnet(timeout)?.1)
+    }
+
+    pub fn recv_vnet(&self, timeout: Duration) -> Option<(VnetHdr, Vec<u8>)> {
+        if !wait_readable(&self.fd, timeout) {
+            return None;
+        }
+        let mut bytes = vec![0; 1 << 17];
+        let (len, _) = recv(&self.fd, &mut bytes[..], RecvFlags::empty()).unwrap();
+        bytes.truncate(len);
+        if !self.vnet_hdr {
+            return Some((VnetHdr::default(), bytes));
+        }
+        let frame = bytes.split_off(10);
+        bytes.extend([0, 0]);
+        Some((VnetHdr::from_bytes(&bytes), frame))
+    }
+}
+
+/// A packet socket for all protocols on `device` of the calling thread's namespace.
+fn bound_packet_socket(device: &str) -> OwnedFd {
+    let all = (libc::ETH_P_ALL as u16).to_be();
+    // Protocol 0: nothing is received before bind says from where.
+    // SAFETY: socket takes numbers only.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    assert!(fd >= 0, "socket: {}", io::Error::last_os_error());
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let addr = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: all,
+        sll_ifindex: interface_index(device),
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: `addr` is a sockaddr_ll of the length given, and outlives the call.
+    let bound = unsafe {
+        libc::bind(
+            fd.as_raw_fd(),
+            (&raw const addr).cast(),
+            size_of_val(&addr) as u32,
+        )
+    };
+    assert_eq!(bound, 0, "bind: {}", io::Error::last_os_error());
+    fd
+}
+
+fn interface_index(device: &str) -> i32 {
+    let name = CString::new(device).unwrap();
+    // SAFETY: `name` ends with a null byte and outlives the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    assert_ne!(index, 0, "No device {device}");
+    index as i32
+}
+
+fn set_packet_option(fd: &OwnedFd, option: i32, value: i32) {
+    // SAFETY: `value` is an int of the length given, and outlives the call.
+    let set = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_PACKET,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as u32,
+        )
+    };
+    assert_eq!(set, 0, "setsockopt: {}", io::Error::last_os_error());
+}
+
+fn must(command: &mut Command) -> Output {
+    let output = command.output().unwrap();
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
+}
