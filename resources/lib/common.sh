@@ -1,0 +1,112 @@
+# shellcheck shell=bash disable=SC2034 # the sourcing scripts use it
+# What the scripts in resources/ share: messages, timed steps, missing packages, the Rust toolchain.
+# Sourced, never run. The caller has set `set -euo pipefail` and $ROOT (the checkout).
+
+# Guests and their parts are kept between runs.
+if [ "$(id -u)" = 0 ]; then
+    CACHE=${VHOST_USER_NET_CACHE:-/var/cache/vhost-user-net}
+else
+    CACHE=${VHOST_USER_NET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhost-user-net}
+fi
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() {
+    say "${0##*/}: $*"
+    exit 1
+}
+
+# --- Timed steps -----------------------------------------------------------------------------
+
+# Milliseconds, for differences only.
+now() { echo $((${EPOCHREALTIME/[.,]/} / 1000)); }
+
+# `seconds 1234` prints 1.2
+seconds() { printf '%d.%d' $(($1 / 1000)) $(($1 % 1000 / 100)); }
+
+STEP=
+# `step TEXT` opens a step; `step_done [DETAIL]` closes it and shows its time. A script that ends
+# in between has failed in that step ($STEP).
+step() {
+    STEP=$*
+    STEP_START=$(now)
+    printf '%-44s ' "$STEP" >&2
+}
+
+step_done() {
+    printf '%6s s  %s\n' "$(seconds $(($(now) - STEP_START)))" "$*" >&2
+    STEP=
+}
+
+# --- Packages --------------------------------------------------------------------------------
+
+export DEBIAN_FRONTEND=noninteractive
+# Another apt may be at work (unattended upgrades of a new machine): wait for it.
+APT=(apt-get -q -o DPkg::Lock::Timeout=300)
+
+apt_update() {
+    [ -z "${APT_UPDATED:-}" ] || return 0
+    "${APT[@]}" update >&2 || die "apt-get update failed"
+    APT_UPDATED=yes
+}
+
+# `install_missing COMMAND=PACKAGE...` installs the packages whose command is not there.
+install_missing() {
+    local pair packages=()
+    for pair in "$@"; do
+        command -v "${pair%%=*}" >/dev/null || packages+=("${pair#*=}")
+    done
+    [ ${#packages[@]} -gt 0 ] || return 0
+    command -v apt-get >/dev/null || die "please install: ${packages[*]} (no apt-get here to do it)"
+    [ "$(id -u)" = 0 ] || die "please install, or run this as root: ${packages[*]}"
+    say "Installing ${packages[*]}"
+    apt_update
+    "${APT[@]}" install -y --no-install-recommends "${packages[@]}" >&2 </dev/null ||
+        die "cannot install ${packages[*]}"
+}
+
+# --- Rust ------------------------------------------------------------------------------------
+
+# Finds the toolchain, and who runs it. Under sudo it is the invoking user's, and that user builds,
+# so that target/ and the crate cache stay theirs. Sets TOOLCHAIN (environment for cargo) and
+# BUILDER (empty: ourselves).
+find_rust() {
+    local home=$HOME user=
+    BUILDER=
+    if [ "$(id -u)" = 0 ] && [ -n "${SUDO_USER:-}" ] && [ "$SUDO_USER" != root ]; then
+        user=$SUDO_USER
+        home=$(getent passwd "$user" | cut -d: -f6)
+    fi
+    TOOLCHAIN=("PATH=$home/.cargo/bin:$PATH")
+    if [ -n "$user" ]; then
+        if [ -x "$home/.cargo/bin/cargo" ]; then
+            TOOLCHAIN+=("RUSTUP_HOME=$home/.rustup" "CARGO_HOME=$home/.cargo")
+        fi
+        # A checkout that the user cannot write to is root's to build.
+        if runuser -u "$user" -- test -w "$ROOT"; then
+            BUILDER=$user
+            TOOLCHAIN+=("HOME=$home")
+        fi
+    fi
+    require_rust
+    # rustc needs a C compiler as its linker.
+    install_missing cc=build-essential
+}
+
+require_rust() {
+    local wanted have
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml")
+    have=$(env "${TOOLCHAIN[@]}" rustc --version 2>/dev/null | cut -d' ' -f2) || have=none
+    env "${TOOLCHAIN[@]}" cargo --version >/dev/null 2>&1 || have=none
+    if [ "$have" = none ] || [ "$(printf '%s\n' "$wanted" "$have" | sort -V | head -n1)" != "$wanted" ]; then
+        die "Rust $wanted or newer is needed (found: $have; the distribution's may be too old):" \
+            "install it with rustup, https://rustup.rs, then run this again"
+    fi
+}
+
+# `cargo_run ARGUMENT...` runs cargo on this checkout as whoever builds.
+cargo_run() {
+    local as=()
+    [ -z "$BUILDER" ] || as=(runuser -u "$BUILDER" --)
+    (cd "$ROOT" && "${as[@]}" env "${TOOLCHAIN[@]}" cargo "$@")
+}
