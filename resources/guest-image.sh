@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2119 # step_done needs no argument
 # Makes what the test guests boot from: a distribution kernel and a small initramfs with a shell,
 # iperf3, ethtool and iproute2. Nothing of the kernel packages is installed; they are unpacked into
 # the cache. A second run finds everything there and is done at once.
@@ -36,7 +37,8 @@ install_host_packages() {
     # The guest has no C library of busybox's choosing: it must be the static one.
     if ldd "$(command -v busybox)" >/dev/null 2>&1; then
         apt_update
-        "${APT[@]}" install -y --no-install-recommends busybox-static >&2 </dev/null
+        quietly "${APT[@]}" install -y --no-install-recommends busybox-static ||
+            die "cannot install busybox-static"
     fi
 }
 
@@ -60,13 +62,15 @@ unpack() {
     local directory=$1 deb
     shift
     mkdir -p "$directory/debs"
+    step "Unpacking $*"
     # Root's downloads go through the user _apt, who cannot write to our directory.
-    (cd "$directory/debs" && "${APT[@]}" -o APT::Sandbox::User=root download "$@" >&2) ||
+    (cd "$directory/debs" && quietly "${APT[@]}" -o APT::Sandbox::User=root download "$@") ||
         die "cannot download $*"
     for deb in "$directory"/debs/*.deb; do
         dpkg-deb -x "$deb" "$directory"
     done
     rm -r "$directory/debs"
+    step_done
 }
 
 # `add_modules KERNEL_TREE INITRAMFS_TREE`: busybox's insmod takes plain .ko files only.
@@ -99,6 +103,7 @@ add_program() {
 # `make_initramfs KERNEL_TREE OUTPUT`
 make_initramfs() {
     local tree=$WORK/initramfs
+    step "Packing ${2#"$NEW/"}"
     rm -rf "$tree"
     mkdir -p "$tree"/{bin,dev,proc,sys,tmp,etc}
     cp -L "$(command -v busybox)" "$tree/bin/busybox"
@@ -112,6 +117,7 @@ make_initramfs() {
     add_modules "$1" "$tree"
     install -m 755 "$ROOT/resources/guest/init" "$tree/init"
     (cd "$tree" && find . | cpio -o -H newc -R 0:0 --quiet | gzip -1) >"$2"
+    step_done
 }
 
 make_guest() {

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034 # the sourcing scripts use it
+# shellcheck shell=bash disable=SC2034,SC2119,SC2120 # the sourcing scripts use it all
 # What the scripts in resources/ share: messages, timed steps, missing packages, the Rust toolchain.
 # Sourced, never run. The caller has set `set -euo pipefail` and $ROOT (the checkout).
 
@@ -24,29 +24,64 @@ now() { echo $((${EPOCHREALTIME/[.,]/} / 1000)); }
 # `seconds 1234` prints 1.2
 seconds() { printf '%d.%d' $(($1 / 1000)) $(($1 % 1000 / 100)); }
 
-STEP=
-# `step TEXT` opens a step; `step_done [DETAIL]` closes it and shows its time. A script that ends
+STEP='' STEP_SPOKE=''
+# `step TEXT` opens a step, `step_done [DETAIL]` closes it and shows its time. A script that ends
 # in between has failed in that step ($STEP).
 step() {
     STEP=$*
+    STEP_SPOKE=
     STEP_START=$(now)
-    printf '%-44s ' "$STEP" >&2
+    printf '%-40s ' "$STEP" >&2
+}
+
+# For a step whose commands print things themselves.
+speaking_step() {
+    step "$@"
+    STEP_SPOKE=yes
+    say
 }
 
 step_done() {
+    [ -z "$STEP_SPOKE" ] || printf '%-40s ' "$STEP" >&2
     printf '%6s s  %s\n' "$(seconds $(($(now) - STEP_START)))" "$*" >&2
     STEP=
+}
+
+# `quietly COMMAND...` shows what a command printed only if it failed.
+quietly() {
+    local output
+    output=$("$@" 2>&1 </dev/null) || {
+        printf '\n%s\n' "$output" >&2
+        return 1
+    }
+}
+
+# --- Waiting -----------------------------------------------------------------------------------
+
+# `gone PID`: has a process of ours ended?
+gone() { ! kill -0 "$1" 2>/dev/null; }
+
+# `wait_for SECONDS COMMAND...` until the command succeeds.
+wait_for() {
+    local deadline=$(($(now) + $1 * 1000))
+    shift
+    until "$@"; do
+        [ "$(now)" -lt $deadline ] || return 1
+        sleep 0.05
+    done
 }
 
 # --- Packages --------------------------------------------------------------------------------
 
 export DEBIAN_FRONTEND=noninteractive
 # Another apt may be at work (unattended upgrades of a new machine): wait for it.
-APT=(apt-get -q -o DPkg::Lock::Timeout=300)
+APT=(apt-get -q -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
 
 apt_update() {
     [ -z "${APT_UPDATED:-}" ] || return 0
-    "${APT[@]}" update >&2 || die "apt-get update failed"
+    step "Reading package lists"
+    quietly "${APT[@]}" update || die "apt-get update failed"
+    step_done
     APT_UPDATED=yes
 }
 
@@ -59,10 +94,11 @@ install_missing() {
     [ ${#packages[@]} -gt 0 ] || return 0
     command -v apt-get >/dev/null || die "please install: ${packages[*]} (no apt-get here to do it)"
     [ "$(id -u)" = 0 ] || die "please install, or run this as root: ${packages[*]}"
-    say "Installing ${packages[*]}"
     apt_update
-    "${APT[@]}" install -y --no-install-recommends "${packages[@]}" >&2 </dev/null ||
+    step "Installing ${packages[*]}"
+    quietly "${APT[@]}" install -y --no-install-recommends "${packages[@]}" ||
         die "cannot install ${packages[*]}"
+    step_done
 }
 
 # --- Rust ------------------------------------------------------------------------------------
