@@ -483,7 +483,7 @@ main() {
     if [ "$BACKEND" = vhost-user-net ]; then
         find_rust
         speaking_step "Building the back-end"
-        cargo_run build --release --bin vhost-user-net
+        run_rust cargo build --release --bin vhost-user-net
         step_done
     fi
     choose_accelerator

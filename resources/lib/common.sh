@@ -41,9 +41,11 @@ speaking_step() {
     say
 }
 
+step_seconds() { seconds $(($(now) - STEP_START)); }
+
 step_done() {
     [ -z "$STEP_SPOKE" ] || printf '%-40s ' "$STEP" >&2
-    printf '%6s s  %s\n' "$(seconds $(($(now) - STEP_START)))" "$*" >&2
+    printf '%6s s  %s\n' "$(step_seconds)" "$*" >&2
     STEP=
 }
 
@@ -107,8 +109,8 @@ install_missing() {
 # so that target/ and the crate cache stay theirs. Sets TOOLCHAIN (environment for cargo) and
 # BUILDER (empty: ourselves).
 find_rust() {
-    local home=$HOME user=
-    BUILDER=
+    local home=$HOME user=''
+    BUILDER=''
     if [ "$(id -u)" = 0 ] && [ -n "${SUDO_USER:-}" ] && [ "$SUDO_USER" != root ]; then
         user=$SUDO_USER
         home=$(getent passwd "$user" | cut -d: -f6)
@@ -121,6 +123,7 @@ find_rust() {
         # A checkout that the user cannot write to is root's to build.
         if runuser -u "$user" -- test -w "$ROOT"; then
             BUILDER=$user
+            BUILDER_HOME=$home
             TOOLCHAIN+=("HOME=$home")
         fi
     fi
@@ -140,9 +143,21 @@ require_rust() {
     fi
 }
 
-# `cargo_run ARGUMENT...` runs cargo on this checkout as whoever builds.
-cargo_run() {
+# `run_rust COMMAND...` runs a command of the toolchain on this checkout, as whoever builds.
+run_rust() {
     local as=()
     [ -z "$BUILDER" ] || as=(runuser -u "$BUILDER" --)
-    (cd "$ROOT" && "${as[@]}" env "${TOOLCHAIN[@]}" cargo "$@")
+    (cd "$ROOT" && "${as[@]}" env "${TOOLCHAIN[@]}" "$@")
+}
+
+# `run_rust_as_root COMMAND...` is for tests, which are built by then and need root. What it leaves
+# in the builder's directories is given back to the builder.
+run_rust_as_root() {
+    local status=0
+    (cd "$ROOT" && env "${TOOLCHAIN[@]}" "HOME=$HOME" "$@") || status=$?
+    if [ -n "$BUILDER" ]; then
+        find "${CARGO_TARGET_DIR:-$ROOT/target}" "$BUILDER_HOME/.cargo" -xdev -user root \
+            -exec chown -h "$BUILDER:" {} + 2>/dev/null || true
+    fi
+    return $status
 }
