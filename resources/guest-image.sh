@@ -48,7 +48,7 @@ kernel_packages() {
     local meta image
     for meta in linux-image-6.12-cloud-amd64 linux-image-cloud-amd64 linux-image-virtual linux-image-generic; do
         image=$(apt-cache depends "$meta" 2>/dev/null |
-            sed -n 's/^[ |]*Depends: \(linux-image-[0-9].*\)$/\1/p' | head -n1)
+            sed -n 's/^[ |]*Depends: \(linux-image-[0-9].*\)$/\1/p' | head -n1) || true
         [ -n "$image" ] || continue
         echo "$image"
         apt-cache depends "$image" | sed -n 's/^[ |]*Depends: \(linux-modules-[0-9].*\)$/\1/p'
@@ -98,6 +98,9 @@ add_program() {
     cp -L --remove-destination "$program" "$tree/bin/$2"
     # shellcheck disable=SC2046 # one word a library is what is wanted
     (cd / && cp -L --parents $(ldd "$program" | grep -o '/[^ ]*') "$tree")
+    # The C library loads this one when a thread of iperf3 ends.
+    # shellcheck disable=SC2046
+    (cd / && cp -L --parents $(ldconfig -p | grep -o '/.*x86_64.*/libgcc_s\.so\.1$') "$tree")
 }
 
 # `make_initramfs KERNEL_TREE OUTPUT`
