@@ -109,7 +109,7 @@ install_missing() {
 # so that target/ and the crate cache stay theirs. Sets TOOLCHAIN (environment for cargo) and
 # BUILDER (empty: ourselves).
 find_rust() {
-    local home=$HOME user=''
+    local home=${HOME:-/root} user=''
     BUILDER=''
     if [ "$(id -u)" = 0 ] && [ -n "${SUDO_USER:-}" ] && [ "$SUDO_USER" != root ]; then
         user=$SUDO_USER
@@ -154,7 +154,7 @@ run_rust() {
 # in the builder's directories is given back to the builder.
 run_rust_as_root() {
     local status=0
-    (cd "$ROOT" && env "${TOOLCHAIN[@]}" "HOME=$HOME" "$@") || status=$?
+    (cd "$ROOT" && env "${TOOLCHAIN[@]}" "HOME=${HOME:-/root}" "$@") || status=$?
     if [ -n "$BUILDER" ]; then
         find "${CARGO_TARGET_DIR:-$ROOT/target}" "$BUILDER_HOME/.cargo" -xdev -user root \
             -exec chown -h "$BUILDER:" {} + 2>/dev/null || true
