@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Everything that a change must pass, from a clean clone on a fresh machine, as CI runs it. The
+# last lines are the test runner's own.
+set -euo pipefail
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=resources/lib/common.sh
+. "$ROOT/resources/lib/common.sh"
+
+STAGES=(fmt clippy docs release guest build-tests doctests tests)
+
+usage() {
+    cat <<USAGE
+Usage: sudo resources/run-tests.sh [--only STAGE]...
+
+Installs what the tests need (apt) and runs these stages, in this order, up to the first failure:
+
+  fmt          the sources are formatted
+  clippy       no compiler or clippy warning, tests included
+  docs         no rustdoc warning
+  release      the release build
+  guest        Linux guests for the tests: QEMU and User Mode Linux
+  build-tests  the tests compile
+  doctests     the examples in the documentation
+  tests        all other tests
+
+  --only STAGE  this stage only; may be given several times. tests takes guest along
+
+Without root the tests that need namespaces, a TAP or a guest say SKIP. With it they find the
+guests through VHOST_USER_NET_GUEST, which this script sets.
+USAGE
+}
+
+# A test that hangs must not hang a CI machine.
+TESTS_LIMIT=15m
+
+stage_fmt() { run_rust cargo fmt --check; }
+stage_clippy() { run_rust cargo clippy --all-targets -- -D warnings; }
+stage_docs() { RUSTDOCFLAGS="-D warnings" run_rust cargo doc --no-deps; }
+stage_release() { run_rust cargo build --release; }
+stage_build-tests() { run_rust cargo test --lib --bins --tests --no-run; }
+# Apart, because rustdoc prints more after its "test result".
+stage_doctests() { run_rust cargo test --doc; }
+stage_tests() {
+    local run=run_rust limit=()
+    [ "$(id -u)" != 0 ] || run=run_rust_as_root
+    # Not for people: timeout takes the command away from their Ctrl-C.
+    [ -z "${CI:-}" ] || limit=(timeout --kill-after=10 "$TESTS_LIMIT")
+    $run "${limit[@]}" cargo test --lib --bins --tests --no-fail-fast
+}
+
+stage_guest() {
+    if [ "$(id -u)" != 0 ]; then
+        say "SKIP: not root, so no guests, namespaces or TAPs"
+        return
+    fi
+    VHOST_USER_NET_GUEST=$("$ROOT/resources/guest-image.sh" --uml)
+    export VHOST_USER_NET_GUEST
+}
+
+require_components() {
+    env "${TOOLCHAIN[@]}" cargo fmt --version >/dev/null 2>&1 &&
+        env "${TOOLCHAIN[@]}" cargo clippy --version >/dev/null 2>&1 && return
+    step "Adding rustfmt and clippy"
+    quietly run_rust rustup component add rustfmt clippy || die "rustfmt and clippy are needed"
+    step_done
+}
+
+TABLE=''
+
+print_table() {
+    say
+    say "Stages so far:"
+    printf '%s' "$TABLE" >&2
+    say
+}
+
+at_exit() {
+    local status=$?
+    [ $status = 0 ] || [ -z "$STEP" ] || {
+        TABLE+=$(printf '  %-12s %7s s  FAILED, exit status %s' "$STEP" "$(step_seconds)" $status)$'\n'
+        print_table
+    }
+}
+
+run_stage() {
+    # The table comes before the last stage: that one's own last lines are to be the last.
+    [ "$1" != tests ] || print_table
+    speaking_step "$1"
+    "stage_$1"
+    TABLE+=$(printf '  %-12s %7s s' "$1" "$(step_seconds)")$'\n'
+    if [ "$1" = tests ]; then STEP=''; else step_done; fi
+}
+
+main() {
+    local only=() stage
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --only)
+                [[ " ${STAGES[*]} " == *" ${2:-} "* ]] || { usage >&2 && exit 2; }
+                [ "$2" != tests ] || only+=(guest)
+                only+=("$2")
+                shift
+                ;;
+            --help | -h) usage && exit 0 ;;
+            *) usage >&2 && exit 2 ;;
+        esac
+        shift
+    done
+    trap at_exit EXIT
+    find_rust
+    require_components
+    for stage in "${STAGES[@]}"; do
+        [ ${#only[@]} = 0 ] || [[ " ${only[*]} " == *" $stage "* ]] || continue
+        run_stage "$stage"
+    done
+}
+
+# Nothing here asks anything.
+main "$@" </dev/null
