@@ -222,11 +222,16 @@ start_backend() {
 
 socket_or_gone() { [ -S "$WORK/net.sock" ] || gone "$BACKEND_PID"; }
 
-# QEMU's word for "try again every second" changed with 9.2.
-reconnect_option() {
+# Whether the installed QEMU is of this version (such as 9.2) or newer.
+qemu_is_at_least() {
     local version
     version=$(qemu-system-x86_64 --version | sed -n 's/.*version \([0-9]*\.[0-9]*\).*/\1/p')
-    if [ "$(printf '%s\n' 9.2 "$version" | sort -V | head -n1)" = 9.2 ]; then
+    [ "$(printf '%s\n' "$1" "$version" | sort -V | head -n1)" = "$1" ]
+}
+
+# QEMU's word for "try again every second" changed with 9.2.
+reconnect_option() {
+    if qemu_is_at_least 9.2; then
         echo reconnect-ms=1000
     else
         echo reconnect=1
@@ -260,7 +265,14 @@ vmm_command() {
         ring=256
     fi
     local device="virtio-net-pci,netdev=net0,mac=$MAC,romfile=,rx_queue_size=1024,tx_queue_size=$ring"
-    [ "$PAIRS" = 1 ] || device+=",mq=on,vectors=$((2 * PAIRS + 2))"
+    [ "$PAIRS" = 1 ] || device+=",mq=on"
+    if [ "$BACKEND-$ACCEL" = vhost-user-net-tcg ] && ! qemu_is_at_least 9.0; then
+        # Older ones crash when an emulated guest unmasks an MSI-X vector of a vhost-user device (they act as if KVM were
+        # there), so the guest gets none and uses the one interrupt line.
+        device+=",vectors=0"
+    else
+        device+=",vectors=$((2 * PAIRS + 2))"
+    fi
     COMMAND+=(-netdev "$netdev" -device "$device")
 }
 

@@ -200,12 +200,12 @@ impl ControlQueue {
                 pair.set_allowed(index < usize::from(count));
             }),
             Effect::Mac(mac) => {
-                self.config().mac = mac;
+                self.with_config(|config| config.mac = mac);
                 let filter = self.state.filter();
                 self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter)))
             }
             Effect::Announced => {
-                self.config().announce = false;
+                self.with_config(|config| config.announce = false);
                 true
             }
             // First the workers where less is allowed, the device first where more is: but for a moment in which frames
@@ -220,8 +220,8 @@ impl ControlQueue {
         }
     }
 
-    fn config(&self) -> std::sync::MutexGuard<'_, ConfigSpace> {
-        self.around.config.lock().unwrap_or_else(PoisonError::into_inner)
+    fn with_config(&self, act: impl FnOnce(&mut ConfigSpace)) {
+        act(&mut self.around.config.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Has every worker do `job`; tells whether all did.

@@ -4,7 +4,7 @@
 //! vhost-user session drives it in terms of ring indices; which thread that means is known here alone.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 
@@ -162,13 +162,14 @@ impl Nic {
         }
     }
 
-    fn config(&self) -> MutexGuard<'_, ConfigSpace> {
-        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The lock is held for this alone: the control queue's thread takes it too.
+    fn with_config<R>(&self, act: impl FnOnce(&mut ConfigSpace) -> R) -> R {
+        act(&mut self.config.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Reads the configuration space; `None` where not all of the range exists.
     pub fn read_config(&self, offset: u32, size: u32) -> Option<Vec<u8>> {
-        self.config().read(offset, size)
+        self.with_config(|config| config.read(offset, size))
     }
 
     /// Changes the MTU that the guest is told.
@@ -177,7 +178,7 @@ impl Nic {
     /// [`NicError::Mtu`].
     pub fn set_mtu(&self, mtu: u64) -> Result<(), NicError> {
         let valid = u16::try_from(mtu).ok().filter(|mtu| *mtu >= MTU_MIN).ok_or(NicError::Mtu { mtu })?;
-        self.config().mtu = valid;
+        self.with_config(|config| config.mtu = valid);
         Ok(())
     }
 
@@ -194,7 +195,7 @@ impl Nic {
             flags,
             cause,
         })?;
-        *self.config() = ConfigSpace { mtu: self.config().mtu, ..self.initial_config.clone() };
+        self.with_config(|config| *config = ConfigSpace { mtu: config.mtu, ..self.initial_config.clone() });
         let mac = self.setup.mac;
         self.control.call(move |control| control.reset(acked, mac))?;
         // With the control queue here, the driver says how many pairs it uses, and begins with one (VIRTIO 1.3,

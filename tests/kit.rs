@@ -65,15 +65,7 @@ impl Bench {
             tolerate_partial_frames: true,
             ..NetDriverSpec::default()
         };
-        Self {
-            session: None,
-            driver: NetDriver::new(&mem, &spec),
-            daemon,
-            tap,
-            mem,
-            socket,
-            _dir: dir,
-        }
+        Self { session: None, driver: NetDriver::new(&mem, &spec), daemon, tap, mem, socket, _dir: dir }
     }
 
     /// With a session in cloud-hypervisor's order, through the crate that it uses.
@@ -157,16 +149,9 @@ fn frames_of_all_sizes_reach_the_guest_in_order() {
 
             bench.tap.send(&VnetHdr::default(), &sent);
 
-            let got = bench
-                .driver
-                .recv_detailed(PATIENCE)
-                .expect("a frame in the guest");
+            let got = bench.driver.recv_detailed(PATIENCE).expect("a frame in the guest");
             assert_eq!(got.frame, sent, "{len} bytes with features {features:#x}");
-            let buffers = if mergeable {
-                (len + VnetHdr::LEN).div_ceil(1536)
-            } else {
-                1
-            };
+            let buffers = if mergeable { (len + VnetHdr::LEN).div_ceil(1536) } else { 1 };
             assert_eq!(got.lens.len(), buffers);
         }
     }
@@ -193,13 +178,7 @@ fn headers_pass_unchanged_both_ways() {
     let (got, _) = bench.driver.recv(PATIENCE).unwrap();
 
     assert_eq!(sent, header);
-    assert_eq!(
-        got,
-        VnetHdr {
-            num_buffers: 1,
-            ..header
-        }
-    );
+    assert_eq!(got, VnetHdr { num_buffers: 1, ..header });
 }
 
 #[test]
@@ -296,9 +275,7 @@ fn raw_front_end_in_cloud_hypervisors_order_starts_a_session() {
     let mut bench = Bench::new(features, 0);
     let front_end = bench.connect();
 
-    let negotiated = front_end
-        .negotiate_like_cloud_hypervisor(&bench.session_spec(features))
-        .unwrap();
+    let negotiated = front_end.negotiate_like_cloud_hypervisor(&bench.session_spec(features)).unwrap();
 
     assert_eq!(negotiated.queue_num, Some(2));
     bench.driver.post_rx(8, 2048);
@@ -315,21 +292,14 @@ fn memory_in_several_files_and_regions_reaches_the_back_end() {
     bench.mem = Arc::new(GuestMemory::new(&[
         RegionSpec::new(0, MIB),
         RegionSpec::new(MIB as u64, MIB).in_file(0, MIB as u64),
-        RegionSpec::new(0x1_0000_0000, 16 * MIB)
-            .in_file(1, 4096)
-            .at_user(0x5555_0000_0000),
+        RegionSpec::new(0x1_0000_0000, 16 * MIB).in_file(1, 4096).at_user(0x5555_0000_0000),
     ]));
-    let spec = NetDriverSpec {
-        queue_size: 16,
-        ..NetDriverSpec::default()
-    };
+    let spec = NetDriverSpec { queue_size: 16, ..NetDriverSpec::default() };
     // Rings low, buffers over the border of the first two regions.
     bench.driver = NetDriver::new(&bench.mem, &spec);
     bench.mem.alloc(MIB - 64 * 1024, 1);
     let front_end = bench.connect();
-    front_end
-        .negotiate_like_cloud_hypervisor(&bench.session_spec(0))
-        .unwrap();
+    front_end.negotiate_like_cloud_hypervisor(&bench.session_spec(0)).unwrap();
     let ends = Ends::TX;
     let frame = frames::test_frame(&ends, Stamp { stream: 1, seq: 0 }, 4000);
     let addr = MIB as u64 - 2000;
@@ -349,15 +319,10 @@ fn memory_in_several_files_and_regions_reaches_the_back_end() {
 fn refusals_show_as_nack_and_closed() {
     let bench = Bench::new(0, 0);
     let front_end = bench.connect();
-    front_end
-        .negotiate_like_cloud_hypervisor(&bench.session_spec(0))
-        .unwrap();
+    front_end.negotiate_like_cloud_hypervisor(&bench.session_spec(0)).unwrap();
 
     assert_eq!(front_end.ask(Message::set_vring_base(1, 7)), Answer::Ack);
-    assert!(matches!(
-        front_end.ask(Message::set_vring_num(99, 256)),
-        Answer::Nack(_)
-    ));
+    assert!(matches!(front_end.ask(Message::set_vring_num(99, 256)), Answer::Nack(_)));
     let unknown = Message::new(4242, vec![1, 2, 3, 4]);
     assert_eq!(front_end.ask(unknown), Answer::Closed);
 }
@@ -369,13 +334,7 @@ fn qemus_order_is_beyond_the_reference() {
 
     let refused = front_end.negotiate_like_qemu(&bench.session_spec(0));
 
-    assert_eq!(
-        refused,
-        Err(Refusal {
-            request: request::SET_VRING_ENABLE,
-            answer: Answer::Closed
-        })
-    );
+    assert_eq!(refused, Err(Refusal { request: request::SET_VRING_ENABLE, answer: Answer::Closed }));
 }
 
 #[test]
@@ -383,9 +342,7 @@ fn reference_serves_one_connection_after_another() {
     let mut bench = Bench::new(0, 0);
     for stream in 0..3 {
         let front_end = bench.connect();
-        front_end
-            .negotiate_like_cloud_hypervisor(&bench.session_spec(0))
-            .unwrap();
+        front_end.negotiate_like_cloud_hypervisor(&bench.session_spec(0)).unwrap();
         bench.assert_tx_works(stream, 3, 60);
         // Else the old session's worker may still look at the rings below.
         front_end.stop_like_cloud_hypervisor(2).unwrap();
@@ -452,10 +409,7 @@ fn order_of(messages: &[Recorded]) -> Vec<(u32, Option<u32>, bool)> {
 }
 
 fn position(messages: &[Recorded], request: u32) -> usize {
-    messages
-        .iter()
-        .position(|message| message.request == request)
-        .unwrap()
+    messages.iter().position(|message| message.request == request).unwrap()
 }
 
 #[test]
@@ -471,10 +425,7 @@ fn qemu_front_end_sends_in_the_order_that_the_kit_imitates() {
     let dir = TempDir::new().unwrap();
     let socket = dir.path().join("qemu.sock");
     let recorder = Recorder::start(&socket);
-    let spec = QemuSpec {
-        queue_pairs: 2,
-        ..QemuSpec::new(&socket)
-    };
+    let spec = QemuSpec { queue_pairs: 2, ..QemuSpec::new(&socket) };
     let wanted = feature::MQ | feature::CTRL_VQ | feature::MRG_RXBUF;
     let mut driver = QtestDriver::new(Qemu::start(&spec), |offered| offered & wanted);
     driver.set_up_queues(5);
@@ -489,10 +440,8 @@ fn qemu_front_end_sends_in_the_order_that_the_kit_imitates() {
     let recorder = Recorder::start(&socket);
     let mem = Arc::new(GuestMemory::single(MIB));
     let rings: Vec<_> = (0..4).map(|_| SplitRing::new(&mem, 256)).collect();
-    let session = SessionSpec {
-        protocol: SessionSpec::QEMU_PROTOCOL,
-        ..SessionSpec::new(&mem, rings.iter().collect(), 0)
-    };
+    let session =
+        SessionSpec { protocol: SessionSpec::QEMU_PROTOCOL, ..SessionSpec::new(&mem, rings.iter().collect(), 0) };
     let front_end = RawFrontend::connect(&socket).unwrap();
     front_end.negotiate_like_qemu_7(&session).unwrap();
     front_end.disconnect();
@@ -562,10 +511,7 @@ fn packet_socket_with_headers_shows_offloads() {
 
     let (seen, whole) = host.recv_vnet(PATIENCE).expect("a GSO frame");
     assert_eq!((seen.gso_type, seen.gso_size), (gso::TCPV4, 1448));
-    assert_eq!(
-        frames::find_stamp(&whole),
-        Some(Ok(Stamp { stream: 1, seq: 0 }))
-    );
+    assert_eq!(frames::find_stamp(&whole), Some(Ok(Stamp { stream: 1, seq: 0 })));
 }
 
 #[test]
@@ -607,19 +553,13 @@ fn memory_is_the_same_through_each_region_of_its_file() {
 #[test]
 #[should_panic(expected = "No guest memory at 0x2000")]
 fn memory_in_a_hole_panics() {
-    let mem = GuestMemory::new(&[
-        RegionSpec::new(0x1000, 0x1000),
-        RegionSpec::new(0x3000, 0x1000).in_file(1, 0),
-    ]);
+    let mem = GuestMemory::new(&[RegionSpec::new(0x1000, 0x1000), RegionSpec::new(0x3000, 0x1000).in_file(1, 0)]);
     mem.read(0x1fff, 2);
 }
 
 #[test]
 fn allocation_goes_on_in_the_next_region() {
-    let mem = GuestMemory::new(&[
-        RegionSpec::new(0x1000, 0x100),
-        RegionSpec::new(0x8000, 0x1000).in_file(1, 0),
-    ]);
+    let mem = GuestMemory::new(&[RegionSpec::new(0x1000, 0x100), RegionSpec::new(0x8000, 0x1000).in_file(1, 0)]);
 
     assert_eq!(mem.alloc(0xf1, 1), 0x1000);
     assert_eq!(mem.alloc(1, 16), 0x8000);
@@ -830,8 +770,6 @@ fn built_frames_have_right_checksums() {
 #[test]
 fn known_ip_header_has_its_known_checksum() {
     // The example that RFC 1071's implementers use.
-    let header = [
-        0x45, 0, 0, 0x73, 0, 0, 0x40, 0, 0x40, 0x11, 0, 0, 0xc0, 0xa8, 0, 1, 0xc0, 0xa8, 0, 0xc7,
-    ];
+    let header = [0x45, 0, 0, 0x73, 0, 0, 0x40, 0, 0x40, 0x11, 0, 0, 0xc0, 0xa8, 0, 1, 0xc0, 0xa8, 0, 0xc7];
     assert_eq!(!frames::checksum_add(0, &header), 0xb861);
 }

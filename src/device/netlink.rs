@@ -115,10 +115,8 @@ fn read_info(info: &LinkInfo, link: &mut Link) {
 
 fn read_tun(attribute: &InfoTun, tun: &mut TunInfo) {
     let mut value = [0; 4];
-    if attribute.value_len() > value.len() {
-        return;
-    }
-    attribute.emit_value(&mut value);
+    let Some(bytes) = value.get_mut(..attribute.value_len()) else { return };
+    attribute.emit_value(bytes);
     match attribute.kind() {
         IFLA_TUN_OWNER | IFLA_TUN_GROUP => tun.has_owner = true,
         IFLA_TUN_TYPE => tun.mode = value[0],

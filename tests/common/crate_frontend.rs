@@ -26,11 +26,7 @@ impl CrateFrontend {
         let mut frontend = Frontend::connect(path, rings as u64)?;
         let negotiated = negotiate(&mut frontend, spec)?;
         set_up(&mut frontend, spec, negotiated.features)?;
-        Ok(Self {
-            frontend,
-            negotiated,
-            rings,
-        })
+        Ok(Self { frontend, negotiated, rings })
     }
 
     /// Disables and stops the rings; returns their bases.
@@ -47,19 +43,13 @@ impl CrateFrontend {
 fn negotiate(frontend: &mut Frontend, spec: &SessionSpec<'_>) -> Result<Negotiated> {
     frontend.set_owner()?;
     let offered = frontend.get_features()?;
-    let mut negotiated = Negotiated {
-        offered,
-        features: offered & spec.features,
-        ..Negotiated::default()
-    };
+    let mut negotiated = Negotiated { offered, features: offered & spec.features, ..Negotiated::default() };
     if offered & feature::PROTOCOL_FEATURES == 0 {
         return Ok(negotiated);
     }
     negotiated.protocol_offered = frontend.get_protocol_features()?.bits();
     negotiated.protocol = negotiated.protocol_offered & spec.protocol;
-    frontend.set_protocol_features(VhostUserProtocolFeatures::from_bits_truncate(
-        negotiated.protocol,
-    ))?;
+    frontend.set_protocol_features(VhostUserProtocolFeatures::from_bits_truncate(negotiated.protocol))?;
     if negotiated.protocol & protocol::REPLY_ACK != 0 {
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     }

@@ -27,12 +27,7 @@ pub struct NetDriverSpec {
 
 impl Default for NetDriverSpec {
     fn default() -> Self {
-        Self {
-            features: feature::VERSION_1,
-            queue_size: 256,
-            start_index: 0,
-            tolerate_partial_frames: false,
-        }
+        Self { features: feature::VERSION_1, queue_size: 256, start_index: 0, tolerate_partial_frames: false }
     }
 }
 
@@ -106,10 +101,7 @@ impl NetDriver {
     /// Posts `count` receive chains, each of elements of these lengths.
     pub fn post_rx_chains(&mut self, count: usize, lens: &[usize]) {
         for _ in 0..count {
-            let bufs = lens
-                .iter()
-                .map(|len| Buf::writable(self.mem.alloc(*len, 1), *len))
-                .collect();
+            let bufs = lens.iter().map(|len| Buf::writable(self.mem.alloc(*len, 1), *len)).collect();
             self.add_rx(bufs);
         }
         self.rx.publish_and_kick();
@@ -125,10 +117,7 @@ impl NetDriver {
     pub fn recv_detailed(&mut self, timeout: Duration) -> Option<Received> {
         let (head, len) = self.rx.wait_used(timeout)?;
         let mut bytes = self.take_rx(head, len);
-        assert!(
-            bytes.len() >= VnetHdr::LEN,
-            "A frame of {len} bytes has no whole header"
-        );
+        assert!(bytes.len() >= VnetHdr::LEN, "A frame of {len} bytes has no whole header");
         let header = VnetHdr::from_bytes(&bytes);
         let mut lens = vec![len];
         for _ in 1..self.buffers_of(&header) {
@@ -140,11 +129,7 @@ impl NetDriver {
             self.rx.publish_and_kick();
         }
         let frame = bytes.split_off(VnetHdr::LEN);
-        Some(Received {
-            header,
-            frame,
-            lens,
-        })
+        Some(Received { header, frame, lens })
     }
 
     fn buffers_of(&self, header: &VnetHdr) -> u16 {
@@ -157,11 +142,7 @@ impl NetDriver {
     }
 
     fn next_of_frame(&mut self) -> (u16, u32) {
-        let next = if self.tolerate_partial_frames {
-            self.rx.wait_used(PATIENCE)
-        } else {
-            self.rx.take_used()
-        };
+        let next = if self.tolerate_partial_frames { self.rx.wait_used(PATIENCE) } else { self.rx.take_used() };
         next.expect("all buffers of a frame are used together")
     }
 
@@ -247,11 +228,8 @@ impl NetDriver {
     /// Adds a chain, after waiting for room if there is none.
     fn add_tx(&mut self, bufs: &[Buf]) -> u16 {
         loop {
-            let added = if self.has(feature::INDIRECT_DESC) {
-                self.tx.try_add_indirect(bufs)
-            } else {
-                self.tx.try_add(bufs)
-            };
+            let added =
+                if self.has(feature::INDIRECT_DESC) { self.tx.try_add_indirect(bufs) } else { self.tx.try_add(bufs) };
             match added {
                 Some(head) => return head,
                 None => self.wait_tx_room(),
@@ -262,10 +240,7 @@ impl NetDriver {
     fn wait_tx_room(&mut self) {
         // What is queued and not published would never come back.
         self.tx.publish_and_kick();
-        let (head, _) = self
-            .tx
-            .wait_used(PATIENCE)
-            .expect("the device takes frames");
+        let (head, _) = self.tx.wait_used(PATIENCE).expect("the device takes frames");
         self.tx_pool.extend(self.tx_bufs.remove(&head));
     }
 
@@ -274,10 +249,7 @@ impl NetDriver {
             return self.tx_pool.swap_remove(at);
         }
         let room = len.max(2048);
-        TxBuf {
-            addr: self.mem.alloc(room, 1),
-            room,
-        }
+        TxBuf { addr: self.mem.alloc(room, 1), room }
     }
 }
 
@@ -311,28 +283,16 @@ impl CtrlDriver {
     pub fn new(mem: &Arc<GuestMemory>, size: u16, features: u64) -> Self {
         let mut ring = SplitRing::new(mem, size);
         ring.event_idx = features & feature::EVENT_IDX != 0;
-        Self {
-            ring,
-            mem: Arc::clone(mem),
-            command: mem.alloc(Self::ROOM, 1),
-            status: mem.alloc(1, 1),
-        }
+        Self { ring, mem: Arc::clone(mem), command: mem.alloc(Self::ROOM, 1), status: mem.alloc(1, 1) }
     }
 
     /// Gives a command and returns the device's status byte; panics if none comes.
     pub fn command(&mut self, class: u8, command: u8, data: &[u8]) -> u8 {
-        self.try_command(class, command, data, PATIENCE)
-            .expect("an answer on the control queue")
+        self.try_command(class, command, data, PATIENCE).expect("an answer on the control queue")
     }
 
     /// Gives a command; `None` when `timeout` passed without an answer, or the device wrote no status.
-    pub fn try_command(
-        &mut self,
-        class: u8,
-        command: u8,
-        data: &[u8],
-        timeout: Duration,
-    ) -> Option<u8> {
+    pub fn try_command(&mut self, class: u8, command: u8, data: &[u8], timeout: Duration) -> Option<u8> {
         self.mem.write(self.command, &[class, command]);
         self.mem.write(self.command + 2, data);
         self.mem.write(self.status, &[Self::UNANSWERED]);

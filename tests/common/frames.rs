@@ -88,10 +88,7 @@ pub const STAMP_LEN: usize = 16;
 
 /// A payload of `len` bytes (at least [`STAMP_LEN`]) with its stamp.
 pub fn payload(stamp: Stamp, len: usize) -> Vec<u8> {
-    assert!(
-        (STAMP_LEN..=usize::from(u16::MAX)).contains(&len),
-        "A payload of {len} bytes"
-    );
+    assert!((STAMP_LEN..=usize::from(u16::MAX)).contains(&len), "A payload of {len} bytes");
     let mut bytes = Vec::with_capacity(len);
     bytes.extend(MAGIC);
     bytes.extend(stamp.stream.to_be_bytes());
@@ -122,10 +119,7 @@ fn read_stamp(bytes: &[u8]) -> Result<Stamp, String> {
         return Err(format!("Stamp cut to {} bytes", bytes.len()));
     }
     let len = usize::from(be16(bytes, 10));
-    let stamp = Stamp {
-        stream: be16(bytes, 4),
-        seq: be32(bytes, 6),
-    };
+    let stamp = Stamp { stream: be16(bytes, 4), seq: be32(bytes, 6) };
     if bytes.len() < len || len < STAMP_LEN {
         return Err(format!("{stamp:?} has {} of {len} bytes", bytes.len()));
     }
@@ -144,13 +138,7 @@ pub fn test_frame(ends: &Ends, stamp: Stamp, len: usize) -> Vec<u8> {
 
 /// An Ethernet header and what follows it, not padded.
 pub fn ethernet(ends: &Ends, ethertype: u16, rest: &[u8]) -> Vec<u8> {
-    [
-        &ends.dst_mac[..],
-        &ends.src_mac,
-        &ethertype.to_be_bytes(),
-        rest,
-    ]
-    .concat()
+    [&ends.dst_mac[..], &ends.src_mac, &ethertype.to_be_bytes(), rest].concat()
 }
 
 /// Puts an 802.1Q tag into `frame`.
@@ -174,10 +162,7 @@ pub fn arp_request(ends: &Ends) -> Vec<u8> {
     arp.extend(ends.src_ip);
     arp.extend([0; 6]);
     arp.extend(ends.dst_ip);
-    let ends = Ends {
-        dst_mac: BROADCAST,
-        ..*ends
-    };
+    let ends = Ends { dst_mac: BROADCAST, ..*ends };
     pad(ethernet(&ends, ETHERTYPE_ARP, &arp))
 }
 
@@ -273,11 +258,7 @@ fn ipv6(ends: &Ends, proto: u8, mut l4: Vec<u8>, csum: L4Csum) -> Vec<u8> {
 }
 
 fn put_l4_csum(proto: u8, l4: &mut [u8], pseudo: u16, csum: L4Csum) {
-    let at = usize::from(if proto == PROTO_TCP {
-        TCP_CSUM_OFFSET
-    } else {
-        UDP_CSUM_OFFSET
-    });
+    let at = usize::from(if proto == PROTO_TCP { TCP_CSUM_OFFSET } else { UDP_CSUM_OFFSET });
     let sum = match csum {
         L4Csum::Partial => pseudo,
         L4Csum::Full => nonzero_complement(checksum_add(pseudo, l4)),
@@ -297,10 +278,7 @@ fn nonzero_complement(sum: u16) -> u16 {
 pub fn checksum_add(sum: u16, bytes: &[u8]) -> u16 {
     let mut total = u64::from(sum);
     for pair in bytes.chunks(2) {
-        total += u64::from(u16::from_be_bytes([
-            pair[0],
-            pair.get(1).copied().unwrap_or(0),
-        ]));
+        total += u64::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
     }
     while total > 0xffff {
         total = (total & 0xffff) + (total >> 16);
@@ -325,12 +303,7 @@ pub fn checksums_are_right(frame: &[u8]) -> bool {
         ETHERTYPE_IPV4 => ipv4_checksums_are_right(ip),
         ETHERTYPE_IPV6 => {
             let len = usize::from(be16(ip, 4));
-            l4_sum_is_right(
-                &ip[8..24],
-                &ip[24..40],
-                ip[6],
-                &ip[IPV6_HEADER..IPV6_HEADER + len],
-            )
+            l4_sum_is_right(&ip[8..24], &ip[24..40], ip[6], &ip[IPV6_HEADER..IPV6_HEADER + len])
         }
         _ => false,
     }
@@ -363,10 +336,7 @@ pub struct Checker {
 impl Checker {
     /// Expects `stream` from sequence number 0 on.
     pub fn new(stream: u16) -> Self {
-        Self {
-            stream,
-            ..Self::default()
-        }
+        Self { stream, ..Self::default() }
     }
 
     /// Takes note of a frame that arrived.
@@ -409,9 +379,7 @@ impl Checker {
 }
 
 fn fnv1a(bytes: &[u8]) -> u32 {
-    bytes.iter().fold(0x811c_9dc5, |hash, byte| {
-        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
-    })
+    bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
 
 fn be16(bytes: &[u8], at: usize) -> u16 {

@@ -13,8 +13,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -110,12 +110,7 @@ impl<'a> SessionSpec<'a> {
         | protocol::DEVICE_STATE;
 
     pub fn new(mem: &'a GuestMemory, rings: Vec<&'a SplitRing>, features: u64) -> Self {
-        Self {
-            mem,
-            rings,
-            features: features | feature::PROTOCOL_FEATURES | feature::VERSION_1,
-            protocol: u64::MAX,
-        }
+        Self { mem, rings, features: features | feature::PROTOCOL_FEATURES | feature::VERSION_1, protocol: u64::MAX }
     }
 }
 
@@ -144,15 +139,9 @@ struct QemuWays {
     memory_for_each_pair: bool,
 }
 
-const QEMU_7: QemuWays = QemuWays {
-    enable_acks: false,
-    memory_for_each_pair: true,
-};
+const QEMU_7: QemuWays = QemuWays { enable_acks: false, memory_for_each_pair: true };
 
-const QEMU_10: QemuWays = QemuWays {
-    enable_acks: true,
-    memory_for_each_pair: false,
-};
+const QEMU_10: QemuWays = QemuWays { enable_acks: true, memory_for_each_pair: false };
 
 pub struct RawFrontend {
     stream: UnixStream,
@@ -193,19 +182,10 @@ impl RawFrontend {
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() {
             let fits = control.push(SendAncillaryMessage::ScmRights(fds));
-            assert!(
-                fits,
-                "{} file descriptors are more than can be sent",
-                fds.len()
-            );
+            assert!(fits, "{} file descriptors are more than can be sent", fds.len());
         }
         let iov = [IoSlice::new(bytes)];
-        Ok(sendmsg(
-            &self.stream,
-            &iov,
-            &mut control,
-            SendFlags::NOSIGNAL,
-        )?)
+        Ok(sendmsg(&self.stream, &iov, &mut control, SendFlags::NOSIGNAL)?)
     }
 
     /// Sends a message as it is.
@@ -223,22 +203,12 @@ impl RawFrontend {
         };
         let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
         match self.read_exactly(word(8) as usize, deadline, &mut fds) {
-            Ok(body) => Event::Reply(Reply {
-                request: word(0),
-                flags: word(4),
-                body,
-                fds,
-            }),
+            Ok(body) => Event::Reply(Reply { request: word(0), flags: word(4), body, fds }),
             Err(event) => event,
         }
     }
 
-    fn read_exactly(
-        &self,
-        len: usize,
-        deadline: Instant,
-        fds: &mut Vec<OwnedFd>,
-    ) -> Result<Vec<u8>, Event> {
+    fn read_exactly(&self, len: usize, deadline: Instant, fds: &mut Vec<OwnedFd>) -> Result<Vec<u8>, Event> {
         let mut bytes = vec![0; len];
         let mut done = 0;
         while done < len {
@@ -258,12 +228,7 @@ impl RawFrontend {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut iov = [IoSliceMut::new(bytes)];
-        let received = recvmsg(
-            &self.stream,
-            &mut iov,
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        )?;
+        let received = recvmsg(&self.stream, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC)?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
                 fds.extend(rights);
@@ -358,11 +323,7 @@ impl RawFrontend {
         self.negotiate_like_some_qemu(spec, &QEMU_7)
     }
 
-    fn negotiate_like_some_qemu(
-        &self,
-        spec: &SessionSpec<'_>,
-        ways: &QemuWays,
-    ) -> Result<Negotiated, Refusal> {
+    fn negotiate_like_some_qemu(&self, spec: &SessionSpec<'_>, ways: &QemuWays) -> Result<Negotiated, Refusal> {
         let mut negotiated = Negotiated::default();
         for pair in 0..spec.rings.len().div_ceil(2) {
             self.qemu_greeting(spec, pair, &mut negotiated)?;
@@ -381,27 +342,17 @@ impl RawFrontend {
                 self.qemu_start_ring(index, ring)?;
             }
         }
-        self.qemu_add_status(
-            &negotiated,
-            status::ACKNOWLEDGE | status::DRIVER | status::DRIVER_OK,
-        )?;
+        self.qemu_add_status(&negotiated, status::ACKNOWLEDGE | status::DRIVER | status::DRIVER_OK)?;
         Ok(negotiated)
     }
 
     /// Stops a session as QEMU does; returns the bases.
     pub fn stop_like_qemu(&self, rings: usize) -> Result<Vec<u32>, Answer> {
-        (0..rings as u32)
-            .map(|index| self.get_vring_base(index))
-            .collect()
+        (0..rings as u32).map(|index| self.get_vring_base(index)).collect()
     }
 
     /// QEMU has a vhost device for each pair, and each introduces itself; some things only the first says.
-    fn qemu_greeting(
-        &self,
-        spec: &SessionSpec<'_>,
-        pair: usize,
-        negotiated: &mut Negotiated,
-    ) -> Result<(), Refusal> {
+    fn qemu_greeting(&self, spec: &SessionSpec<'_>, pair: usize, negotiated: &mut Negotiated) -> Result<(), Refusal> {
         let queue_num = negotiated.queue_num;
         *negotiated = self.offered(spec)?;
         negotiated.queue_num = queue_num;
@@ -458,10 +409,7 @@ impl RawFrontend {
 
     /// Starts a session as cloud-hypervisor does: one memory table, all `NUM`s first, `ADDR` before `BASE`,
     /// `CALL` before `KICK`, all enables at the end, and an answer asked of everything as soon as that is possible.
-    pub fn negotiate_like_cloud_hypervisor(
-        &self,
-        spec: &SessionSpec<'_>,
-    ) -> Result<Negotiated, Refusal> {
+    pub fn negotiate_like_cloud_hypervisor(&self, spec: &SessionSpec<'_>) -> Result<Negotiated, Refusal> {
         self.must(Message::set_owner(), false)?;
         let mut negotiated = self.offered(spec)?;
         let ack = negotiated.has_protocol(protocol::REPLY_ACK);
@@ -485,21 +433,14 @@ impl RawFrontend {
     /// Stops a session as cloud-hypervisor does when the guest resets the device; returns the bases.
     pub fn stop_like_cloud_hypervisor(&self, rings: usize) -> Result<Vec<u32>, Answer> {
         (0..rings as u32)
-            .map(
-                |index| match self.ask(Message::set_vring_enable(index, 0)) {
-                    Answer::Ack => self.get_vring_base(index),
-                    answer => Err(answer),
-                },
-            )
+            .map(|index| match self.ask(Message::set_vring_enable(index, 0)) {
+                Answer::Ack => self.get_vring_base(index),
+                answer => Err(answer),
+            })
             .collect()
     }
 
-    fn cloud_hypervisor_ring(
-        &self,
-        index: u32,
-        ring: &SplitRing,
-        ack: bool,
-    ) -> Result<(), Refusal> {
+    fn cloud_hypervisor_ring(&self, index: u32, ring: &SplitRing, ack: bool) -> Result<(), Refusal> {
         let fd_index = u64::from(index);
         self.must(Message::set_vring_addr(index, ring), ack)?;
         self.must(Message::set_vring_base(index, ring.base.into()), ack)?;
@@ -510,11 +451,7 @@ impl RawFrontend {
     /// Both kinds of features, settled as far as protocol features go.
     fn offered(&self, spec: &SessionSpec<'_>) -> Result<Negotiated, Refusal> {
         let offered = self.must_get(&Message::get_features())?;
-        let mut negotiated = Negotiated {
-            offered,
-            features: offered & spec.features,
-            ..Negotiated::default()
-        };
+        let mut negotiated = Negotiated { offered, features: offered & spec.features, ..Negotiated::default() };
         if offered & feature::PROTOCOL_FEATURES != 0 {
             negotiated.protocol_offered = self.must_get(&Message::get_protocol_features())?;
             negotiated.protocol = negotiated.protocol_offered & spec.protocol;
@@ -539,10 +476,7 @@ impl RawFrontend {
     }
 
     fn must_get(&self, message: &Message<'_>) -> Result<u64, Refusal> {
-        self.get_u64(message).map_err(|answer| Refusal {
-            request: message.request,
-            answer,
-        })
+        self.get_u64(message).map_err(|answer| Refusal { request: message.request, answer })
     }
 }
 
@@ -557,11 +491,7 @@ fn answer_of(request: u32, reply: &Reply) -> Answer {
 }
 
 fn assert_is_reply(request: u32, reply: &Reply) {
-    assert_eq!(
-        (reply.request, reply.flags),
-        (request, flag::VERSION | flag::REPLY),
-        "The reply's request and flags"
-    );
+    assert_eq!((reply.request, reply.flags), (request, flag::VERSION | flag::REPLY), "The reply's request and flags");
 }
 
 /// Requests that have a reply of their own, so that an ack would be one too many.

@@ -32,22 +32,12 @@ pub struct RegionSpec {
 impl RegionSpec {
     /// A region at the start of memfd number 0, its user address apart from its guest address.
     pub fn new(guest: u64, size: usize) -> Self {
-        Self {
-            guest,
-            size,
-            user: guest + USER_OFFSET,
-            file: 0,
-            offset: 0,
-        }
+        Self { guest, size, user: guest + USER_OFFSET, file: 0, offset: 0 }
     }
 
     /// Puts the region at `offset` of memfd number `file`.
     pub fn in_file(self, file: usize, offset: u64) -> Self {
-        Self {
-            file,
-            offset,
-            ..self
-        }
+        Self { file, offset, ..self }
     }
 
     /// Claims `user` as the front-end's virtual address.
@@ -86,12 +76,7 @@ impl Region {
         let file = file.try_clone().unwrap();
         let backing = FileOffset::new(file.try_clone().unwrap(), spec.offset);
         Self {
-            info: RegionInfo {
-                guest: spec.guest,
-                size: spec.size as u64,
-                user: spec.user,
-                offset: spec.offset,
-            },
+            info: RegionInfo { guest: spec.guest, size: spec.size as u64, user: spec.user, offset: spec.offset },
             file,
             map: MmapRegion::from_file(backing, spec.size).unwrap(),
         }
@@ -117,14 +102,8 @@ impl GuestMemory {
     pub fn new(specs: &[RegionSpec]) -> Self {
         let count = specs.iter().map(|spec| spec.file + 1).max().unwrap_or(0);
         let files: Vec<File> = (0..count).map(|file| memfd_for(specs, file)).collect();
-        let regions = specs
-            .iter()
-            .map(|spec| Region::map(&files[spec.file], spec))
-            .collect();
-        Self {
-            regions,
-            next: Mutex::new((0, 0)),
-        }
+        let regions = specs.iter().map(|spec| Region::map(&files[spec.file], spec)).collect();
+        Self { regions, next: Mutex::new((0, 0)) }
     }
 
     /// One region of `size` bytes at guest address 1 MiB.
@@ -188,10 +167,7 @@ impl GuestMemory {
 
     /// All of memory, region by region: compare two to see what a device wrote.
     pub fn snapshot(&self) -> Vec<Vec<u8>> {
-        self.regions
-            .iter()
-            .map(|region| self.read(region.info.guest, region.info.size as usize))
-            .collect()
+        self.regions.iter().map(|region| self.read(region.info.guest, region.info.size as usize)).collect()
     }
 
     pub fn load_u16(&self, addr: u64, order: Ordering) -> u16 {
@@ -258,11 +234,6 @@ pub fn memfd(size: u64) -> File {
 
 /// Memfd number `file`, as long as the regions in it need.
 fn memfd_for(specs: &[RegionSpec], file: usize) -> File {
-    let size = specs
-        .iter()
-        .filter(|spec| spec.file == file)
-        .map(RegionSpec::end_in_file)
-        .max()
-        .unwrap_or(0);
+    let size = specs.iter().filter(|spec| spec.file == file).map(RegionSpec::end_in_file).max().unwrap_or(0);
     memfd(size)
 }

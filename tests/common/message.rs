@@ -78,13 +78,7 @@ pub struct Message<'fd> {
 impl<'fd> Message<'fd> {
     /// Any request with any body.
     pub fn new(request: u32, body: Vec<u8>) -> Self {
-        Self {
-            request,
-            flags: flag::VERSION,
-            size: body.len() as u32,
-            body,
-            fds: Vec::new(),
-        }
+        Self { request, flags: flag::VERSION, size: body.len() as u32, body, fds: Vec::new() }
     }
 
     pub fn with_fd(mut self, fd: BorrowedFd<'fd>) -> Self {
@@ -119,11 +113,7 @@ impl<'fd> Message<'fd> {
 
     /// Sends `body` in place of the right one, with its right size.
     pub fn with_body(self, body: Vec<u8>) -> Self {
-        Self {
-            size: body.len() as u32,
-            body,
-            ..self
-        }
+        Self { size: body.len() as u32, body, ..self }
     }
 
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -351,11 +341,7 @@ impl VringAddr {
 
     /// With the used ring's writes logged.
     pub fn logged(ring: &SplitRing) -> Self {
-        Self {
-            flags: VRING_F_LOG,
-            log: ring.addrs.used,
-            ..Self::of(ring)
-        }
+        Self { flags: VRING_F_LOG, log: ring.addrs.used, ..Self::of(ring) }
     }
 }
 

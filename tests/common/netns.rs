@@ -56,13 +56,7 @@ pub struct TapSpec<'a> {
 
 impl<'a> TapSpec<'a> {
     pub fn new(name: &'a str) -> Self {
-        Self {
-            name,
-            mac: None,
-            addr: None,
-            multi_queue: false,
-            mtu: None,
-        }
+        Self { name, mac: None, addr: None, multi_queue: false, mtu: None }
     }
 }
 
@@ -89,9 +83,7 @@ impl NetNs {
     pub fn add_tap(&self, spec: &TapSpec<'_>) {
         let name = spec.name;
         let multi_queue = if spec.multi_queue { "multi_queue" } else { "" };
-        self.ip(&format!(
-            "tuntap add dev {name} mode tap vnet_hdr {multi_queue}"
-        ));
+        self.ip(&format!("tuntap add dev {name} mode tap vnet_hdr {multi_queue}"));
         if let Some(mac) = spec.mac {
             self.ip(&format!("link set dev {name} address {mac}"));
         }
@@ -106,11 +98,7 @@ impl NetNs {
 
     /// Runs `ip` in the namespace with words of `args`; returns what it printed, panics if it fails.
     pub fn ip(&self, args: &str) -> String {
-        let output = must(
-            Command::new("ip")
-                .args(["-n", &self.name])
-                .args(args.split_whitespace()),
-        );
+        let output = must(Command::new("ip").args(["-n", &self.name]).args(args.split_whitespace()));
         String::from_utf8(output.stdout).unwrap()
     }
 
@@ -155,9 +143,7 @@ impl NetNs {
 
     /// Opens a queue of a TAP as a back-end would, non-blocking and with headers of [`VnetHdr::LEN`] bytes.
     pub fn open_tap(&self, device: &str, multi_queue: bool) -> TapQueue {
-        TapQueue {
-            fd: self.within(|| tap_queue(device, multi_queue)),
-        }
+        TapQueue { fd: self.within(|| tap_queue(device, multi_queue)) }
     }
 
     fn write_sysctl(&self, name: &str, value: &str) {
@@ -172,9 +158,7 @@ impl NetNs {
 impl Drop for NetNs {
     fn drop(&mut self) {
         // Panicking here while panicking would hide the test's own message.
-        let _ = Command::new("ip")
-            .args(["netns", "del", &self.name])
-            .status();
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
     }
 }
 
@@ -334,13 +318,7 @@ fn bound_packet_socket(device: &str) -> OwnedFd {
         sll_addr: [0; 8],
     };
     // SAFETY: `addr` is a sockaddr_ll of the length given, and outlives the call.
-    let bound = unsafe {
-        libc::bind(
-            fd.as_raw_fd(),
-            (&raw const addr).cast(),
-            size_of_val(&addr) as u32,
-        )
-    };
+    let bound = unsafe { libc::bind(fd.as_raw_fd(), (&raw const addr).cast(), size_of_val(&addr) as u32) };
     assert_eq!(bound, 0, "bind: {}", io::Error::last_os_error());
     fd
 }
@@ -369,10 +347,6 @@ fn set_packet_option(fd: &OwnedFd, option: i32, value: i32) {
 
 fn must(command: &mut Command) -> Output {
     let output = command.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     output
 }

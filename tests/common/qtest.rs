@@ -64,14 +64,7 @@ pub struct QemuSpec<'a> {
 
 impl<'a> QemuSpec<'a> {
     pub fn new(socket: &'a Path) -> Self {
-        Self {
-            socket,
-            listen: false,
-            queue_pairs: 1,
-            device: "",
-            chardev: "",
-            memory_mib: 64,
-        }
+        Self { socket, listen: false, queue_pairs: 1, device: "", chardev: "", memory_mib: 64 }
     }
 }
 
@@ -106,11 +99,7 @@ impl Qemu {
         let child = ChildGuard(command.spawn().unwrap());
         let stream = accept(&listener, &dir);
         stream.set_read_timeout(Some(START)).unwrap();
-        Self {
-            child,
-            reader: BufReader::new(stream),
-            dir,
-        }
+        Self { child, reader: BufReader::new(stream), dir }
     }
 
     pub fn pid(&self) -> u32 {
@@ -181,10 +170,7 @@ impl Qemu {
         }
         let hex = self.command(&format!("read {addr:#x} {len:#x}"));
         let digits = hex.trim_start_matches("0x").as_bytes();
-        digits
-            .chunks(2)
-            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
-            .collect()
+        digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
     }
 
     /// Writes guest memory.
@@ -229,11 +215,7 @@ fn halting_bios() -> Vec<u8> {
 fn arguments(spec: &QemuSpec<'_>) -> Vec<String> {
     let socket = spec.socket.display();
     let (pairs, memory) = (spec.queue_pairs, spec.memory_mib);
-    let listen = if spec.listen {
-        ",server=on,wait=on"
-    } else {
-        ""
-    };
+    let listen = if spec.listen { ",server=on,wait=on" } else { "" };
     let multi_queue = match pairs {
         1 => String::new(),
         _ => format!(",mq=on,vectors={}", 2 * pairs + 2),
@@ -257,11 +239,7 @@ fn arguments(spec: &QemuSpec<'_>) -> Vec<String> {
 }
 
 fn accept(listener: &UnixListener, dir: &TempDir) -> UnixStream {
-    assert!(
-        wait_readable(listener, START),
-        "QEMU does not start: {}",
-        stderr_of(dir)
-    );
+    assert!(wait_readable(listener, START), "QEMU does not start: {}", stderr_of(dir));
     listener.accept().unwrap().0
 }
 
@@ -371,12 +349,8 @@ impl QtestDriver {
         let chosen = choose(self.offered) | feature::VERSION_1;
         for word in 0..2 {
             let cfg = self.common;
-            self.qemu
-                .write_u32(cfg + common_cfg::DRIVER_FEATURE_SELECT, word);
-            self.qemu.write_u32(
-                cfg + common_cfg::DRIVER_FEATURE,
-                (chosen >> (32 * word)) as u32,
-            );
+            self.qemu.write_u32(cfg + common_cfg::DRIVER_FEATURE_SELECT, word);
+            self.qemu.write_u32(cfg + common_cfg::DRIVER_FEATURE, (chosen >> (32 * word)) as u32);
         }
         self.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
         self.features_ok = self.status() & status::FEATURES_OK != 0;
@@ -420,9 +394,7 @@ impl QtestDriver {
 
     /// Starts the device: now QEMU starts the back-end's rings.
     pub fn driver_ok(&mut self) {
-        self.set_status(
-            status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK,
-        );
+        self.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK);
     }
 
     pub fn status(&mut self) -> u8 {
@@ -430,15 +402,12 @@ impl QtestDriver {
     }
 
     pub fn set_status(&mut self, status: u8) {
-        self.qemu
-            .write_u8(self.common + common_cfg::DEVICE_STATUS, status);
+        self.qemu.write_u8(self.common + common_cfg::DEVICE_STATUS, status);
     }
 
     /// Bytes of the device's configuration space.
     pub fn config(&mut self, offset: u64, len: u64) -> Vec<u8> {
-        (0..len)
-            .map(|at| self.qemu.read_u8(self.device + offset + at))
-            .collect()
+        (0..len).map(|at| self.qemu.read_u8(self.device + offset + at)).collect()
     }
 
     pub fn queue_size(&self, index: u16) -> u16 {
@@ -463,8 +432,7 @@ impl QtestDriver {
                 flags: write | if last { 0 } else { desc_flag::NEXT },
                 next: k + 1,
             };
-            self.qemu
-                .write(area + Desc::LEN * u64::from(k), &desc.to_bytes());
+            self.qemu.write(area + Desc::LEN * u64::from(k), &desc.to_bytes());
         }
         self.offer(index, head);
     }
@@ -512,11 +480,7 @@ impl QtestDriver {
         let addr = BUFFERS - 0x1000;
         let status = addr + 2 + data.len() as u64;
         self.qemu.write(addr, &[&[class, command], data].concat());
-        let bufs = [
-            Buf::readable(addr, 2),
-            Buf::readable(addr + 2, data.len()),
-            Buf::writable(status, 1),
-        ];
+        let bufs = [Buf::readable(addr, 2), Buf::readable(addr + 2, data.len()), Buf::writable(status, 1)];
         self.add(index, 0, &bufs);
         self.kick(index);
         self.wait_used(index, PATIENCE)?;
@@ -525,8 +489,7 @@ impl QtestDriver {
 
     fn read_features(&mut self, word: u32) -> u32 {
         let cfg = self.common;
-        self.qemu
-            .write_u32(cfg + common_cfg::DEVICE_FEATURE_SELECT, word);
+        self.qemu.write_u32(cfg + common_cfg::DEVICE_FEATURE_SELECT, word);
         self.qemu.read_u32(cfg + common_cfg::DEVICE_FEATURE)
     }
 
@@ -560,8 +523,6 @@ impl QtestDriver {
     }
 
     fn queue_mut(&mut self, index: u16) -> &mut Queue {
-        self.queues[usize::from(index)]
-            .as_mut()
-            .expect("a queue that was set up")
+        self.queues[usize::from(index)].as_mut().expect("a queue that was set up")
     }
 }

@@ -76,10 +76,7 @@ impl Recorder {
                 serve(&RawFrontend::from_stream(stream), &record);
             }
         });
-        Self {
-            messages,
-            thread: Some(thread),
-        }
+        Self { messages, thread: Some(thread) }
     }
 
     /// Waits for the front-end to end the connection; returns all that it sent.

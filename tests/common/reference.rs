@@ -18,13 +18,9 @@ use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{
-    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap as Mmap,
-};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap as Mmap};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{
-    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
-};
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use super::tap_double::LARGEST_FRAME;
 use super::virtio::feature;
@@ -38,11 +34,8 @@ const TX: u16 = 1;
 const TAP: u16 = 3;
 
 /// What the reference offers unless told otherwise.
-pub const OFFERED: u64 = feature::VERSION_1
-    | feature::MRG_RXBUF
-    | feature::EVENT_IDX
-    | feature::INDIRECT_DESC
-    | feature::PROTOCOL_FEATURES;
+pub const OFFERED: u64 =
+    feature::VERSION_1 | feature::MRG_RXBUF | feature::EVENT_IDX | feature::INDIRECT_DESC | feature::PROTOCOL_FEATURES;
 
 /// The running reference. It serves one connection after another until dropped.
 pub struct ReferenceDaemon {
@@ -71,12 +64,7 @@ impl ReferenceDaemon {
                 endings.lock().unwrap().push(ending);
             }
         });
-        Self {
-            path,
-            stop,
-            ended,
-            thread: Some(thread),
-        }
+        Self { path, stop, ended, thread: Some(thread) }
     }
 
     /// How the connections so far ended, in the crate's words.
@@ -107,9 +95,7 @@ fn serve(listener: &mut Listener, bridge: Bridge) -> String {
     // Edges: a level would spin while there are no buffers.
     let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
     for handler in daemon.get_epoll_handlers() {
-        handler
-            .register_listener(tap.as_raw_fd(), events, TAP.into())
-            .unwrap();
+        handler.register_listener(tap.as_raw_fd(), events, TAP.into()).unwrap();
     }
     if let Err(error) = daemon.start(listener) {
         return error.to_string();
@@ -177,10 +163,7 @@ impl Bridge {
     fn read_chain(&self, chain: Chain) -> io::Result<Vec<u8>> {
         let mem = self.mem.memory();
         let mut bytes = Vec::new();
-        chain
-            .reader(&mem)
-            .map_err(io::Error::other)?
-            .read_to_end(&mut bytes)?;
+        chain.reader(&mem).map_err(io::Error::other)?.read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 
@@ -239,19 +222,13 @@ impl Bridge {
     /// Pops chains with room for `len` bytes, or none.
     fn chains_for(&self, vring: &VringRwLock, len: usize) -> io::Result<Option<Vec<Chain>>> {
         let mem = self.mem.memory();
-        let most = if self.acked & feature::MRG_RXBUF == 0 {
-            1
-        } else {
-            usize::from(u16::MAX)
-        };
+        let most = if self.acked & feature::MRG_RXBUF == 0 { 1 } else { usize::from(u16::MAX) };
         let mut chains = Vec::new();
         let mut room = 0;
         while room < len && chains.len() < most {
             let Some(chain) = pop(vring, &self.mem)? else {
                 let mut state = vring.get_mut();
-                chains
-                    .iter()
-                    .for_each(|_| state.get_queue_mut().go_to_previous_position());
+                chains.iter().for_each(|_| state.get_queue_mut().go_to_previous_position());
                 return Ok(None);
             };
             let writer = chain.clone().writer(&mem).map_err(io::Error::other)?;
@@ -265,10 +242,7 @@ impl Bridge {
 /// An impossible avail index is an error here, which ends the worker: taken for an empty ring it would spin.
 fn pop(vring: &VringRwLock, mem: &Memory) -> io::Result<Option<Chain>> {
     let mut state = vring.get_mut();
-    let mut chains = state
-        .get_queue_mut()
-        .iter(mem.memory())
-        .map_err(io::Error::other)?;
+    let mut chains = state.get_queue_mut().iter(mem.memory()).map_err(io::Error::other)?;
     Ok(chains.next())
 }
 

@@ -37,19 +37,11 @@ pub struct Buf {
 
 impl Buf {
     pub fn readable(addr: u64, len: usize) -> Self {
-        Self {
-            addr,
-            len: len as u32,
-            writable: false,
-        }
+        Self { addr, len: len as u32, writable: false }
     }
 
     pub fn writable(addr: u64, len: usize) -> Self {
-        Self {
-            addr,
-            len: len as u32,
-            writable: true,
-        }
+        Self { addr, len: len as u32, writable: true }
     }
 }
 
@@ -87,11 +79,7 @@ impl RingAddrs {
     /// Takes room for a ring of `size` from `mem`.
     pub fn alloc(mem: &GuestMemory, size: u16) -> Self {
         let size = usize::from(size);
-        Self {
-            desc: mem.alloc(16 * size, 16),
-            avail: mem.alloc(6 + 2 * size, 2),
-            used: mem.alloc(6 + 8 * size, 4),
-        }
+        Self { desc: mem.alloc(16 * size, 16), avail: mem.alloc(6 + 2 * size, 2), used: mem.alloc(6 + 8 * size, 4) }
     }
 }
 
@@ -201,12 +189,8 @@ impl SplitRing {
             let next = (k + 1 < bufs.len()).then_some(k as u16 + 1);
             self.write_desc_at(table, k as u16, chained(buf, next));
         }
-        let desc = Desc {
-            addr: table,
-            len: (bufs.len() as u64 * Desc::LEN) as u32,
-            flags: desc_flag::INDIRECT,
-            next: 0,
-        };
+        let desc =
+            Desc { addr: table, len: (bufs.len() as u64 * Desc::LEN) as u32, flags: desc_flag::INDIRECT, next: 0 };
         self.write_desc(descs[0], desc);
         Some(self.hand_over(descs))
     }
@@ -279,10 +263,7 @@ impl SplitRing {
     /// Nothing was called in time. Was anything used at the last moment? Then its call must follow.
     fn called_late(&self) -> bool {
         let used = self.used_idx() != self.last_used;
-        assert!(
-            !used || self.wait_call(LATE),
-            "A buffer was used without a call"
-        );
+        assert!(!used || self.wait_call(LATE), "A buffer was used without a call");
         used
     }
 
@@ -359,10 +340,7 @@ impl SplitRing {
 
     /// Makes `head` available, whatever its descriptor says; not yet published.
     pub fn offer(&mut self, head: u16) {
-        self.outstanding.push_back(Outstanding {
-            head,
-            descs: Vec::new(),
-        });
+        self.outstanding.push_back(Outstanding { head, descs: Vec::new() });
         self.put_avail(head);
     }
 
@@ -385,8 +363,7 @@ impl SplitRing {
 
     /// Writes a descriptor of any table.
     pub fn write_desc_at(&self, table: u64, index: u16, desc: Desc) {
-        self.mem
-            .write(table + Desc::LEN * u64::from(index), &desc.to_bytes());
+        self.mem.write(table + Desc::LEN * u64::from(index), &desc.to_bytes());
     }
 
     /// Writes the avail ring's entry for the running index `idx`.
@@ -397,13 +374,11 @@ impl SplitRing {
 
     /// Writes `avail.idx`, whatever was added.
     pub fn write_avail_idx(&self, idx: u16) {
-        self.mem
-            .store_u16(self.addrs.avail + 2, idx, Ordering::Release);
+        self.mem.store_u16(self.addrs.avail + 2, idx, Ordering::Release);
     }
 
     pub fn write_avail_flags(&self, flags: u16) {
-        self.mem
-            .store_u16(self.addrs.avail, flags, Ordering::Relaxed);
+        self.mem.store_u16(self.addrs.avail, flags, Ordering::Relaxed);
     }
 
     pub fn write_used_event(&self, idx: u16) {
@@ -413,8 +388,7 @@ impl SplitRing {
 
     /// Writes the device's own index.
     pub fn write_used_idx(&self, idx: u16) {
-        self.mem
-            .store_u16(self.addrs.used + 2, idx, Ordering::Release);
+        self.mem.store_u16(self.addrs.used + 2, idx, Ordering::Release);
     }
 
     pub fn used_flags(&self) -> u16 {
@@ -471,12 +445,7 @@ impl SplitRing {
 fn chained(buf: &Buf, next: Option<u16>) -> Desc {
     let write = if buf.writable { desc_flag::WRITE } else { 0 };
     let chain = if next.is_some() { desc_flag::NEXT } else { 0 };
-    Desc {
-        addr: buf.addr,
-        len: buf.len,
-        flags: write | chain,
-        next: next.unwrap_or(0),
-    }
+    Desc { addr: buf.addr, len: buf.len, flags: write | chain, next: next.unwrap_or(0) }
 }
 
 /// Did an index pass `event` on its way from `old` to `new` (2.7.7.1, `vring_need_event`)?

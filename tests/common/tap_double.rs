@@ -31,8 +31,7 @@ impl TapDouble {
     /// Makes the double, and the (non-blocking) end that the back-end takes for its TAP queue.
     pub fn new() -> (Self, OwnedFd) {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (host, device) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let (host, device) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
         // Room for several of the largest frames each way, as a TAP's queue has.
         for end in [&host, &device] {
             sockopt::set_socket_send_buffer_size(end, 1 << 20).unwrap();
@@ -77,10 +76,7 @@ impl TapDouble {
     /// Sends anything towards the guest as one frame.
     pub fn send_raw(&self, bytes: &[u8]) {
         while !self.try_send_raw(bytes).unwrap() {
-            assert!(
-                wait_for(&self.host, PollFlags::OUT, PATIENCE),
-                "The back-end does not read its TAP"
-            );
+            assert!(wait_for(&self.host, PollFlags::OUT, PATIENCE), "The back-end does not read its TAP");
         }
     }
 
