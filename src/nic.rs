@@ -289,6 +289,11 @@ impl Nic {
             .map_err(|cause| NicError::Inject { name: self.device.name().to_owned(), cause })
     }
 
+    /// Each queue pair's counters.
+    pub fn counters(&self) -> &[Arc<PairCounters>] {
+        &self.counters
+    }
+
     /// One line of counters for each queue pair, for the log.
     pub fn counter_lines(&self) -> impl Iterator<Item = String> {
         self.counters.iter().enumerate().map(|(index, counters)| format!("pair={index} {counters}"))

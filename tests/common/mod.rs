@@ -7,7 +7,7 @@
 //! that we did not design, for a second opinion; [`qemu_shim`] lets QEMU talk to it, and
 //! [`recorder`] shows a front-end's message order.
 //!
-//! Nothing here uses the library under test, sleeps, or waits without a bound: [`PATIENCE`] says how long
+//! Nothing but [`backend`], which starts it, uses the library under test. Nothing sleeps, or waits without a bound: [`PATIENCE`] says how long
 //! an event that must come is waited for, and a kit function that gives up says what it waited for.
 //! As everywhere, rx and tx are the guest's: tx leaves the guest.
 
@@ -16,6 +16,7 @@
 // `pub` here means "for the tests", and a test fails by panicking.
 #![allow(unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
+pub mod backend;
 pub mod crate_frontend;
 pub mod driver;
 pub mod frames;

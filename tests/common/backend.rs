@@ -1,0 +1,206 @@
+//! The back-end under test: in this process with TAP doubles ([`InProcess`]), or the real binary ([`Spawned`]).
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use vhost_user_net::daemon::{Daemon, Source};
+use vhost_user_net::device::Device;
+use vhost_user_net::nic::{Nic, NicSetup};
+use vhost_user_net::vhost_user::listener::{SocketAccess, SocketListener};
+use vhost_user_net::vhost_user::session::SessionOptions;
+use vhost_user_net::virtqueue::QueueSize;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::PATIENCE;
+use super::netns::NetNs;
+use super::tap_double::TapDouble;
+
+/// A back-end in a thread of this process, with a TAP double for each queue pair.
+pub struct InProcess {
+    pub taps: Vec<TapDouble>,
+    pub nic: Arc<Nic>,
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+    dir: TempDir,
+}
+
+impl InProcess {
+    /// A back-end as the command line's defaults make it.
+    pub fn start(queue_pairs: usize) -> InProcess {
+        InProcess::start_as(queue_pairs, NicSetup { mac: None, mtu: None, is_generic: false })
+    }
+
+    /// A back-end of another kind.
+    pub fn start_as(queue_pairs: usize, setup: NicSetup) -> InProcess {
+        let dir = TempDir::new().unwrap();
+        let (taps, fds): (Vec<_>, Vec<_>) = (0..queue_pairs).map(|_| TapDouble::new()).unzip();
+        let path = dir.path().join("socket");
+        let (started, starting) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            let (device, queues) = Device::from_sockets(fds).unwrap();
+            let nic = Nic::new(device, queues, setup).unwrap();
+            let access = SocketAccess { mode: 0o600, group: None };
+            let listener = SocketListener::bind(&path, access).unwrap();
+            let options = SessionOptions { offers_config: true, queue_size_max: QueueSize::try_from(32768).unwrap() };
+            let daemon = Daemon::new(nic, Source::Listener(listener), options).unwrap();
+            started.send((daemon.stop_handle().unwrap(), daemon.nic())).unwrap();
+            daemon.run().unwrap();
+        });
+        let (stop, nic) = starting.recv().unwrap();
+        InProcess { taps, nic, stop, thread: Some(thread), dir }
+    }
+
+    /// Where front-ends connect.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    /// One queue pair's counters, by name.
+    pub fn counters(&self, pair: usize) -> BTreeMap<&'static str, u64> {
+        self.nic.counters()[pair].values().collect()
+    }
+
+    /// One counter of one queue pair.
+    pub fn counter(&self, pair: usize, name: &str) -> u64 {
+        *self.counters(pair).get(name).unwrap_or_else(|| panic!("There is no counter {name}"))
+    }
+
+    /// Waits until a counter has a value.
+    pub fn wait_counter(&self, pair: usize, name: &str, value: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.counter(pair, name) != value {
+            assert!(Instant::now() < deadline, "{name} is {}, not {value}", self.counter(pair, name));
+            thread::yield_now();
+        }
+    }
+}
+
+impl Drop for InProcess {
+    fn drop(&mut self) {
+        self.stop.write(1).unwrap();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+            && !thread::panicking()
+        {
+            panic!("The back-end panicked");
+        }
+    }
+}
+
+/// The real binary; ended by SIGTERM when dropped.
+pub struct Spawned {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    lines: Receiver<String>,
+}
+
+impl Spawned {
+    /// Starts the binary with `args` in this network namespace.
+    pub fn start(args: &[&str]) -> Spawned {
+        Spawned::run(Command::new(env!("CARGO_BIN_EXE_vhost-user-net")).args(args))
+    }
+
+    /// Starts it in another one, and waits until it listens.
+    pub fn start_in(namespace: &NetNs, args: &[&str]) -> Spawned {
+        let mut command = Command::new("ip");
+        // `ip netns exec` replaces itself by the program, so its process id is the program's.
+        command.args(["netns", "exec", &namespace.name, env!("CARGO_BIN_EXE_vhost-user-net")]).args(args);
+        let mut this = Spawned::run(&mut command);
+        this.wait_line("Listening on");
+        this
+    }
+
+    /// Starts a command that runs the binary, with its log captured.
+    pub fn run(command: &mut Command) -> Spawned {
+        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&log);
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                kept.lock().unwrap().push(line.clone());
+                let _ = sender.send(line);
+            }
+        });
+        Spawned { child, log, lines }
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    /// Waits for a line of the log that contains `what`, of those that were not waited for yet.
+    pub fn wait_line(&mut self, what: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) if line.contains(what) => return line,
+                Ok(_) => {}
+                Err(_) => panic!("No line with {what:?} in the log:\n{}", self.log()),
+            }
+        }
+    }
+
+    /// The log so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().join("\n")
+    }
+
+    /// Waits for its end.
+    pub fn wait_end(&mut self, timeout: Duration) -> ExitStatus {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "The back-end did not end:\n{}", self.log());
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Asks for the counters of all queue pairs, by SIGUSR1; one map for each pair.
+    pub fn counters(&mut self, queue_pairs: usize) -> Vec<BTreeMap<String, u64>> {
+        self.signal(Signal::SIGUSR1);
+        (0..queue_pairs).map(|pair| parse_counters(&self.wait_line(&format!("pair={pair} ")))).collect()
+    }
+}
+
+/// The `name=value` words of a counter line.
+fn parse_counters(line: &str) -> BTreeMap<String, u64> {
+    let words = line.split(' ').filter_map(|word| word.split_once('='));
+    words.map(|(name, value)| (name.to_owned(), value.parse().unwrap())).collect()
+}
+
+impl Drop for Spawned {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = kill(self.pid(), Signal::SIGTERM);
+            let deadline = Instant::now() + PATIENCE;
+            while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(1));
+            }
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// The path as the command line wants it.
+pub fn arg(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
