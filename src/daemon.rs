@@ -4,7 +4,7 @@
 //! request, and a timer that is armed only while something is pending. Descriptors that a front-end sent are never
 //! waited for here: they belong to the workers.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,6 +26,9 @@ use crate::vhost_user::session::{Session, SessionOptions, SessionState};
 /// How long rings must have been left alone before device queues that nobody uses are detached: a front-end sets rings
 /// up one after the other, and detaching loses what waits in a queue.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// How long to leave the listener alone after it could not accept: for want of descriptors, most likely.
+const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Where front-ends come from.
 #[derive(Debug)]
@@ -93,6 +96,8 @@ pub struct Daemon {
     signals: Option<SignalFd>,
     timer: TimerFd,
     settle_at: Option<Instant>,
+    /// When the listener is watched again, if it is not.
+    listen_at: Option<Instant>,
     has_ended: bool,
     throttle: Throttle,
 }
@@ -117,6 +122,7 @@ impl Daemon {
             signals: None,
             timer: TimerFd::new().map_err(|e| DaemonError::SetUp(e.into()))?,
             settle_at: None,
+            listen_at: None,
             has_ended: false,
             throttle: Throttle::default(),
         })
@@ -171,16 +177,12 @@ impl Daemon {
     }
 
     fn begin(&mut self, stream: UnixStream, ops: &mut EventOps) {
-        let session = Session::new(stream, Arc::clone(&self.nic), self.options);
-        let watched = session.map_err(|e| e.to_string()).and_then(|session| {
-            let events = Events::with_data_raw(session.as_fd().as_raw_fd(), Token::Session as u32, EventSet::IN);
-            ops.add(events).map_err(|e| e.to_string()).map(|()| session)
-        });
-        match watched {
-            Ok(session) => {
+        match Session::new(stream, Arc::clone(&self.nic), self.options) {
+            Ok(session) if watch(session.as_fd().as_raw_fd(), Token::Session, ops) => {
                 log::info!("Front-end connected");
                 self.session = Some(session);
             }
+            Ok(_) => {}
             Err(error) => log::error!("Cannot serve a front-end: {error}"),
         }
     }
@@ -213,15 +215,16 @@ impl Daemon {
     }
 
     fn accept(&mut self, ops: &mut EventOps) {
-        let accepted = match self.listener.as_ref().map(SocketListener::accept) {
-            Some(Ok(Some(stream))) => stream,
-            Some(Err(error)) => {
-                if self.throttle.allows() {
-                    log::error!("Cannot accept a front-end: {error}");
-                }
+        let Some(listener) = &self.listener else { return };
+        let accepted = match listener.accept() {
+            Ok(Some(stream)) => stream,
+            Ok(None) => return,
+            Err(error) => {
+                log::error!("Cannot accept a front-end, trying again in {ACCEPT_AGAIN:?}: {error}");
+                unwatch(listener, Token::Listener, ops);
+                self.listen_at = Some(Instant::now() + ACCEPT_AGAIN);
                 return;
             }
-            _ => return,
         };
         if self.session.as_ref().is_some_and(has_hung_up) {
             self.end_session(ops);
@@ -230,6 +233,12 @@ impl Daemon {
             self.begin(accepted, ops);
         } else if self.throttle.allows() {
             log::warn!("Refused a second front-end: one is being served");
+        }
+    }
+
+    fn watch_listener(&mut self, ops: &mut EventOps) {
+        if let Some(listener) = &self.listener {
+            self.has_ended |= !watch(listener.as_fd().as_raw_fd(), Token::Listener, ops);
         }
     }
 
@@ -249,18 +258,21 @@ impl Daemon {
     fn tick(&mut self, ops: &mut EventOps) {
         // What it counts is of no interest.
         let _ = self.timer.wait();
-        if self.settle_at.is_some_and(|at| at <= Instant::now()) {
-            self.settle_at = None;
-            if let Err(stuck) = self.nic.detach_unused() {
-                log::error!("{stuck}");
-            }
+        let now = Instant::now();
+        if self.listen_at.take_if(|at| *at <= now).is_some() {
+            self.watch_listener(ops);
+        }
+        if self.settle_at.take_if(|at| *at <= now).is_some()
+            && let Err(stuck) = self.nic.detach_unused()
+        {
+            log::error!("{stuck}");
         }
         self.process_session(ops);
     }
 
     /// Arms the timer for what is due next, if anything is.
     fn arm_timer(&mut self) {
-        let deadlines = [self.settle_at, self.session.as_ref().and_then(Session::deadline)];
+        let deadlines = [self.settle_at, self.listen_at, self.session.as_ref().and_then(Session::deadline)];
         let armed = match deadlines.into_iter().flatten().min() {
             // A zero would disarm it.
             Some(at) => {
@@ -279,15 +291,10 @@ impl MutEventSubscriber for Daemon {
         let stop = self.stop.as_raw_fd();
         let timer = self.timer.as_raw_fd();
         let signals = self.signals.as_ref().map(|fd| fd.as_fd().as_raw_fd());
-        let listener = self.listener.as_ref().map(|fd| fd.as_fd().as_raw_fd());
-        let always = [(Some(stop), Token::Stop), (Some(timer), Token::Timer)];
-        for (fd, token) in always.into_iter().chain([(signals, Token::Signal), (listener, Token::Listener)]) {
-            let events = fd.map(|fd| Events::with_data_raw(fd, token as u32, EventSet::IN));
-            if let Some(Err(error)) = events.map(|events| ops.add(events)) {
-                log::error!("Cannot wait for {token:?}: {error}");
-                self.has_ended = true;
-            }
+        for (fd, token) in [(Some(stop), Token::Stop), (Some(timer), Token::Timer), (signals, Token::Signal)] {
+            self.has_ended |= fd.is_some_and(|fd| !watch(fd, token, ops));
         }
+        self.watch_listener(ops);
         if let Some(stream) = self.connected.take() {
             self.begin(stream, ops);
             self.has_ended |= self.session.is_none();
@@ -305,6 +312,12 @@ impl MutEventSubscriber for Daemon {
         }
         self.arm_timer();
     }
+}
+
+/// Whether `fd` is watched from now on.
+fn watch(fd: RawFd, token: Token, ops: &mut EventOps) -> bool {
+    let watched = ops.add(Events::with_data_raw(fd, token as u32, EventSet::IN));
+    watched.inspect_err(|error| log::error!("Cannot wait for {token:?}: {error}")).is_ok()
 }
 
 fn unwatch(fd: &impl AsFd, token: Token, ops: &mut EventOps) {
