@@ -155,7 +155,7 @@ impl Rx {
             Ok(len) if len >= HEADER_LEN + ETH_HEADER => len - HEADER_LEN,
             Ok(0) => return Ok(Step::End(Pump::DeviceLost)),
             Ok(_) => return Ok(Step::Counted(|c| &c.rx_drop_short)),
-            Err(error) => return Ok(after_read_error(&error)),
+            Err(error) => return Ok(after_read_error(&error, counters)),
         };
         let header = VnetHeader::from_bytes(&header);
         self.expect.note(HEADER_LEN + len);
@@ -224,12 +224,16 @@ impl Rx {
     }
 }
 
-fn after_read_error(error: &io::Error) -> Step {
+/// What follows from the kernel's refusal: the one place where that is decided.
+fn after_read_error(error: &io::Error, counters: &PairCounters) -> Step {
     match error.raw_os_error() {
         Some(libc::EAGAIN) => Step::End(Pump::Drained),
         Some(libc::EBADFD | libc::ENXIO | libc::ECONNRESET) => Step::End(Pump::DeviceLost),
-        // Interrupted, or short of memory for a moment: counted, and tried again within the budget.
-        _ => Step::Counted(|c| &c.rx_read_errors),
+        // Short of memory, perhaps. The next frame to arrive has it tried again: no spinning on an error that stays.
+        _ => {
+            counters.rx_read_errors.add(1);
+            Step::End(Pump::Drained)
+        }
     }
 }
 
