@@ -280,6 +280,20 @@ fn avail_index_that_cannot_be_breaks_the_ring() {
 }
 
 #[test]
+fn avail_index_behind_what_was_taken_breaks_the_ring() {
+    let mem = Arc::new(GuestMemory::single(MIB));
+    let mut ring = SplitRing::new(&mem, 8);
+    for _ in 0..3 {
+        ring.add(&[Buf::writable(mem.alloc(64, 1), 64)]);
+    }
+    ring.publish();
+    let mut ours = DeviceSide::start(&ring, NONE).unwrap();
+    let _in_hand: Vec<_> = (0..3).map(|_| ours.pop().unwrap().head).collect();
+    ring.write_avail_idx(2);
+    assert_eq!(ours.try_pop().unwrap_err(), RingBroken::AvailIndexBack { avail: 2, taken: 3 });
+}
+
+#[test]
 fn head_that_is_no_descriptor_breaks_the_ring() {
     for head in [8, 9999, 0xffff] {
         let mem = Arc::new(GuestMemory::single(MIB));
