@@ -37,6 +37,14 @@ pub enum RingBroken {
         /// The queue size.
         size: u16,
     },
+    /// Entries taken back that were popped already.
+    #[error("avail index {avail} went back behind {taken}, up to which entries were taken")]
+    AvailIndexBack {
+        /// The driver's index.
+        avail: u16,
+        /// How far entries were popped.
+        taken: u16,
+    },
     /// An avail entry that names no descriptor, so that nothing can be returned for it.
     #[error("head {head} is no descriptor of a ring of {size}")]
     Head {
@@ -156,7 +164,7 @@ impl Queue {
     /// Whether [`Queue::pop`] would find an entry.
     ///
     /// # Errors
-    /// [`RingBroken::AvailIndex`].
+    /// [`RingBroken`], of the avail index.
     #[inline]
     pub fn has_entries(&mut self) -> Result<bool, RingBroken> {
         if self.avail_seen == self.next_avail {
@@ -170,6 +178,10 @@ impl Queue {
         let avail = self.ring.avail_idx();
         if avail.wrapping_sub(self.next_used) > self.size() {
             return Err(RingBroken::AvailIndex { avail, used: self.next_used, size: self.size() });
+        }
+        // Behind what is in our hands it would look like almost 2^16 new entries.
+        if avail.wrapping_sub(self.next_used) < self.next_avail.wrapping_sub(self.next_used) {
+            return Err(RingBroken::AvailIndexBack { avail, taken: self.next_avail });
         }
         self.avail_seen = avail;
         Ok(())
@@ -219,7 +231,7 @@ impl Queue {
     /// Asks the driver for a kick at its next entry; tells whether entries came meanwhile, for which none may come.
     ///
     /// # Errors
-    /// [`RingBroken::AvailIndex`].
+    /// [`RingBroken`], of the avail index.
     pub fn enable_kicks(&mut self) -> Result<bool, RingBroken> {
         self.kicks_wanted = true;
         if self.features.event_idx {

@@ -7,8 +7,9 @@
 //! that we did not design, for a second opinion; [`qemu_shim`] lets QEMU talk to it, and
 //! [`recorder`] shows a front-end's message order.
 //!
-//! Nothing but [`backend`], which starts it, uses the library under test. Nothing sleeps, or waits without a bound: [`PATIENCE`] says how long
-//! an event that must come is waited for, and a kit function that gives up says what it waited for.
+//! Nothing but [`backend`], which starts it, and [`device_side`], which runs its rings alone, uses the library under
+//! test. Nothing sleeps, or waits without a bound: [`PATIENCE`] says how long an event that must come is waited for,
+//! and a kit function that gives up says what it waited for.
 //! As everywhere, rx and tx are the guest's: tx leaves the guest.
 
 // Each test binary compiles the whole kit and uses a part of it.
@@ -18,6 +19,7 @@
 
 pub mod backend;
 pub mod crate_frontend;
+pub mod device_side;
 pub mod driver;
 pub mod frames;
 pub mod frontend;
