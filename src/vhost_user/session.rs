@@ -569,16 +569,15 @@ impl Session {
         let Some(slot) = self.slots.get_mut(index) else { return Ok(Answer::Done) };
         let Ring::Stopped(setup) = &mut slot.ring else { return Ok(Answer::Done) };
         let (Some(layout), Some(_)) = (setup.layout(), &setup.kick) else { return Ok(Answer::Done) };
+        // What starts it again after a failure is a new kick.
+        let kick = setup.kick.take().and_then(Option::<Kick>::from);
         if !self.nic.runs_ring(index) {
             log::warn!("Ring {index} was set up, and stays idle: there are fewer queue pairs (see --queue-pairs)");
-            setup.kick = None;
             return Ok(Answer::Done);
         }
         if features & VERSION_1 == 0 {
             return Err(Refusal::Legacy);
         }
-        // What starts it again after a failure is a new kick.
-        let kick = setup.kick.take().and_then(Option::<Kick>::from);
         let ring_features =
             RingFeatures { event_idx: features & EVENT_IDX != 0, indirect: features & INDIRECT_DESC != 0 };
         let queue = layout.start(&mem, ring_features).inspect_err(|_| {

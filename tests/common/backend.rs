@@ -41,6 +41,12 @@ impl InProcess {
 
     /// A back-end of another kind.
     pub fn start_as(queue_pairs: usize, setup: NicSetup) -> InProcess {
+        let options = SessionOptions { offers_config: true, queue_size_max: QueueSize::try_from(32768).unwrap() };
+        InProcess::start_with(queue_pairs, setup, options)
+    }
+
+    /// A back-end that offers other things of the protocol.
+    pub fn start_with(queue_pairs: usize, setup: NicSetup, options: SessionOptions) -> InProcess {
         let dir = TempDir::new().unwrap();
         let (taps, fds): (Vec<_>, Vec<_>) = (0..queue_pairs).map(|_| TapDouble::new()).unzip();
         let path = dir.path().join("socket");
@@ -50,7 +56,6 @@ impl InProcess {
             let nic = Nic::new(device, queues, setup).unwrap();
             let access = SocketAccess { mode: 0o600, group: None };
             let listener = SocketListener::bind(&path, access).unwrap();
-            let options = SessionOptions { offers_config: true, queue_size_max: QueueSize::try_from(32768).unwrap() };
             let daemon = Daemon::new(nic, Source::Listener(listener), options).unwrap();
             started.send((daemon.stop_handle().unwrap(), daemon.nic())).unwrap();
             daemon.run().unwrap();
