@@ -28,8 +28,8 @@ GUEST=$CACHE/guest
 # In the order in which they depend on each other; what a kernel has built in has no file.
 DRIVER_MODULES=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci
     failover net_failover virtio_net)
-# There for those who want them, not loaded.
-SPARE_MODULES=(pktgen)
+# There for those who want them, not loaded, in the order in which they depend on each other.
+SPARE_MODULES=(pktgen macvlan llc stp garp mrp 8021q)
 
 install_host_packages() {
     install_missing qemu-system-x86_64=qemu-system-x86 busybox=busybox-static iperf3=iperf3 \

@@ -3,7 +3,7 @@
 //! Rings as a driver writes them ([`split_ring`] and [`driver`] on [`memory`]), messages as a front-end sends them
 //! ([`message`], [`frontend`], [`crate_frontend`]), a SEQPACKET pair as the TAP ([`tap_double`]),
 //! frames that tell loss from corruption ([`frames`]). For what a double cannot show: kernel
-//! devices in a namespace ([`netns`]) and a stock QEMU ([`qtest`]). [`reference`] is a back-end
+//! devices in a namespace ([`netns`]), a stock QEMU ([`qtest`]), Linux guests ([`guest`], [`transfer`]). [`reference`] is a back-end
 //! that we did not design, for a second opinion; [`qemu_shim`] lets QEMU talk to it, and
 //! [`recorder`] shows a front-end's message order.
 //!
@@ -27,6 +27,7 @@ pub mod device_side;
 pub mod driver;
 pub mod frames;
 pub mod frontend;
+pub mod guest;
 pub mod memory;
 pub mod message;
 pub mod netns;
@@ -36,6 +37,7 @@ pub mod recorder;
 pub mod reference;
 pub mod split_ring;
 pub mod tap_double;
+pub mod transfer;
 pub mod virtio;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};

@@ -47,6 +47,14 @@ pub fn version() -> String {
     }
 }
 
+/// Is it this version or a newer one?
+pub fn is_at_least(major: u32, minor: u32) -> bool {
+    let text = version();
+    let number = text.split("version ").nth(1).unwrap_or_default();
+    let mut parts = number.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (major, minor)
+}
+
 /// A QEMU to start.
 #[derive(Clone, Copy, Debug)]
 pub struct QemuSpec<'a> {

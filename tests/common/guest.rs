@@ -1,0 +1,369 @@
+//! A Linux guest whose network card is the back-end: an emulated one in QEMU, or User Mode Linux.
+//!
+//! A [`Bench`] is a namespace with a TAP ([`HOST`]), the real binary on it, and a guest ([`GUEST`]) that
+//! `resources/guest-image.sh` made. The guest's console is driven as `resources/lib/console.sh` does it: commands go in,
+//! their output and status come out between two marks, and no wait is without a bound. Bulk traffic is in
+//! `transfer.rs`.
+//!
+//! Guests are heavy, and two at once would starve each other: within a test binary they take turns.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::backend::{Spawned, arg};
+use super::netns::{NetNs, TapSpec, require_root};
+use super::{PATIENCE, qtest, skip};
+
+/// The host's and the guest's address.
+pub const HOST: &str = "10.99.0.1";
+pub const GUEST: &str = "10.99.0.2";
+/// The host's TAP.
+pub const TAP: &str = "tap0";
+/// The guest's hardware address, if nothing changes it.
+pub const MAC: &str = "52:54:00:12:34:56";
+
+/// An emulated guest on a busy machine takes 10 s.
+const BOOT: Duration = Duration::from_secs(90);
+/// How long a command in the guest may take, if it does not say otherwise.
+const COMMAND: Duration = Duration::from_secs(20);
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// What runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vmm {
+    /// Emulated, whatever the machine can do: it is the same everywhere.
+    Qemu,
+    Uml,
+}
+
+/// Can such a guest be run here? If not, says that the test was skipped and why.
+pub fn require_guest(test: &str, vmm: Vmm) -> bool {
+    if !require_root(test) {
+        return false;
+    }
+    let Some(image) = image() else {
+        skip(test, "VHOST_USER_NET_GUEST does not say where a guest is (resources/guest-image.sh --uml)");
+        return false;
+    };
+    let needed = match vmm {
+        Vmm::Qemu if !qtest::require_qemu(test) => return false,
+        Vmm::Qemu => ["vmlinuz", "initrd.gz"],
+        Vmm::Uml => ["uml/linux", "uml/initrd.gz"],
+    };
+    let missing = needed.iter().find(|file| !image.join(file).exists());
+    if let Some(file) = missing {
+        skip(test, &format!("there is no {file} in {}", image.display()));
+    }
+    missing.is_none()
+}
+
+fn image() -> Option<PathBuf> {
+    std::env::var_os("VHOST_USER_NET_GUEST").map(PathBuf::from)
+}
+
+/// A guest to boot; `..GuestSpec::new(vmm)` for the rest.
+#[derive(Clone, Debug)]
+pub struct GuestSpec<'a> {
+    pub vmm: Vmm,
+    pub queue_pairs: usize,
+    pub backend: &'a [&'a str],
+    /// More words of QEMU's command line.
+    pub qemu: &'a [&'a str],
+}
+
+impl GuestSpec<'_> {
+    pub fn new(vmm: Vmm) -> Self {
+        Self { vmm, queue_pairs: 1, backend: &[], qemu: &[] }
+    }
+}
+
+/// See the file's head.
+pub struct Bench {
+    // Dropped in this order.
+    pub guest: Guest,
+    backend: Option<Spawned>,
+    pub namespace: NetNs,
+    backend_args: Vec<String>,
+    queue_pairs: usize,
+    dir: TempDir,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Bench {
+    /// Boots a guest and waits until it has its address.
+    pub fn boot(spec: &GuestSpec<'_>) -> Self {
+        Self::boot_in(NetNs::new(), spec)
+    }
+
+    /// Boots a guest in a namespace that has further devices.
+    pub fn boot_in(namespace: NetNs, spec: &GuestSpec<'_>) -> Self {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = format!("{HOST}/24");
+        namespace.add_tap(&TapSpec { addr: Some(&address), multi_queue: spec.queue_pairs > 1, ..TapSpec::new(TAP) });
+        let dir = TempDir::new().unwrap();
+        let socket = dir.path().join("net.sock");
+        let pairs = spec.queue_pairs.to_string();
+        let own = ["--socket-path", arg(&socket), "--tap", TAP, "--queue-pairs", &pairs];
+        let backend_args: Vec<String> = own.iter().chain(spec.backend).map(|&word| word.to_owned()).collect();
+        let backend = Some(start_backend(&namespace, &backend_args));
+        let mut guest = Guest::start(&mut match spec.vmm {
+            Vmm::Qemu => qemu_command(spec, &namespace, dir.path()),
+            Vmm::Uml => uml_command(spec, dir.path()),
+        });
+        guest.wait_ready();
+        Self { guest, backend, namespace, backend_args, queue_pairs: spec.queue_pairs, dir, _turn: turn }
+    }
+
+    pub fn backend(&mut self) -> &mut Spawned {
+        self.backend.as_mut().expect("the back-end runs")
+    }
+
+    /// Ends the back-end without a chance for it to do anything.
+    pub fn kill_backend(&mut self) {
+        let mut backend = self.backend.take().expect("the back-end runs");
+        backend.signal(Signal::SIGKILL);
+        backend.wait_end(PATIENCE);
+    }
+
+    /// Starts it again as it was; returns when it listens.
+    pub fn start_backend(&mut self) {
+        self.backend = Some(start_backend(&self.namespace, &self.backend_args));
+    }
+
+    /// One counter of each queue pair.
+    pub fn counters(&mut self, name: &str) -> Vec<u64> {
+        let pairs = self.queue_pairs;
+        let counters = self.backend().counters(pairs);
+        // Those of trouble are shown only where there was any.
+        counters.iter().map(|counters| counters.get(name).copied().unwrap_or(0)).collect()
+    }
+
+    /// One counter, over all queue pairs.
+    pub fn counter(&mut self, name: &str) -> u64 {
+        self.counters(name).iter().sum()
+    }
+
+    /// Waits until a counter is no longer `was`; returns what it is then.
+    pub fn wait_counter_moves(&mut self, name: &str, was: u64) -> u64 {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let is = self.counter(name);
+            if is != was {
+                return is;
+            }
+            assert!(Instant::now() < deadline, "{name} stays at {was}:\n{}", self.backend().log());
+        }
+    }
+
+    /// Fails if a ring broke or the guest sent what the back-end could not take.
+    pub fn assert_sound(&mut self) {
+        for name in ["broken_rings", "rx_bad_chains", "tx_drop_bad_chain", "tx_drop_bad_length", "tx_drop_bad_header"] {
+            let count = self.counter(name);
+            assert_eq!(count, 0, "{name}:\n{}", self.backend().log());
+        }
+    }
+
+    /// Waits until the guest reaches the host, which it may not at once after something changed.
+    pub fn assert_reaches_host(&mut self) {
+        let deadline = Instant::now() + COMMAND;
+        while self.guest.try_run(&format!("ping -c 1 -W 1 {HOST}")).0 != 0 {
+            assert!(Instant::now() < deadline, "The guest does not reach the host:\n{}", self.backend().log());
+        }
+    }
+
+    /// A command of QEMU's machine protocol, such as `system_reset`.
+    pub fn qmp(&self, command: &str) {
+        let stream = UnixStream::connect(self.dir.path().join("qmp.sock")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut writer = &stream;
+        let mut lines = BufReader::new(&stream).lines();
+        for command in ["qmp_capabilities", command] {
+            writeln!(writer, "{{\"execute\":\"{command}\"}}").unwrap();
+            // Events and the greeting come on the same way.
+            let answer = lines.find(|line| !matches!(line, Ok(line) if !is_qmp_answer(line)));
+            assert!(matches!(&answer, Some(Ok(line)) if line.contains("return")), "{command}: {answer:?}");
+        }
+    }
+}
+
+fn is_qmp_answer(line: &str) -> bool {
+    line.contains("\"return\"") || line.contains("\"error\"")
+}
+
+fn start_backend(namespace: &NetNs, args: &[String]) -> Spawned {
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    Spawned::start_in(namespace, &args)
+}
+
+fn kernel_words(spec: &GuestSpec<'_>) -> String {
+    format!("quiet guest.ip={GUEST}/24 guest.peer={HOST} guest.queues={}", spec.queue_pairs)
+}
+
+/// In the namespace, for what other network devices it has.
+fn qemu_command(spec: &GuestSpec<'_>, namespace: &NetNs, dir: &Path) -> Command {
+    let image = image().expect("require_guest was asked");
+    let pairs = spec.queue_pairs;
+    // QEMU's word for "try again every second" changed.
+    let reconnect = if qtest::is_at_least(9, 2) { "reconnect-ms=1000" } else { "reconnect=1" };
+    let multi_queue = if pairs > 1 { ",mq=on" } else { "" };
+    let words = [
+        "-nodefaults -no-user-config -display none -accel tcg,thread=multi -cpu max".to_owned(),
+        format!("-smp {pairs} -m 512M -object memory-backend-memfd,id=mem0,size=512M,share=on"),
+        "-machine q35,memory-backend=mem0 -serial stdio".to_owned(),
+        format!("-qmp unix:{}/qmp.sock,server=on,wait=off", dir.display()),
+        format!("-chardev socket,id=chr0,path={}/net.sock,{reconnect}", dir.display()),
+        format!("-netdev vhost-user,id=net0,chardev=chr0,queues={pairs}"),
+        format!(
+            "-device virtio-net-pci,netdev=net0,mac={MAC},romfile=,rx_queue_size=1024,tx_queue_size=1024,\
+             vectors={}{multi_queue}",
+            vectors(pairs)
+        ),
+    ];
+    let mut command = namespace.command("qemu-system-x86_64");
+    command
+        .args(words.iter().flat_map(|words| words.split(' ')))
+        .args(spec.qemu)
+        .arg("-kernel")
+        .arg(image.join("vmlinuz"))
+        .arg("-initrd")
+        .arg(image.join("initrd.gz"))
+        .arg("-append")
+        .arg(format!("console=ttyS0 {}", kernel_words(spec)));
+    command
+}
+
+/// Older QEMUs crash when an emulated guest unmasks an MSI-X vector of a vhost-user device (they act as if KVM were
+/// there), so their guests get none and use the one interrupt line.
+pub fn vectors(queue_pairs: usize) -> usize {
+    if qtest::is_at_least(9, 0) { 2 * queue_pairs + 2 } else { 0 }
+}
+
+fn uml_command(spec: &GuestSpec<'_>, dir: &Path) -> Command {
+    let image = image().expect("require_guest was asked");
+    let mut command = Command::new(image.join("uml/linux"));
+    command
+        .arg("mem=256M")
+        .arg(format!("initrd={}", image.join("uml/initrd.gz").display()))
+        .args(["root=/dev/ram0", "con=null", "con0=fd:0,fd:1"])
+        .arg(format!("uml_dir={}", dir.display()))
+        .arg(format!("virtio_uml.device={}:1", dir.join("net.sock").display()))
+        .args(kernel_words(spec).split(' '))
+        // The guest's memory, to be executed from.
+        .env("TMPDIR", "/dev/shm");
+    command
+}
+
+/// A running guest and its console. Ended when dropped.
+pub struct Guest {
+    child: Child,
+    input: ChildStdin,
+    lines: Receiver<String>,
+    /// All that it said, for whoever looks at a failure.
+    said: Vec<String>,
+    commands: u32,
+}
+
+impl Guest {
+    fn start(command: &mut Command) -> Self {
+        // User Mode Linux is several processes; the group ends them all.
+        let mut child = command
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("Cannot run {command:?}: {error}"));
+        let input = child.stdin.take().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            let mut line = Vec::new();
+            // A guest's early words need not be UTF-8.
+            while output.read_until(b'\n', &mut line).is_ok_and(|len| len > 0) {
+                let _ = sender.send(String::from_utf8_lossy(&line).trim_end().to_owned());
+                line.clear();
+            }
+        });
+        Self { child, input, lines, said: Vec::new(), commands: 0 }
+    }
+
+    /// Waits for the guest to come up, once for each boot.
+    pub fn wait_ready(&mut self) {
+        let end = self.read_until(BOOT, |line| line.starts_with("@@ READY"));
+        assert!(end.is_some(), "No guest came up:\n{}", self.said.join("\n"));
+    }
+
+    /// Runs a command; returns what it printed, panics if it fails.
+    pub fn run(&mut self, command: &str) -> String {
+        let (status, output) = self.try_run(command);
+        assert_eq!(status, 0, "In the guest: {command}: {output}");
+        output
+    }
+
+    /// Runs a command that may fail; returns its status and what it printed.
+    pub fn try_run(&mut self, command: &str) -> (i32, String) {
+        let number = self.begin(command);
+        self.end(number, COMMAND)
+    }
+
+    /// Starts a command, to be waited for with [`Guest::end`]: meanwhile the host has its part to do.
+    pub fn begin(&mut self, command: &str) -> u32 {
+        self.commands += 1;
+        let number = self.commands;
+        // A guest that is gone shows at the end.
+        let _ = write!(self.input, "echo '@@ begin {number}'\n{command}\necho \"@@ end {number} $?\"\n");
+        let _ = self.input.flush();
+        number
+    }
+
+    /// The status and the output of a command; panics if it does not end in time.
+    pub fn end(&mut self, number: u32, timeout: Duration) -> (i32, String) {
+        let (begin, end) = (format!("@@ begin {number}"), format!("@@ end {number} "));
+        let Some(lines) = self.read_until(timeout, |line| line.starts_with(&end)) else {
+            panic!("No answer from the guest within {timeout:?}:\n{}", self.said.join("\n"));
+        };
+        let (last, lines) = lines.split_last().expect("the end mark");
+        let from = lines.iter().position(|line| *line == begin).map_or(0, |at| at + 1);
+        (last[end.len()..].parse().unwrap(), lines[from..].join("\n"))
+    }
+
+    /// Waits for a line; returns all lines up to it.
+    fn read_until(&mut self, timeout: Duration, is_last: impl Fn(&str) -> bool) -> Option<Vec<String>> {
+        let from = self.said.len();
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let line = self.lines.recv_timeout(left).ok()?;
+            self.said.push(line);
+            if self.said.last().is_some_and(|line| is_last(line)) {
+                return Some(self.said[from..].to_vec());
+            }
+        }
+    }
+
+    /// Reads a number, for example of a file in /sys.
+    pub fn number(&mut self, command: &str) -> u64 {
+        let output = self.run(command);
+        output.trim().parse().unwrap_or_else(|_| panic!("{command}: {output:?} is no number"))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let group = Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        // It may have ended already.
+        let _ = killpg(group, Signal::SIGKILL);
+        let _ = self.child.wait();
+    }
+}

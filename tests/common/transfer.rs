@@ -1,0 +1,173 @@
+//! Bulk traffic between the host and a guest ([`Bench`]), whose content is checked.
+//!
+//! The host's part is in this process, so that a test can do something in the middle of a transfer without a clock; the
+//! guest's part is in the background there, so that its console is free.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::Duration;
+
+use super::guest::{Bench, HOST};
+use super::netns::ChildGuard;
+use super::wait_readable;
+
+/// A transfer that something interrupted takes seconds to get going again: TCP waits longer each time.
+const PATIENCE: Duration = Duration::from_secs(60);
+const MIB: usize = 1 << 20;
+
+/// What a test does in the middle of a transfer.
+pub type Interlude<'a> = &'a mut dyn FnMut(&mut Bench);
+
+/// Sends `mib` MiB of noise to the guest over TCP, with `interlude` after each of its quarters but the last; panics if
+/// other bytes arrive.
+pub fn to_guest(bench: &mut Bench, port: u16, mib: usize, interlude: Interlude<'_>) {
+    let listener = listen(bench, port);
+    let bytes = noise(mib * MIB);
+    bench.guest.run(&format!("nc {HOST} {port} </dev/null >/tmp/received & transfer=$!"));
+    let mut stream = accept(&listener);
+    for (at, quarter) in bytes.chunks(bytes.len() / 4).enumerate() {
+        if at > 0 {
+            interlude(bench);
+        }
+        stream.write_all(quarter).unwrap();
+    }
+    drop(stream);
+    let sum = end(bench, "sha256sum </tmp/received; rm /tmp/received");
+    assert_eq!(sum, sum_of(&bytes));
+}
+
+/// Has the guest send `mib` MiB of noise over TCP, with `interlude` after each quarter but the last; panics if other
+/// bytes arrive.
+pub fn to_host(bench: &mut Bench, port: u16, mib: usize, interlude: Interlude<'_>) {
+    let listener = listen(bench, port);
+    bench.guest.run(&format!("dd if=/dev/urandom of=/tmp/sent bs=1M count={mib} 2>/dev/null"));
+    bench.guest.run(&format!("nc {HOST} {port} </tmp/sent & transfer=$!"));
+    let mut stream = accept(&listener);
+    let mut bytes = vec![0; mib * MIB];
+    let quarter = bytes.len() / 4;
+    for (at, quarter) in bytes.chunks_mut(quarter).enumerate() {
+        if at > 0 {
+            interlude(bench);
+        }
+        stream.read_exact(quarter).unwrap();
+    }
+    drop(stream);
+    let sum = end(bench, "sha256sum </tmp/sent; rm /tmp/sent");
+    assert_eq!(sum, sum_of(&bytes));
+}
+
+/// Waits for the guest's part, which runs in the background; then has it do `sum`.
+fn end(bench: &mut Bench, sum: &str) -> String {
+    let number = bench.guest.begin(&format!("wait $transfer && {sum}"));
+    let (status, output) = bench.guest.end(number, PATIENCE);
+    assert_eq!(status, 0, "The guest's part of a transfer: {output}");
+    first_word(&output).to_owned()
+}
+
+/// Bytes without end, both ways, on one TCP connection that the guest made. Ended when dropped.
+pub struct Flood {
+    stream: TcpStream,
+    /// A word for each MiB that arrived here, and for each that the guest has taken.
+    ways: [Receiver<()>; 2],
+}
+
+impl Flood {
+    /// Starts it, from the guest's processor `cpu`, and waits until it flows.
+    pub fn start(bench: &mut Bench, port: u16, cpu: usize) -> Self {
+        let listener = listen(bench, port);
+        bench.guest.run(&format!("taskset {:x} nc {HOST} {port} </dev/zero >/dev/null &", 1 << cpu));
+        let stream = accept(&listener);
+        let [mut from, mut to] = [(); 2].map(|()| stream.try_clone().unwrap());
+        let mut bytes = vec![0; MIB];
+        let from_guest = each_mib(move || from.read_exact(&mut bytes).is_ok());
+        let to_guest = each_mib(move || to.write_all(&[0; MIB]).is_ok());
+        let this = Self { stream, ways: [from_guest, to_guest] };
+        this.assert_flows();
+        this
+    }
+
+    /// Fails unless it goes on flowing both ways.
+    pub fn assert_flows(&self) {
+        for (way, what) in self.ways.iter().zip(["from the guest", "to the guest"]) {
+            // The first may be of before.
+            for _ in way.try_iter() {}
+            for _ in 0..2 {
+                assert!(way.recv_timeout(PATIENCE).is_ok(), "Nothing flows {what} any more");
+            }
+        }
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+/// Calls `pass`, which moves a MiB, until it fails; says so each time.
+fn each_mib(mut pass: impl FnMut() -> bool + Send + 'static) -> Receiver<()> {
+    let (sender, passed) = mpsc::channel();
+    thread::spawn(move || while pass() && sender.send(()).is_ok() {});
+    passed
+}
+
+/// An iperf3 server on the host's side; it serves one client after another.
+pub fn serve_iperf(bench: &Bench) -> ChildGuard {
+    let mut command = bench.namespace.command("iperf3");
+    let mut child = ChildGuard(command.args(["-s", "--forceflush"]).stdout(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(child.0.stdout.take().unwrap()).lines();
+    let listening = lines.find(|line| !matches!(line, Ok(line) if !line.contains("listening")));
+    assert!(matches!(listening, Some(Ok(_))), "iperf3 does not listen: {listening:?}");
+    thread::spawn(move || lines.for_each(drop));
+    child
+}
+
+/// Runs the guest's iperf3 for `seconds` against `host`; returns the Mbit/s that arrived.
+pub fn iperf(bench: &mut Bench, host: &str, seconds: u32, options: &str) -> f64 {
+    let output = bench.guest.run(&format!("iperf3 -c {host} -t {seconds} -f m {options}"));
+    let words: Vec<&str> = output.lines().rfind(|line| line.contains("receiver")).unwrap_or("").split(' ').collect();
+    let rate = words.iter().position(|word| *word == "Mbits/sec").and_then(|at| words[at - 1].parse().ok());
+    rate.unwrap_or_else(|| panic!("iperf3 {options}: {output}"))
+}
+
+/// A listener on the host's side of the bench.
+pub fn listen(bench: &Bench, port: u16) -> TcpListener {
+    bench.namespace.within(|| TcpListener::bind((HOST, port)).unwrap())
+}
+
+/// The guest's connection, with a bound on all that is done with it.
+pub fn accept(listener: &TcpListener) -> TcpStream {
+    assert!(wait_readable(listener, PATIENCE), "The guest does not connect");
+    let (stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// Bytes without a pattern (xorshift).
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.take(len / 8).flatten().collect()
+}
+
+fn sum_of(bytes: &[u8]) -> String {
+    let mut command = Command::new("sha256sum");
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    let output = child.wait_with_output().unwrap();
+    first_word(&String::from_utf8(output.stdout).unwrap()).to_owned()
+}
+
+fn first_word(text: &str) -> &str {
+    text.split_whitespace().next().unwrap_or("")
+}
