@@ -46,7 +46,7 @@ pub struct ControlQueue {
     ring: Option<(RunningRing, GuestIovecs)>,
     poll: Poll,
     command: Vec<u8>,
-    counters: PairCounters,
+    counters: Arc<PairCounters>,
     throttle: Throttle,
 }
 
@@ -54,14 +54,14 @@ pub struct ControlQueue {
 ///
 /// # Errors
 /// Where the kernel has no descriptor or thread for it.
-pub fn spawn(around: Surroundings) -> io::Result<Mailbox<ControlQueue>> {
+pub fn spawn(around: Surroundings, counters: Arc<PairCounters>) -> io::Result<Mailbox<ControlQueue>> {
     let queue = ControlQueue {
         around,
         state: ControlState::default(),
         ring: None,
         poll: Poll::new()?,
         command: Vec::new(),
-        counters: PairCounters::default(),
+        counters,
         throttle: Throttle::default(),
     };
     Mailbox::spawn("control-queue".to_owned(), move |inbox| queue.run(&inbox))
@@ -87,12 +87,16 @@ impl RunsRings for ControlQueue {
         self.ring.take().map(|(ring, _)| ring.stop(&self.poll))
     }
 
+    fn abandon(&mut self, direction: Direction) -> Option<StoppedRing> {
+        self.counters.broken_rings.add(1);
+        self.stop(direction)
+    }
+
     fn change(&mut self, _: Direction, change: RingChange) -> io::Result<()> {
         self.ring.as_mut().map_or(Ok(()), |(ring, _)| ring.change(change, &self.poll))
     }
 
-    fn relocate(&mut self, _: Direction, mem: &Arc<MemView>, found: Option<SplitRing>) {
-        let Some(found) = found else { return self.park(&"it is no longer in guest memory") };
+    fn relocate(&mut self, _: Direction, mem: &Arc<MemView>, found: SplitRing) {
         if let Some((ring, iovecs)) = &mut self.ring {
             *iovecs = GuestIovecs::new(Arc::clone(mem), IOV_MAX + 1);
             ring.queue.relocate(found, Arc::clone(mem));
@@ -192,9 +196,10 @@ impl ControlQueue {
     }
 
     /// Whether the effect took place.
-    fn carry_out(&self, effect: Effect) -> bool {
+    fn carry_out(&mut self, effect: Effect) -> bool {
         log::debug!("Control queue: {effect:?}");
         match effect {
+            Effect::None => true,
             Effect::Filter(filter) => self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter))),
             Effect::QueuePairs(count) => self.tell_pairs(move |index, pair| {
                 pair.set_allowed(index < usize::from(count));
@@ -204,16 +209,13 @@ impl ControlQueue {
                 let filter = self.state.filter();
                 self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter)))
             }
-            Effect::Announced => {
-                self.with_config(|config| config.announce = false);
-                true
-            }
-            // First the workers where less is allowed, the device first where more is: but for a moment in which frames
-            // that do not fit are dropped and counted, either order is right.
+            // Frames that came before and do not fit are dropped and counted.
             Effect::Offloads(offloads) => match self.around.device.set_offloads(offloads.tun_flags()) {
                 Ok(()) => self.tell_pairs(move |_, pair| pair.set_offloads(offloads)),
                 Err(e) => {
-                    log::error!("Cannot set offloads of {:?}: {e}", self.around.device.name());
+                    if self.throttle.allows() {
+                        log::error!("Cannot set offloads of {:?}: {e}", self.around.device.name());
+                    }
                     false
                 }
             },

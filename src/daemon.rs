@@ -18,6 +18,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::mailbox::Stuck;
 use crate::nic::Nic;
 use crate::throttle::Throttle;
 use crate::vhost_user::listener::SocketListener;
@@ -45,6 +46,9 @@ pub enum DaemonError {
     /// The event loop failed.
     #[error("The event loop failed: {0}")]
     EventLoop(event_manager::Error),
+    /// A worker does not answer.
+    #[error(transparent)]
+    Stuck(#[from] Stuck),
     /// The kernel has no descriptor for it.
     #[error("Cannot set up the event loop")]
     SetUp(#[source] std::io::Error),
@@ -99,6 +103,8 @@ pub struct Daemon {
     /// When the listener is watched again, if it is not.
     listen_at: Option<Instant>,
     has_ended: bool,
+    /// Why it has, if not because it was told to.
+    failure: Option<DaemonError>,
     throttle: Throttle,
 }
 
@@ -124,6 +130,7 @@ impl Daemon {
             settle_at: None,
             listen_at: None,
             has_ended: false,
+            failure: None,
             throttle: Throttle::default(),
         })
     }
@@ -169,7 +176,7 @@ impl Daemon {
         let mut daemon = manager.remove_subscriber(id).map_err(DaemonError::EventLoop)?;
         daemon.session = None;
         daemon.log_counters();
-        Ok(())
+        daemon.failure.map_or(Ok(()), Err)
     }
 
     fn log_counters(&self) {
@@ -199,8 +206,14 @@ impl Daemon {
 
     fn process_session(&mut self, ops: &mut EventOps) {
         let Some(session) = &mut self.session else { return };
-        if session.process() == SessionState::Over {
-            return self.end_session(ops);
+        match session.process() {
+            SessionState::Open => {}
+            SessionState::Over => return self.end_session(ops),
+            SessionState::Failed(stuck) => {
+                self.failure = Some(DaemonError::Stuck(stuck));
+                self.has_ended = true;
+                return self.end_session(ops);
+            }
         }
         if session.take_unsettled() {
             self.settle_at = Some(Instant::now() + SETTLE);
@@ -265,7 +278,8 @@ impl Daemon {
         if self.settle_at.take_if(|at| *at <= now).is_some()
             && let Err(stuck) = self.nic.detach_unused()
         {
-            log::error!("{stuck}");
+            self.failure = Some(DaemonError::Stuck(stuck));
+            self.has_ended = true;
         }
         self.process_session(ops);
     }

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -31,6 +32,8 @@ pub struct Mailbox<T> {
     /// `None` only while being dropped.
     jobs: Option<Sender<Job<T>>>,
     wake: Arc<EventFd>,
+    /// Whether the owner did not answer once: it is not waited for again.
+    is_stuck: AtomicBool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -48,7 +51,7 @@ impl<T: 'static> Mailbox<T> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let inbox = Inbox { jobs: receiver, wake: Arc::clone(&wake) };
         let thread = std::thread::Builder::new().name(name.clone()).spawn(move || run(inbox))?;
-        Ok(Mailbox { name, jobs: Some(sender), wake, thread: Some(thread) })
+        Ok(Mailbox { name, jobs: Some(sender), wake, is_stuck: AtomicBool::new(false), thread: Some(thread) })
     }
 
     /// Has the owner run `job`, and waits for the result.
@@ -56,7 +59,13 @@ impl<T: 'static> Mailbox<T> {
     /// # Errors
     /// [`Stuck`]; the job may still run later.
     pub fn call<R: Send + 'static>(&self, job: impl FnOnce(&mut T) -> R + Send + 'static) -> Result<R, Stuck> {
-        let stuck = || Stuck { name: self.name.clone() };
+        let stuck = || {
+            self.is_stuck.store(true, Relaxed);
+            Stuck { name: self.name.clone() }
+        };
+        if self.is_stuck.load(Relaxed) {
+            return Err(stuck());
+        }
         let (answer, answered) = mpsc::sync_channel(1);
         let job: Job<T> = Box::new(move |owner| {
             // After a time-out nobody waits any more; then the result is of no use.
@@ -72,8 +81,9 @@ impl<T: 'static> Mailbox<T> {
 impl<T> Drop for Mailbox<T> {
     fn drop(&mut self) {
         self.jobs = None;
-        let woken = self.wake.write(1).is_ok();
-        if let Some(thread) = self.thread.take().filter(|_| woken) {
+        let answers = self.wake.write(1).is_ok() && !self.is_stuck.load(Relaxed);
+        // A thread that does not answer ends with the process.
+        if let Some(thread) = self.thread.take().filter(|_| answers) {
             // A panic of that thread was reported when it happened.
             let _ = thread.join();
         }

@@ -79,9 +79,10 @@ counters! {
     rx_read_errors,
     /// Dropped: malformed descriptor chain.
     tx_drop_bad_chain,
-    /// Dropped: shorter than a header and an Ethernet header, or longer than any frame.
+    /// Dropped: nothing but a virtio-net header, or longer than any frame.
     tx_drop_bad_length,
-    /// Dropped: the virtio-net header asks for what was not negotiated or does not fit the frame.
+    /// Dropped: no room for an Ethernet header, or the virtio-net header asks for what was not negotiated or does not
+    /// fit the frame.
     tx_drop_bad_header,
     /// Discarded: the ring was disabled (vhost-user, "Ring states").
     tx_drop_disabled,

@@ -97,6 +97,7 @@ pub struct Nic {
     pairs: Arc<[Mailbox<QueuePair>]>,
     counters: Vec<Arc<PairCounters>>,
     control: Mailbox<ControlQueue>,
+    control_counters: Arc<PairCounters>,
     config: Arc<Mutex<ConfigSpace>>,
     initial_config: ConfigSpace,
     setup: NicSetup,
@@ -117,14 +118,15 @@ impl Nic {
             .into();
         let initial_config = ConfigSpace {
             mac: setup.mac.unwrap_or_default(),
-            announce: false,
             max_queue_pairs: u16::try_from(pairs.len()).unwrap_or(QUEUE_PAIRS_MAX),
             mtu: setup.mtu.or(device.mtu()).unwrap_or(MTU_DEFAULT),
         };
         let config = Arc::new(Mutex::new(initial_config.clone()));
         let around =
             Surroundings { device: Arc::clone(&device), pairs: Arc::clone(&pairs), config: Arc::clone(&config) };
-        Ok(Nic { control: control_queue::spawn(around)?, device, pairs, counters, config, initial_config, setup })
+        let control_counters = Arc::new(PairCounters::default());
+        let control = control_queue::spawn(around, Arc::clone(&control_counters))?;
+        Ok(Nic { device, pairs, counters, control, control_counters, config, initial_config, setup })
     }
 
     /// The virtio features to offer.
@@ -148,9 +150,16 @@ impl Nic {
         (2 * (2 * self.pairs.len() + 1)).min(RINGS_MAX)
     }
 
-    /// Whether something here runs ring `index`.
-    pub fn runs_ring(&self, index: usize) -> bool {
-        self.place(index) != Place::Nowhere
+    /// Why nothing here runs ring `index`, if that is so.
+    pub fn why_idle(&self, index: usize) -> Option<&'static str> {
+        let may_be_control = index == 2 * self.pairs.len();
+        match self.place(index) {
+            Place::Pair(..) | Place::Control => None,
+            Place::Nowhere if may_be_control => Some(
+                "a control queue is run for --front-end generic only, and for another queue pair see --queue-pairs",
+            ),
+            Place::Nowhere => Some("there are fewer queue pairs, see --queue-pairs"),
+        }
     }
 
     fn place(&self, index: usize) -> Place {
@@ -182,6 +191,11 @@ impl Nic {
         Ok(())
     }
 
+    /// Forgets what an earlier front-end and its guest changed about the configuration space.
+    pub fn begin_session(&self) {
+        self.with_config(|config| config.clone_from(&self.initial_config));
+    }
+
     /// Takes what the guest acknowledged: the device's offloads follow, the control queue's state begins anew.
     ///
     /// No ring may run.
@@ -189,7 +203,8 @@ impl Nic {
     /// # Errors
     /// [`NicError`].
     pub fn set_features(&self, acked: u64) -> Result<(), NicError> {
-        let flags = GuestOffloads::of(acked).tun_flags();
+        let offloads = GuestOffloads::of(acked);
+        let flags = offloads.tun_flags();
         self.device.set_offloads(flags).map_err(|cause| NicError::Offloads {
             name: self.device.name().to_owned(),
             flags,
@@ -206,6 +221,7 @@ impl Nic {
             let filter = Arc::clone(&filter);
             pair.call(move |pair| {
                 pair.set_filter(filter);
+                pair.set_offloads(offloads);
                 pair.set_allowed(index == 0 || !starts_with_one);
             })?;
         }
@@ -229,6 +245,14 @@ impl Nic {
         self.on_ring(ring, None, |owner, direction| owner.stop(direction))
     }
 
+    /// Stops a ring whose memory was taken away.
+    ///
+    /// # Errors
+    /// [`Stuck`].
+    pub fn abandon(&self, ring: usize) -> Result<Option<StoppedRing>, Stuck> {
+        self.on_ring(ring, None, |owner, direction| owner.abandon(direction))
+    }
+
     /// Changes one thing about a running ring.
     ///
     /// # Errors
@@ -238,11 +262,11 @@ impl Nic {
         changed.map_err(|cause| NicError::Kick { ring, cause })
     }
 
-    /// Has a running ring carry on in a new view of memory, where it was `found` or not.
+    /// Has a running ring carry on where it was found in a new view of memory.
     ///
     /// # Errors
     /// [`Stuck`].
-    pub fn relocate(&self, ring: usize, mem: &Arc<MemView>, found: Option<SplitRing>) -> Result<(), Stuck> {
+    pub fn relocate(&self, ring: usize, mem: &Arc<MemView>, found: SplitRing) -> Result<(), Stuck> {
         let mem = Arc::clone(mem);
         self.on_ring(ring, (), move |owner, direction| owner.relocate(direction, &mem, found))
     }
@@ -265,8 +289,8 @@ impl Nic {
     /// would be lost. Where no pair is in use nothing is detached: frames wait for the guest to come back.
     ///
     /// # Errors
-    /// [`NicError::Stuck`].
-    pub fn detach_unused(&self) -> Result<(), NicError> {
+    /// [`Stuck`].
+    pub fn detach_unused(&self) -> Result<(), Stuck> {
         let usages = self.pairs.iter().map(|pair| pair.call(|pair| pair.usage())).collect::<Result<Vec<_>, _>>()?;
         if !usages.iter().any(|usage| usage.in_use && usage.attached) {
             return Ok(());
@@ -294,9 +318,14 @@ impl Nic {
         &self.counters
     }
 
-    /// One line of counters for each queue pair, for the log.
+    /// One line of counters for each queue pair, for the log, and one for the control queue if we run it.
     pub fn counter_lines(&self) -> impl Iterator<Item = String> {
-        self.counters.iter().enumerate().map(|(index, counters)| format!("pair={index} {counters}"))
+        let pairs = self.counters.iter().enumerate().map(|(index, counters)| format!("pair={index} {counters}"));
+        let control = self.setup.is_generic.then(|| {
+            let counters = &self.control_counters;
+            format!("control tx_calls={} broken_rings={}", counters.tx_calls.get(), counters.broken_rings.get())
+        });
+        pairs.chain(control)
     }
 
     fn on_pair<R: Send + 'static>(

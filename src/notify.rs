@@ -26,7 +26,7 @@ impl Kick {
     /// Takes a descriptor as a kick.
     ///
     /// # Errors
-    /// `EINVAL` for what is plainly no eventfd or pipe: files and directories.
+    /// `EINVAL` for what is plainly no eventfd or pipe: files, sockets, devices.
     pub fn new(fd: OwnedFd) -> io::Result<Kick> {
         Ok(Kick(notifier(fd)?))
     }
@@ -55,7 +55,7 @@ impl Call {
     /// Takes a descriptor as a call.
     ///
     /// # Errors
-    /// `EINVAL` for what is plainly no eventfd or pipe: files and directories.
+    /// `EINVAL` for what is plainly no eventfd or pipe: files, sockets, devices.
     pub fn new(fd: OwnedFd) -> io::Result<Call> {
         Ok(Call(notifier(fd)?))
     }
@@ -68,7 +68,8 @@ impl Call {
 
 fn notifier(fd: OwnedFd) -> io::Result<OwnedFd> {
     let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
-    if matches!(kind, FileType::RegularFile | FileType::Directory | FileType::BlockDevice | FileType::Symlink) {
+    // An eventfd is of no kind that a file can be.
+    if !matches!(kind, FileType::Fifo | FileType::Unknown) {
         return Err(Errno::INVAL.into());
     }
     let flags = rustix::fs::fcntl_getfl(&fd)?;

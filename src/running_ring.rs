@@ -78,14 +78,17 @@ pub trait RunsRings {
     /// Stops a ring, if it runs. Nothing of it is touched after this.
     fn stop(&mut self, direction: Direction) -> Option<StoppedRing>;
 
+    /// Stops a ring whose memory was taken away, and counts it as broken.
+    fn abandon(&mut self, direction: Direction) -> Option<StoppedRing>;
+
     /// Changes one thing about a ring, if it runs.
     ///
     /// # Errors
     /// What `epoll_ctl(2)` says of a new kick descriptor; the ring is polled then.
     fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()>;
 
-    /// Carries on with the same ring in a new view of memory; `None` where the ring is not in it, which breaks it.
-    fn relocate(&mut self, direction: Direction, mem: &Arc<MemView>, found: Option<SplitRing>);
+    /// Carries on with the same ring, found in a new view of memory.
+    fn relocate(&mut self, direction: Direction, mem: &Arc<MemView>, found: SplitRing);
 }
 
 /// A direction, from the guest's point of view; the ring's index modulo 2.
@@ -158,6 +161,8 @@ impl RunningRing {
     pub(crate) fn change(&mut self, change: RingChange, poll: &Poll) -> io::Result<()> {
         match change {
             RingChange::Mode(mode) => self.mode = mode,
+            // A broken ring is not kicked any more.
+            RingChange::Kick(_) if self.broken => {}
             RingChange::Kick(kick) => {
                 unwatch(poll, self.kick.take().as_ref());
                 if let Some(kick) = &kick {

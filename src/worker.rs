@@ -25,7 +25,7 @@ use crate::metrics::PairCounters;
 use crate::net::Pump;
 use crate::net::features::GuestOffloads;
 use crate::net::filter::RxFilter;
-use crate::net::rx::{HeldFrame, Rx};
+use crate::net::rx::{Admission, HeldFrame, Rx};
 use crate::net::tx::Tx;
 use crate::notify::KickState;
 use crate::poll::{Event, Poll, Wait};
@@ -60,9 +60,11 @@ pub struct QueuePair {
     tx: Option<(RunningRing, Tx)>,
     /// A frame that was read for a ring that stopped.
     left: Option<HeldFrame>,
-    filter: Arc<RxFilter>,
+    admission: Admission,
     /// Whether the device may have frames.
     readable: bool,
+    /// Whether it may have, and is to be asked again a moment later.
+    retry: bool,
     /// Whether the device takes no frames until it says so.
     blocked: bool,
     lost: bool,
@@ -86,8 +88,9 @@ pub fn spawn(index: usize, device: DeviceQueue, counters: Arc<PairCounters>) -> 
         rx: None,
         tx: None,
         left: None,
-        filter: Arc::new(RxFilter::default()),
+        admission: Admission::default(),
         readable: true,
+        retry: false,
         blocked: false,
         lost: false,
         allowed: true,
@@ -100,12 +103,11 @@ pub fn spawn(index: usize, device: DeviceQueue, counters: Arc<PairCounters>) -> 
 impl RunsRings for QueuePair {
     fn start(&mut self, direction: Direction, start: StartRing) -> io::Result<()> {
         let (mem, features) = (Arc::clone(start.queue.mem()), start.features);
+        drop(self.stop(direction));
         match direction {
             Direction::Rx => {
                 let ring = RunningRing::start(start, &self.poll, Event::RxKick, &self.counters)?;
-                let mut rx = Rx::new(mem, features, self.left.take());
-                rx.set_filter(Arc::clone(&self.filter));
-                self.rx = Some((ring, rx));
+                self.rx = Some((ring, Rx::new(mem, features, self.admission.clone(), self.left.take())));
             }
             Direction::Tx => {
                 let ring = RunningRing::start(start, &self.poll, Event::TxKick, &self.counters)?;
@@ -127,6 +129,11 @@ impl RunsRings for QueuePair {
         Some(ring.stop(&self.poll))
     }
 
+    fn abandon(&mut self, direction: Direction) -> Option<StoppedRing> {
+        self.counters.broken_rings.add(1);
+        self.stop(direction)
+    }
+
     fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()> {
         let ring = match direction {
             Direction::Rx => self.rx.as_mut().map(|(ring, _)| ring),
@@ -137,10 +144,7 @@ impl RunsRings for QueuePair {
         changed
     }
 
-    fn relocate(&mut self, direction: Direction, mem: &Arc<MemView>, found: Option<SplitRing>) {
-        let Some(found) = found else {
-            return self.park(direction, &"it is no longer in guest memory");
-        };
+    fn relocate(&mut self, direction: Direction, mem: &Arc<MemView>, found: SplitRing) {
         match (direction, &mut self.rx, &mut self.tx) {
             (Direction::Rx, Some((ring, rx)), _) => {
                 rx.relocate(&mut ring.queue, Arc::clone(mem));
@@ -159,23 +163,26 @@ impl RunsRings for QueuePair {
 impl QueuePair {
     /// Changes which frames reach the guest.
     pub fn set_filter(&mut self, filter: Arc<RxFilter>) {
-        self.filter = Arc::clone(&filter);
-        if let Some((_, rx)) = &mut self.rx {
-            rx.set_filter(filter);
-        }
+        self.admission.filter = filter;
+        self.admit();
     }
 
     /// Changes which unfinished frames the guest takes.
     pub fn set_offloads(&mut self, offloads: GuestOffloads) {
+        self.admission.offloads = offloads;
+        self.admit();
+    }
+
+    fn admit(&mut self) {
         if let Some((_, rx)) = &mut self.rx {
-            rx.set_offloads(offloads);
+            rx.set_admission(self.admission.clone());
         }
     }
 
-    /// Says whether the driver may use this pair.
+    /// Says whether the driver may use this pair; the kernel gives one that it may not use no frames.
     pub fn set_allowed(&mut self, allowed: bool) {
         self.allowed = allowed;
-        self.look_again();
+        if allowed { self.look_again() } else { self.detach() }
     }
 
     /// Whether this pair passes frames, and whether the kernel gives it any.
@@ -186,10 +193,8 @@ impl QueuePair {
 
     /// Has the kernel give the device's queue no frames any more.
     pub fn detach(&mut self) {
-        match self.device.detach() {
-            Ok(()) => log::debug!("Queue pair {}: detached from the device", self.index),
-            Err(e) => log::warn!("Queue pair {}: cannot detach from the device: {e}", self.index),
-        }
+        let detached = self.device.detach();
+        self.log_steering("detach from", detached);
     }
 
     /// Puts a frame of ours, with its virtio-net header, on the device.
@@ -216,9 +221,8 @@ impl QueuePair {
             for (event, on) in events {
                 self.handle(event, on, inbox);
             }
-            if matches!(wait, Wait::Millis(_)) {
-                self.look_at_polled();
-            }
+            self.readable |= std::mem::take(&mut self.retry);
+            self.look_at_polled();
             if self.tx_ready() {
                 self.pump_tx();
             }
@@ -232,7 +236,7 @@ impl QueuePair {
         let polled = |ring: Option<&RunningRing>| ring.is_some_and(RunningRing::is_polled);
         if self.tx_ready() || self.rx_ready() {
             Wait::No
-        } else if polled(self.rx.as_ref().map(|(r, _)| r)) || polled(self.tx.as_ref().map(|(r, _)| r)) {
+        } else if self.retry || polled(self.rx.as_ref().map(|(r, _)| r)) || polled(self.tx.as_ref().map(|(r, _)| r)) {
             Wait::Millis(POLL_INTERVAL_MS)
         } else {
             Wait::Forever
@@ -273,13 +277,14 @@ impl QueuePair {
         for direction in [Direction::Rx, Direction::Tx] {
             if let Some(ring) = self.ring(direction).filter(|ring| ring.is_polled()) {
                 ring.can_run = true;
+                self.attach_if_used();
             }
         }
-        self.attach_if_used();
     }
 
+    /// An unattached device queue takes frames all the same.
     fn tx_ready(&self) -> bool {
-        let device_takes = !self.blocked && !self.lost && self.device.is_attached();
+        let device_takes = !self.blocked && !self.lost;
         self.tx.as_ref().is_some_and(|(ring, _)| match ring.mode {
             RingMode::Waiting => false,
             RingMode::Enabled => ring.is_ready() && device_takes,
@@ -289,7 +294,7 @@ impl QueuePair {
 
     fn rx_ready(&self) -> bool {
         let takes = |ring: &RunningRing| ring.is_ready() && ring.mode == RingMode::Enabled;
-        self.readable && !self.lost && self.rx.as_ref().is_some_and(|(ring, _)| takes(ring))
+        self.readable && self.allowed && !self.lost && self.rx.as_ref().is_some_and(|(ring, _)| takes(ring))
     }
 
     /// One pass over the direction to the device.
@@ -307,7 +312,7 @@ impl QueuePair {
         match settled {
             Ok(Pump::DeviceBlocked) => self.wait_until_writable(),
             Ok(Pump::DeviceLost) => self.lose_device(),
-            Ok(Pump::Drained | Pump::NoBuffers | Pump::BudgetSpent) => {}
+            Ok(Pump::Drained | Pump::NoBuffers | Pump::TryLater | Pump::BudgetSpent) => {}
             Err(broken) => self.park(Direction::Tx, &broken),
         }
     }
@@ -323,6 +328,7 @@ impl QueuePair {
         });
         match settled {
             Ok(Pump::Drained) => self.readable = false,
+            Ok(Pump::TryLater) => (self.readable, self.retry) = (false, true),
             Ok(Pump::DeviceLost) => self.lose_device(),
             Ok(Pump::NoBuffers | Pump::DeviceBlocked | Pump::BudgetSpent) => {}
             Err(broken) => self.park(Direction::Rx, &broken),
@@ -353,21 +359,28 @@ impl QueuePair {
     /// Attaches the device's queue once the pair runs and its rx ring has buffers: a flow that the kernel steers to a
     /// queue that the guest never fills would be lost.
     fn attach_if_used(&mut self) {
-        let (Some((rx, _)), Some((tx, _))) = (&mut self.rx, &mut self.tx) else { return };
-        if self.device.is_attached() || !self.allowed || !rx.passes() {
+        let (Some((ring, rx)), Some(_)) = (&mut self.rx, &self.tx) else { return };
+        if self.device.is_attached() || self.lost || !self.allowed || !ring.passes() {
             return;
         }
-        match rx.queue.has_entries() {
-            Ok(true) => {}
-            Ok(false) => return,
+        match ring.queue.has_entries() {
+            Ok(has_more) if has_more || rx.has_buffers_in_hand() => {}
+            Ok(_) => return,
             Err(broken) => return self.park(Direction::Rx, &broken),
         }
-        match self.device.attach() {
-            Ok(()) => log::debug!("Queue pair {}: attached to the device", self.index),
-            Err(e) => return log::warn!("Queue pair {}: cannot attach to the device: {e}", self.index),
-        }
+        let attached = self.device.attach();
+        self.log_steering("attach to", attached);
         self.readable = true;
-        tx.can_run = true;
+    }
+
+    fn log_steering(&mut self, what: &str, done: io::Result<bool>) {
+        if matches!(done, Ok(false)) || !self.throttle.allows() {
+            return;
+        }
+        match done {
+            Ok(_) => log::debug!("Queue pair {}: {what} the device", self.index),
+            Err(e) => log::warn!("Queue pair {}: cannot {what} the device: {e}", self.index),
+        }
     }
 
     fn ring(&mut self, direction: Direction) -> Option<&mut RunningRing> {

@@ -105,28 +105,29 @@ impl DeviceQueue {
         self.steering != Steering::Detached
     }
 
-    /// Lets the kernel spread flows over this queue too; nothing happens where it does already.
+    /// Lets the kernel spread flows over this queue too; tells whether it did not before.
     ///
     /// # Errors
     /// What `TUNSETQUEUE` says.
-    pub fn attach(&mut self) -> io::Result<()> {
-        if self.steering == Steering::Detached {
-            ioctl::tun_set_queue(self.as_fd(), true)?;
-            self.steering = Steering::Attached;
-        }
-        Ok(())
+    pub fn attach(&mut self) -> io::Result<bool> {
+        self.steer(Steering::Detached, Steering::Attached)
     }
 
-    /// Takes this queue out of the kernel's steering; what waits in it is lost. Nothing happens where it cannot be.
+    /// Takes this queue out of the kernel's steering; what waits in it is lost. Tells whether it was in it.
     ///
     /// # Errors
     /// What `TUNSETQUEUE` says.
-    pub fn detach(&mut self) -> io::Result<()> {
-        if self.steering == Steering::Attached {
-            ioctl::tun_set_queue(self.as_fd(), false)?;
-            self.steering = Steering::Detached;
+    pub fn detach(&mut self) -> io::Result<bool> {
+        self.steer(Steering::Attached, Steering::Detached)
+    }
+
+    fn steer(&mut self, from: Steering, to: Steering) -> io::Result<bool> {
+        if self.steering != from {
+            return Ok(false);
         }
-        Ok(())
+        ioctl::tun_set_queue(self.as_fd(), to == Steering::Attached)?;
+        self.steering = to;
+        Ok(true)
     }
 }
 

@@ -19,7 +19,6 @@ use super::{
     Device, DeviceQueue, Kind, Steering, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
     TUN_F_USO6, ioctl, set_nonblocking,
 };
-use crate::net::header::HEADER_LEN;
 
 /// A network interface's name that the kernel takes as it is: 1 to 15 bytes, no `/`, `%`, `:` or white space, not `.`
 /// or `..`.
@@ -154,6 +153,8 @@ pub enum TapError {
     },
 }
 
+/// Bytes of the header before each frame: `struct virtio_net_hdr_v1`.
+const VNET_HEADER_LEN: c_int = 12;
 const TUN_PATH: &str = "/dev/net/tun";
 
 fn hint_tun(cause: &io::Error) -> &'static str {
@@ -216,7 +217,8 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     log::info!("{verb} TAP {name:?} with {} queue(s)", how.queue_pairs);
     // An MTU that was asked for on creation was set there; netlink's answer may be from before.
     let mtu = if existing.is_none() { how.mtu.or(link.mtu) } else { link.mtu };
-    finish(name, mtu, multi_queue, queues)
+    let steering = if multi_queue { Steering::Attached } else { Steering::Always };
+    finish(name, mtu, queues.into_iter().map(|fd| DeviceQueue { fd, steering }).collect())
 }
 
 /// Whether an existing interface will do; tells whether it is a multi-queue one.
@@ -283,6 +285,9 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), TapError>
         if flags & IFF_VNET_HDR == 0 {
             return wrong("without the virtio-net header; open it with IFF_VNET_HDR");
         }
+        if flags & libc::IFF_NAPI_FRAGS != 0 {
+            return wrong("with IFF_NAPI_FRAGS, by which oversized frames have harmed kernels; open it without");
+        }
         if numbers.len() > 1 && flags & IFF_MULTI_QUEUE == 0 {
             return wrong("that takes one queue only; open all of them with IFF_MULTI_QUEUE");
         }
@@ -290,41 +295,43 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), TapError>
         if *first_name != name {
             return wrong(&format!("and the first one is of {first_name:?}; all must be of one interface"));
         }
-        queues.push(fd);
+        let steering = match flags & (IFF_MULTI_QUEUE | libc::IFF_DETACH_QUEUE) {
+            IFF_MULTI_QUEUE => Steering::Attached,
+            flags if flags & IFF_MULTI_QUEUE != 0 => Steering::Detached,
+            _ => Steering::Always,
+        };
+        queues.push(DeviceQueue { fd, steering });
     }
-    let (name, flags) = first.unwrap_or_default();
+    let (name, _) = first.unwrap_or_default();
     // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known.
     let mtu = netlink::link_by_name(&name).ok().flatten().and_then(|link| link.mtu);
     log::info!("Took {} descriptor(s) of TAP {name:?}", queues.len());
-    finish(name, mtu, flags & IFF_MULTI_QUEUE != 0, queues)
+    finish(name, mtu, queues)
 }
 
 /// What all TAP queues need, however they came: header layout, no offload yet, only the first one attached.
 fn finish(
     name: String,
     mtu: Option<u16>,
-    multi_queue: bool,
-    fds: Vec<OwnedFd>,
+    mut queues: Vec<DeviceQueue>,
 ) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let set = |what| {
         let name = name.clone();
         move |cause| TapError::Set { what, name, cause }
     };
-    let mut queues = Vec::with_capacity(fds.len());
     let mut offloads = 0;
     let mut control = None;
-    for fd in fds {
-        set_nonblocking(&fd).map_err(set("O_NONBLOCK"))?;
-        ioctl::tun_set_vnet_header_size(fd.as_fd(), HEADER_LEN as c_int).map_err(set("the header size"))?;
-        ioctl::tun_set_vnet_little_endian(fd.as_fd()).map_err(set("the header's byte order"))?;
-        let mut queue = DeviceQueue { fd, steering: if multi_queue { Steering::Attached } else { Steering::Always } };
+    for queue in &mut queues {
+        set_nonblocking(&queue.fd).map_err(set("O_NONBLOCK"))?;
+        ioctl::tun_set_vnet_header_size(queue.as_fd(), VNET_HEADER_LEN).map_err(set("the header size"))?;
+        ioctl::tun_set_vnet_little_endian(queue.as_fd()).map_err(set("the header's byte order"))?;
         if control.is_none() {
-            offloads = probe_offloads(&queue);
+            queue.attach().map_err(set("the first queue to be used"))?;
+            offloads = probe_offloads(queue);
             control = Some(queue.fd.try_clone().map_err(set("up a second descriptor"))?);
         } else {
             queue.detach().map_err(set("aside a queue"))?;
         }
-        queues.push(queue);
     }
     let Some(control) = control else {
         return Err(TapError::BadFd { fd: -1, wrong: "names no descriptor".to_owned() });

@@ -2,8 +2,6 @@
 
 /// Link is up, in `status`.
 const STATUS_LINK_UP: u16 = 1;
-/// The driver should announce itself, in `status`.
-const STATUS_ANNOUNCE: u16 = 2;
 /// `speed` and `duplex` are not known.
 const UNKNOWN_SPEED: u32 = u32::MAX;
 const UNKNOWN_DUPLEX: u8 = u8::MAX;
@@ -17,8 +15,6 @@ pub const MTU_MIN: u16 = 68;
 pub struct ConfigSpace {
     /// The MAC address; zero where none was given.
     pub mac: [u8; 6],
-    /// Whether the driver is asked to announce itself.
-    pub announce: bool,
     /// The most queue pairs that may be used.
     pub max_queue_pairs: u16,
     /// The largest MTU that the driver may use.
@@ -26,16 +22,12 @@ pub struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    fn status(&self) -> u16 {
-        STATUS_LINK_UP | if self.announce { STATUS_ANNOUNCE } else { 0 }
-    }
-
     /// The bytes as the driver sees them.
     pub fn to_bytes(&self) -> [u8; CONFIG_LEN] {
         let mut bytes = [0; CONFIG_LEN];
         let fields: [&[u8]; 6] = [
             &self.mac,
-            &self.status().to_le_bytes(),
+            &STATUS_LINK_UP.to_le_bytes(),
             &self.max_queue_pairs.to_le_bytes(),
             &self.mtu.to_le_bytes(),
             &UNKNOWN_SPEED.to_le_bytes(),
@@ -60,16 +52,16 @@ mod tests {
 
     #[test]
     fn layout_is_the_specifications() {
-        let space = ConfigSpace { mac: [1, 2, 3, 4, 5, 6], announce: true, max_queue_pairs: 4, mtu: 1500 };
+        let space = ConfigSpace { mac: [1, 2, 3, 4, 5, 6], max_queue_pairs: 4, mtu: 1500 };
         let bytes = space.to_bytes();
         assert_eq!(bytes[..6], [1, 2, 3, 4, 5, 6]);
-        assert_eq!(bytes[6..12], [3, 0, 4, 0, 0xdc, 5]);
+        assert_eq!(bytes[6..12], [1, 0, 4, 0, 0xdc, 5]);
         assert_eq!(bytes[12..], [0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]
     fn read_beyond_the_end_is_refused() {
-        let space = ConfigSpace { mac: [0; 6], announce: false, max_queue_pairs: 1, mtu: 1500 };
+        let space = ConfigSpace { mac: [0; 6], max_queue_pairs: 1, mtu: 1500 };
         assert_eq!(space.read(0, 24).map(|b| b.len()), Some(24));
         assert_eq!(space.read(6, 2), Some(vec![1, 0]));
         for (offset, size) in [(0, 0), (0, 25), (24, 1), (23, 2), (u32::MAX, 1), (0xffff_ff00, 0x200)] {

@@ -45,8 +45,8 @@ pub enum Effect {
     QueuePairs(u16),
     /// The guest takes other unfinished frames.
     Offloads(GuestOffloads),
-    /// The driver has announced itself.
-    Announced,
+    /// Nothing: the driver says that it has announced itself.
+    None,
 }
 
 /// What the commands have set so far.
@@ -78,7 +78,7 @@ impl ControlState {
             CLASS_MAC => self.set_mac(command, data),
             CLASS_VLAN => self.set_vlan(command, data),
             CLASS_ANNOUNCE if command == ANNOUNCE_ACK && data.is_empty() && self.has(GUEST_ANNOUNCE) => {
-                Some(Effect::Announced)
+                Some(Effect::None)
             }
             CLASS_MQ if command == MQ_VQ_PAIRS_SET && self.has(MQ) => {
                 let pairs = u16::from_le_bytes(data.try_into().ok()?);

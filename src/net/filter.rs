@@ -100,12 +100,12 @@ impl RxFilter {
     /// Whether every frame passes, so that none need be looked at.
     #[inline]
     pub fn passes_all(&self) -> bool {
-        self.modes.promiscuous && self.vlans.is_none()
+        self.modes.promiscuous
     }
 
     /// Whether a frame that begins with these bytes is for the guest.
     pub fn accepts(&self, start: &[u8; FILTER_LEN]) -> bool {
-        self.accepts_vlan(start) && self.accepts_address(start)
+        self.modes.promiscuous || (self.accepts_vlan(start) && self.accepts_address(start))
     }
 
     fn accepts_vlan(&self, start: &[u8; FILTER_LEN]) -> bool {
@@ -121,9 +121,7 @@ impl RxFilter {
         let [a, b, c, d, e, f, ..] = *start;
         let to = [a, b, c, d, e, f];
         let modes = &self.modes;
-        if modes.promiscuous {
-            true
-        } else if to == [0xff; 6] {
+        if to == [0xff; 6] {
             !modes.no_broadcast
         } else if a & 1 == 1 {
             let listed = self.table.multicast_overflow || self.table.multicast.contains(&to);
@@ -188,9 +186,11 @@ mod tests {
         vlans.set(4095, true);
         vlans.set(6, true);
         vlans.set(6, false);
-        let filter = RxFilter { vlans: Some(vlans), ..RxFilter::default() };
+        let mut filter = RxFilter { vlans: Some(vlans), ..quiet() };
         assert!(filter.accepts(&frame(OWN, None)));
         assert!(filter.accepts(&frame(OWN, Some(5))) && filter.accepts(&frame(OWN, Some(4095))));
         assert!(!filter.accepts(&frame(OWN, Some(6))) && !filter.accepts(&frame(OWN, Some(0))));
+        filter.modes.promiscuous = true;
+        assert!(filter.accepts(&frame(OWN, Some(6))));
     }
 }

@@ -20,6 +20,8 @@ pub enum Pump {
     NoBuffers,
     /// There is more to do, after the other direction had its turn.
     BudgetSpent,
+    /// The device failed in a way that may pass.
+    TryLater,
     /// The device is gone.
     DeviceLost,
 }

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
 use super::header::{HEADER_LEN, VnetHeader, check_rx};
-use super::window::{Need, Window};
+use super::window::{Filled, Need, Window};
 use super::{ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump};
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
@@ -37,12 +37,20 @@ const EXPECT_PERIOD: u32 = 1024;
 /// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
 const CHAIN_MIN: usize = HEADER_LEN + 60;
 
+/// Which frames may reach the guest.
+#[derive(Clone, Debug, Default)]
+pub struct Admission {
+    /// Unfinished ones of these kinds.
+    pub offloads: GuestOffloads,
+    /// Those that are for it.
+    pub filter: Arc<RxFilter>,
+}
+
 /// Everything that one direction to the guest needs besides its queue.
 pub struct Rx {
     window: Window,
     mergeable: bool,
-    offloads: GuestOffloads,
-    filter: Arc<RxFilter>,
+    admission: Admission,
     expect: Expect,
     /// Behind the window's buffers in each read; and where a held frame is.
     private: Box<[u8]>,
@@ -65,6 +73,8 @@ pub struct HeldFrame {
 /// What a step of the pump came to.
 enum Step {
     Delivered,
+    /// Nothing was delivered, for a reason that was seen to.
+    Again,
     /// Nothing was delivered, and this counter says why.
     Counted(fn(&PairCounters) -> &Counter),
     End(Pump),
@@ -72,7 +82,7 @@ enum Step {
 
 impl Rx {
     /// A direction for a guest that acknowledged `features`, whose memory is `mem`; `left` is delivered first.
-    pub fn new(mem: Arc<MemView>, features: u64, left: Option<HeldFrame>) -> Rx {
+    pub fn new(mem: Arc<MemView>, features: u64, admission: Admission, left: Option<HeldFrame>) -> Rx {
         // One byte more than any frame has: to fill it is to be cut.
         let mut private = vec![0; FRAME_MAX + 1].into_boxed_slice();
         let held = left.map(|HeldFrame { header, frame }| {
@@ -82,8 +92,7 @@ impl Rx {
         Rx {
             window: Window::new(mem),
             mergeable: features & MRG_RXBUF != 0,
-            offloads: GuestOffloads::of(features),
-            filter: Arc::new(RxFilter::default()),
+            admission,
             expect: Expect::default(),
             private,
             held,
@@ -104,13 +113,13 @@ impl Rx {
     }
 
     /// Changes which frames pass.
-    pub fn set_filter(&mut self, filter: Arc<RxFilter>) {
-        self.filter = filter;
+    pub fn set_admission(&mut self, admission: Admission) {
+        self.admission = admission;
     }
 
-    /// Changes which unfinished frames the guest takes.
-    pub fn set_offloads(&mut self, offloads: GuestOffloads) {
-        self.offloads = offloads;
+    /// Whether buffers were popped that no frame is in yet.
+    pub fn has_buffers_in_hand(&self) -> bool {
+        !self.window.is_empty()
     }
 
     /// Delivers up to `budget` frames.
@@ -130,7 +139,7 @@ impl Rx {
                 None => self.receive(queue, device, counters)?,
             };
             match step {
-                Step::Delivered => {}
+                Step::Delivered | Step::Again => {}
                 Step::Counted(reason) => reason(counters).add(1),
                 Step::End(pump) => return Ok(pump),
             }
@@ -146,8 +155,10 @@ impl Rx {
         counters: &PairCounters,
     ) -> Result<Step, RingBroken> {
         let need = self.need(self.expect.now);
-        if self.window.fill(queue, need, counters)? == 0 {
-            return Ok(Step::End(Pump::NoBuffers));
+        match self.window.fill(queue, need, counters)? {
+            Filled::Bytes(0) => return Ok(Step::End(Pump::NoBuffers)),
+            Filled::Bytes(_) => {}
+            Filled::ReturnedUnused => return Ok(Step::Again),
         }
         let room = self.window.read_room() - HEADER_LEN;
         let mut header = [0; HEADER_LEN];
@@ -162,10 +173,10 @@ impl Rx {
         if len > room {
             return Ok(self.hold(header, len, room));
         }
-        let Ok(header) = check_rx(header, self.offloads) else {
+        let Ok(header) = check_rx(header, self.admission.offloads) else {
             return Ok(Step::Counted(|c| &c.rx_drop_not_negotiated));
         };
-        if !self.filter.passes_all() && !self.filter.accepts(&self.window.start_of_frame()) {
+        if !self.admission.filter.passes_all() && !self.admission.filter.accepts(&self.window.start_of_frame()) {
             return Ok(Step::Counted(|c| &c.rx_drop_filtered));
         }
         self.window.complete(queue, header, len);
@@ -200,13 +211,15 @@ impl Rx {
         let need = self.need(HEADER_LEN + held.len);
         let frame = self.private.get(..held.len).unwrap_or_default();
         let step = 'settled: {
-            let Ok(header) = check_rx(held.header, self.offloads) else {
+            let Ok(header) = check_rx(held.header, self.admission.offloads) else {
                 break 'settled Step::Counted(|c| &c.rx_drop_not_negotiated);
             };
-            if !self.filter.passes_all() && frame.first_chunk().is_some_and(|start| !self.filter.accepts(start)) {
+            if !self.admission.filter.passes_all()
+                && frame.first_chunk().is_some_and(|start| !self.admission.filter.accepts(start))
+            {
                 break 'settled Step::Counted(|c| &c.rx_drop_filtered);
             }
-            let room = self.window.fill(queue, need, counters)?;
+            let Filled::Bytes(room) = self.window.fill(queue, need, counters)? else { return Ok(Step::Again) };
             if room >= need.bytes {
                 self.window.copy_frame_from(frame);
                 self.window.complete(queue, header, held.len);
@@ -214,7 +227,7 @@ impl Rx {
                 break 'settled Step::Delivered;
             }
             // One chain is all that there can be, or all that the ring can hold is there: it never fits.
-            if room > 0 && (!self.mergeable || self.window.len() >= usize::from(queue.size())) {
+            if room > 0 && (!self.mergeable || self.window.holds_all_of(queue.size())) {
                 break 'settled Step::Counted(|c| &c.rx_drop_too_large);
             }
             return Ok(Step::End(Pump::NoBuffers));
@@ -229,10 +242,10 @@ fn after_read_error(error: &io::Error, counters: &PairCounters) -> Step {
     match error.raw_os_error() {
         Some(libc::EAGAIN) => Step::End(Pump::Drained),
         Some(libc::EBADFD | libc::ENXIO | libc::ECONNRESET) => Step::End(Pump::DeviceLost),
-        // Short of memory, perhaps. The next frame to arrive has it tried again: no spinning on an error that stays.
+        // Short of memory, perhaps: the frame is still there.
         _ => {
             counters.rx_read_errors.add(1);
-            Step::End(Pump::Drained)
+            Step::End(Pump::TryLater)
         }
     }
 }

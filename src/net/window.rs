@@ -28,6 +28,15 @@ pub(super) struct Need {
     pub(super) chain_min: usize,
 }
 
+/// What [`Window::fill`] came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Filled {
+    /// So many bytes are there; less than was asked for only if the ring has no more.
+    Bytes(usize),
+    /// A chain was of no use and was returned; there is to be looked again.
+    ReturnedUnused,
+}
+
 /// See the file's head.
 pub(super) struct Window {
     iovecs: GuestIovecs,
@@ -36,8 +45,8 @@ pub(super) struct Window {
     chains: VecDeque<Buffer>,
     /// Bytes in `chains`.
     bytes: usize,
-    /// The entry behind the window, where that one can only be returned unused.
-    bad: Option<Head>,
+    /// Descriptors of the ring that `chains` take up.
+    ring_descriptors: usize,
 }
 
 /// One chain of the window.
@@ -45,6 +54,7 @@ struct Buffer {
     head: Head,
     len: usize,
     pieces: usize,
+    ring_descriptors: usize,
 }
 
 impl Window {
@@ -54,40 +64,47 @@ impl Window {
             gone: 0,
             chains: VecDeque::with_capacity(IOV_MAX),
             bytes: 0,
-            bad: None,
+            ring_descriptors: 0,
         }
     }
 
-    /// Number of chains.
-    pub(super) fn len(&self) -> usize {
-        self.chains.len()
+    /// Whether there is no buffer.
+    pub(super) fn is_empty(&self) -> bool {
+        self.chains.is_empty()
     }
 
-    /// Pops until `need` is there or the ring has no more; tells the bytes that are there then.
+    /// Whether all that a ring of `size` can hold is here: no more will come.
+    pub(super) fn holds_all_of(&self, size: u16) -> bool {
+        self.ring_descriptors >= usize::from(size)
+    }
+
+    /// Pops until `need` is there or the ring has no more, or until a chain is of no use.
     #[inline]
-    pub(super) fn fill(&mut self, queue: &mut Queue, need: Need, counters: &PairCounters) -> Result<usize, RingBroken> {
+    pub(super) fn fill(
+        &mut self,
+        queue: &mut Queue,
+        need: Need,
+        counters: &PairCounters,
+    ) -> Result<Filled, RingBroken> {
         while self.bytes < need.bytes && self.chains.len() < need.chains {
-            if let Some(bad) = self.bad.take() {
-                self.return_unused(queue, bad, counters);
-            }
             let Some(popped) = queue.pop(&mut self.iovecs)? else { break };
             match popped.chain.and_then(Shape::only_writable) {
                 Ok(shape) if shape.writable_len as usize >= need.chain_min => self.append(popped.head, shape),
-                refused => {
-                    if let Ok(shape) = refused {
-                        self.iovecs.truncate(shape.writable().start);
-                    }
-                    self.bad = Some(popped.head);
+                _ => {
+                    self.return_unused(queue, popped.head, counters);
+                    return Ok(Filled::ReturnedUnused);
                 }
             }
         }
-        Ok(self.bytes)
+        Ok(Filled::Bytes(self.bytes))
     }
 
     fn append(&mut self, head: Head, shape: Shape) {
         let (len, pieces) = (shape.writable_len as usize, shape.writable().len());
+        let ring_descriptors = usize::from(shape.ring_descriptors);
         self.bytes += len;
-        self.chains.push_back(Buffer { head, len, pieces });
+        self.ring_descriptors += ring_descriptors;
+        self.chains.push_back(Buffer { head, len, pieces, ring_descriptors });
     }
 
     /// Returns a malformed entry unused, and before it the good ones that a frame cannot use across it.
@@ -102,8 +119,7 @@ impl Window {
 
     /// Puts everything back, youngest first.
     pub(super) fn give_back(&mut self, queue: &mut Queue) {
-        let youngest_first = self.bad.take().into_iter().chain(self.chains.drain(..).rev().map(|buffer| buffer.head));
-        youngest_first.for_each(|head| queue.rewind(head));
+        self.chains.drain(..).rev().for_each(|buffer| queue.rewind(buffer.head));
         self.clear();
     }
 
@@ -111,6 +127,7 @@ impl Window {
         self.iovecs.truncate(0);
         self.gone = 0;
         self.bytes = 0;
+        self.ring_descriptors = 0;
     }
 
     /// The pieces that a read goes to.
@@ -178,6 +195,7 @@ impl Window {
             let here = left.min(buffer.len);
             left -= here;
             self.bytes -= buffer.len;
+            self.ring_descriptors -= buffer.ring_descriptors;
             self.gone += buffer.pieces;
             queue.push_used(buffer.head, here as u32);
         }

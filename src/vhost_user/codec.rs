@@ -131,7 +131,8 @@ impl Codec {
             match self.read_some(missing)? {
                 Some(0) if self.input.is_empty() => return Ok(Received::Closed),
                 Some(0) => return Err(StreamError::CutOff),
-                Some(_) => {}
+                // It makes progress: a slow peer is not a silent one.
+                Some(_) => self.waiting_since = None,
                 None => {
                     self.note_wait(!self.input.is_empty());
                     return Ok(Received::Nothing);
@@ -202,6 +203,9 @@ impl Codec {
     /// # Errors
     /// [`StreamError::Socket`].
     pub fn flush(&mut self) -> Result<(), StreamError> {
+        if self.output.is_empty() {
+            return Ok(());
+        }
         while !self.output.is_empty() {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             let parts = [IoSlice::new(&self.output)];

@@ -8,6 +8,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use thiserror::Error;
 
 /// Bytes of a socket's path, without the closing NUL (unix(7)).
@@ -160,14 +162,16 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
 
 fn remove_socket_if_dead(path: &Path) -> Result<(), ListenError> {
     let failed = |what| move |cause| ListenError::Io { what, path: path.to_owned(), cause };
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+    let connected = SocketAddrUnix::new(path).and_then(|address| connect(probe?, &address));
+    match connected {
+        Err(Errno::CONNREFUSED) => {
             log::info!("Replacing socket {path:?} of a process that is gone");
             fs::remove_file(path).map_err(failed("remove"))
         }
         // A full backlog is somebody's too.
-        Ok(_) => Err(ListenError::InUse { path: path.to_owned() }),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ListenError::InUse { path: path.to_owned() }),
-        Err(error) => Err(failed("probe")(error)),
+        Ok(()) | Err(Errno::AGAIN) => Err(ListenError::InUse { path: path.to_owned() }),
+        Err(errno) => Err(failed("probe")(errno.into())),
     }
 }

@@ -12,7 +12,7 @@ pub(super) const MEMORY_SLOTS: usize = 509;
 
 /// Why the set cannot be changed so.
 #[derive(Debug, Error)]
-pub enum MemoryError {
+pub(in crate::vhost_user) enum MemoryError {
     /// A region is unusable.
     #[error(transparent)]
     Map(#[from] MapError),

@@ -44,7 +44,7 @@ pub(super) struct Layout {
 
 /// Why a ring does not start, or is refused where it is described.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum StartError {
+pub(in crate::vhost_user) enum StartError {
     /// An address is in no memory region.
     #[error("Ring address {user:#x} is in no memory region")]
     NotInMemory {

@@ -9,119 +9,34 @@
 //! What a front-end gets wrong is refused ([`Refusal`]): a negative acknowledgement if it asked for one, a log line at
 //! most once a second, nothing changed. Only a stream that cannot be trusted any more ends the connection.
 
+mod payload;
+mod refusal;
+mod rings;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
-use thiserror::Error;
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol, VhostUserVringAddr,
-    VhostUserVringState,
+    FrontendReq, VhostUserConfig, VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol,
 };
-use vm_memory::ByteValued;
 
+use self::payload::{number, record, region, single_region};
+use self::refusal::Refusal;
 use super::codec::{Codec, Message, Received, StreamError};
-use super::memory::{self, MEMORY_SLOTS, MemoryError};
-use super::ring::{KickSource, Layout, Ring, RingSetup, StartError, UserAddresses};
+use super::memory::{self, MEMORY_SLOTS};
+use super::ring::Ring;
 use crate::mailbox::Stuck;
-use crate::memory::{MemView, RegionSetup};
-use crate::net::features::{self, EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1};
+use crate::memory::MemView;
+use crate::net::features::{self, PROTOCOL_FEATURES, VERSION_1};
 use crate::nic::{Nic, NicError};
-use crate::notify::{Call, Kick};
-use crate::running_ring::{RingChange, RingMode, StartRing};
+use crate::running_ring::RingMode;
 use crate::throttle::Throttle;
-use crate::virtqueue::queue::RingFeatures;
-use crate::virtqueue::{QueueSize, RingError};
+use crate::virtqueue::QueueSize;
 
 /// Messages that are handled before other events have their turn.
 const BUDGET: usize = 64;
-/// In the 64-bit payload of kick, call and err messages: the ring's index, and that no descriptor comes with it.
-const VRING_INDEX_MASK: u64 = 0xff;
-const VRING_NOFD: u64 = 0x100;
-
-/// Why a message is refused.
-#[derive(Debug, Error)]
-pub enum Refusal {
-    /// Its number is not known, or of something that a network device does not have.
-    #[error("Request not supported")]
-    Unknown,
-    /// Its protocol feature was not negotiated.
-    #[error("Protocol feature {0:?} was not negotiated")]
-    NotNegotiated(Protocol),
-    /// Its payload is not of the right length.
-    #[error("Payload of {got} bytes, {expected} expected")]
-    PayloadLength {
-        /// What came.
-        got: usize,
-        /// What the message has.
-        expected: usize,
-    },
-    /// The wrong number of descriptors came with it.
-    #[error("{got} descriptors came with it, {expected} expected")]
-    Descriptors {
-        /// What came.
-        got: usize,
-        /// What the message has.
-        expected: usize,
-    },
-    /// A second owner.
-    #[error("The session has an owner already")]
-    Owned,
-    /// There is no such ring.
-    #[error("Ring {index} does not exist; there are {rings}")]
-    NoRing {
-        /// The index.
-        index: u64,
-        /// How many there are.
-        rings: usize,
-    },
-    /// The ring runs, and this can only be changed while it is stopped.
-    #[error("Ring {index} is started; stop it with GET_VRING_BASE first")]
-    Started {
-        /// The index.
-        index: usize,
-    },
-    /// A number out of its range.
-    #[error("{what} {value:#x} is out of range")]
-    Range {
-        /// What it is.
-        what: &'static str,
-        /// The number.
-        value: u64,
-    },
-    /// Features that were not offered.
-    #[error("Features that were not offered: {0}")]
-    NotOffered(String),
-    /// A guest without VIRTIO 1.
-    #[error("The guest's driver does not use VIRTIO 1 (VERSION_1 missing): a legacy or transitional driver?")]
-    Legacy,
-    /// Features may not change while rings run.
-    #[error("Features cannot change while rings run")]
-    RingsRun,
-    /// The ring cannot start or be there.
-    #[error(transparent)]
-    Ring(#[from] StartError),
-    /// The queue size is impossible.
-    #[error(transparent)]
-    Size(#[from] RingError),
-    /// The memory cannot be used.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The card could not do it.
-    #[error(transparent)]
-    Nic(#[from] NicError),
-    /// A worker does not answer.
-    #[error(transparent)]
-    Stuck(#[from] Stuck),
-    /// A descriptor is unusable.
-    #[error("Descriptor for ring {index} is neither an eventfd nor a pipe")]
-    BadDescriptor {
-        /// The ring's index.
-        index: usize,
-    },
-}
-
 /// What a handled message is answered with.
 enum Answer {
     /// An acknowledgement, if it was asked for.
@@ -139,12 +54,28 @@ impl Answer {
 type Handled = Result<Answer, Refusal>;
 
 /// Whether a session goes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionState {
     /// It goes on.
     Open,
     /// It is over.
     Over,
+    /// It is over, and so must the process be: a worker does not answer, so what it still does to guest memory cannot be
+    /// known.
+    Failed(Stuck),
+}
+
+/// What ends a session from our side.
+#[derive(Debug)]
+enum SessionError {
+    Stream(StreamError),
+    Stuck(Stuck),
+}
+
+impl From<StreamError> for SessionError {
+    fn from(error: StreamError) -> SessionError {
+        SessionError::Stream(error)
+    }
 }
 
 /// What of the protocol is offered, besides what goes without saying.
@@ -190,6 +121,7 @@ impl Session {
     /// # Errors
     /// What `fcntl(2)` says where the socket cannot be made non-blocking.
     pub fn new(stream: UnixStream, nic: Arc<Nic>, options: SessionOptions) -> std::io::Result<Session> {
+        nic.begin_session();
         let slots = std::iter::repeat_with(Slot::default).take(nic.ring_count()).collect();
         Ok(Session {
             codec: Codec::new(stream)?,
@@ -225,14 +157,15 @@ impl Session {
     pub fn process(&mut self) -> SessionState {
         match self.try_process() {
             Ok(state) => state,
-            Err(error) => {
+            Err(SessionError::Stuck(stuck)) => SessionState::Failed(stuck),
+            Err(SessionError::Stream(error)) => {
                 log::warn!("Front-end connection closed: {}", crate::error_chain(&error));
                 SessionState::Over
             }
         }
     }
 
-    fn try_process(&mut self) -> Result<SessionState, StreamError> {
+    fn try_process(&mut self) -> Result<SessionState, SessionError> {
         self.codec.flush()?;
         for _ in 0..BUDGET {
             if self.codec.is_blocked() {
@@ -245,37 +178,31 @@ impl Session {
             }
         }
         match self.deadline() {
-            Some(deadline) if deadline <= Instant::now() => Err(StreamError::TooSlow),
+            Some(deadline) if deadline <= Instant::now() => Err(StreamError::TooSlow.into()),
             _ => Ok(SessionState::Open),
         }
     }
 
-    fn answer(&mut self, message: Message) -> Result<(), StreamError> {
+    fn answer(&mut self, message: Message) -> Result<(), SessionError> {
         let Message { request, need_reply, payload, fds } = message;
-        let known = FrontendReq::try_from(request);
-        let handled = known.map_err(|_| Refusal::Unknown).and_then(|known| self.handle(known, &payload, fds));
-        log::trace!("Request {known:?} ({request}): {}", if handled.is_ok() { "done" } else { "refused" });
+        let known = FrontendReq::try_from(request).ok();
+        let handled = known.ok_or(Refusal::Unknown).and_then(|known| self.handle(known, &payload, fds));
+        log::trace!("{} {}", request_name(request, known), if handled.is_ok() { "done" } else { "refused" });
         let acknowledge = need_reply && self.protocol.contains(Protocol::REPLY_ACK);
-        match handled {
-            Ok(Answer::Payload(payload)) => self.codec.reply(request, &payload),
-            Ok(Answer::Done) if acknowledge => self.codec.reply(request, &0_u64.to_ne_bytes()),
-            Ok(Answer::Done) => Ok(()),
+        let reply = match handled {
+            Ok(Answer::Payload(payload)) => Some(payload),
+            Ok(Answer::Done) => acknowledge.then(|| 0_u64.to_ne_bytes().to_vec()),
+            Err(Refusal::Stuck(stuck) | Refusal::Nic(NicError::Stuck(stuck))) => {
+                return Err(SessionError::Stuck(stuck));
+            }
             Err(refusal) => {
                 if self.throttle.allows() {
-                    let name = known.map_or_else(|_| "request".to_owned(), |known| format!("{known:?}"));
-                    log::warn!("Refused {name} ({request}): {}", crate::error_chain(&refusal));
+                    log::warn!("Refused {}: {}", request_name(request, known), crate::error_chain(&refusal));
                 }
-                match (known, payload.first_chunk::<4>()) {
-                    // These two have an answer of their own for a refusal, and the front-end waits for one.
-                    (Ok(FrontendReq::GET_CONFIG), _) => self.codec.reply(request, &[]),
-                    (Ok(FrontendReq::GET_VRING_BASE), Some(index)) => {
-                        self.codec.reply(request, [*index, [0; 4]].as_flattened())
-                    }
-                    _ if acknowledge => self.codec.reply(request, &1_u64.to_ne_bytes()),
-                    _ => Ok(()),
-                }
+                refused_with(known, &payload).or(acknowledge.then(|| 1_u64.to_ne_bytes().to_vec()))
             }
-        }
+        };
+        Ok(reply.map_or(Ok(()), |reply| self.codec.reply(request, &reply))?)
     }
 
     fn handle(&mut self, request: FrontendReq, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
@@ -365,6 +292,7 @@ impl Session {
         self.nic.set_features(bits)?;
         self.features = bits;
         log::debug!("Features: {}", features::names(bits));
+        (0..self.slots.len()).try_for_each(|index| self.start_if_complete(index).map(drop))?;
         Ok(Answer::Done)
     }
 
@@ -378,7 +306,12 @@ impl Session {
     /// QEMU asks for a position after the reset that belongs to it.
     fn reset(&mut self) -> Handled {
         self.stop_rings()?;
-        self.slots.iter_mut().for_each(|slot| slot.mode = RingMode::Waiting);
+        for slot in &mut self.slots {
+            slot.mode = RingMode::Waiting;
+            if let Ring::Stopped(setup) = &mut slot.ring {
+                (setup.size, setup.addresses) = (None, None);
+            }
+        }
         self.features = 0;
         self.status = 0;
         Ok(Answer::Done)
@@ -420,205 +353,14 @@ impl Session {
     /// returns.
     fn replace_memory(&mut self, view: MemView) -> Handled {
         self.mem = Arc::new(view);
-        for (index, slot) in self.slots.iter().enumerate() {
-            if let Ring::Started(layout) = &slot.ring {
-                self.nic.relocate(index, &self.mem, layout.find(&self.mem).ok())?;
+        for index in 0..self.slots.len() {
+            let Some(Slot { ring: Ring::Started(layout), .. }) = self.slots.get(index) else { continue };
+            match layout.find(&self.mem) {
+                Ok(found) => self.nic.relocate(index, &self.mem, found)?,
+                Err(error) => self.lose_ring(index, &error)?,
             }
         }
         Ok(Answer::Done)
-    }
-}
-
-/// Rings.
-impl Session {
-    fn index(&self, index: impl Into<u64>) -> Result<usize, Refusal> {
-        let index = index.into();
-        let known = usize::try_from(index).ok().filter(|known| *known < self.slots.len());
-        known.ok_or(Refusal::NoRing { index, rings: self.slots.len() })
-    }
-
-    fn slot(&mut self, index: usize) -> Result<&mut Slot, Refusal> {
-        let rings = self.slots.len();
-        self.slots.get_mut(index).ok_or(Refusal::NoRing { index: index as u64, rings })
-    }
-
-    fn stopped(&mut self, index: usize) -> Result<&mut RingSetup, Refusal> {
-        match &mut self.slot(index)?.ring {
-            Ring::Stopped(setup) => Ok(setup),
-            Ring::Started(_) => Err(Refusal::Started { index }),
-        }
-    }
-
-    fn set_vring_num(&mut self, state: VhostUserVringState) -> Handled {
-        let index = self.index(state.index)?;
-        let size = QueueSize::try_from(state.num)?;
-        if size.get() > self.options.queue_size_max.get() {
-            return Err(Refusal::Range { what: "Queue size (see --queue-size)", value: u64::from(size.get()) });
-        }
-        self.stopped(index)?.size = Some(size);
-        self.start_if_complete(index)
-    }
-
-    fn set_vring_base(&mut self, state: VhostUserVringState) -> Handled {
-        let index = self.index(state.index)?;
-        let base = u16::try_from(state.num);
-        let base = base.map_err(|_| Refusal::Range { what: "Ring base", value: u64::from(state.num) })?;
-        self.stopped(index)?.base = base;
-        Ok(Answer::Done)
-    }
-
-    fn set_vring_addr(&mut self, message: &VhostUserVringAddr) -> Handled {
-        let index = self.index(message.index)?;
-        let flags = message.flags;
-        if flags != 0 {
-            return Err(Refusal::Range { what: "Ring address flags", value: u64::from(flags) });
-        }
-        let addresses = UserAddresses::from(message);
-        if let Ring::Started(layout) = &self.slot(index)?.ring {
-            // The same again changes nothing.
-            let same = layout.addresses == addresses;
-            return if same { Ok(Answer::Done) } else { Err(Refusal::Started { index }) };
-        }
-        let size = match self.stopped(index)?.size {
-            Some(size) => size,
-            None => QueueSize::try_from(1)?,
-        };
-        Layout { size, addresses }.find(&self.mem)?;
-        self.stopped(index)?.addresses = Some(addresses);
-        self.start_if_complete(index)
-    }
-
-    fn set_vring_kick(&mut self, word: u64, fds: Vec<OwnedFd>) -> Handled {
-        let (index, fd) = self.vring_fd(word, fds)?;
-        let kick = fd.map(Kick::new).transpose().map_err(|_| Refusal::BadDescriptor { index })?;
-        match &mut self.slot(index)?.ring {
-            Ring::Started(_) => {
-                self.nic.change(index, RingChange::Kick(kick))?;
-                Ok(Answer::Done)
-            }
-            Ring::Stopped(setup) => {
-                setup.kick = Some(KickSource::from(kick));
-                self.start_if_complete(index)
-            }
-        }
-    }
-
-    fn set_vring_call(&mut self, word: u64, fds: Vec<OwnedFd>) -> Handled {
-        let (index, fd) = self.vring_fd(word, fds)?;
-        let call = fd.map(Call::new).transpose().map_err(|_| Refusal::BadDescriptor { index })?;
-        match &mut self.slot(index)?.ring {
-            Ring::Started(_) => self.nic.change(index, RingChange::Call(call))?,
-            Ring::Stopped(setup) => setup.call = call,
-        }
-        Ok(Answer::Done)
-    }
-
-    fn set_vring_err(&mut self, word: u64, fds: Vec<OwnedFd>) -> Handled {
-        let (index, fd) = self.vring_fd(word, fds)?;
-        let err = fd.map(Call::new).transpose().map_err(|_| Refusal::BadDescriptor { index })?;
-        match &mut self.slot(index)?.ring {
-            Ring::Started(_) => self.nic.change(index, RingChange::Err(err))?,
-            Ring::Stopped(setup) => setup.err = err,
-        }
-        Ok(Answer::Done)
-    }
-
-    /// The ring's index and the descriptor of a kick, call or err message, in agreement with its flag.
-    fn vring_fd(&self, word: u64, fds: Vec<OwnedFd>) -> Result<(usize, Option<OwnedFd>), Refusal> {
-        if word & !(VRING_INDEX_MASK | VRING_NOFD) != 0 {
-            return Err(Refusal::NoRing { index: word, rings: self.slots.len() });
-        }
-        let index = self.index(word & VRING_INDEX_MASK)?;
-        let expected = usize::from(word & VRING_NOFD == 0);
-        if fds.len() != expected {
-            return Err(Refusal::Descriptors { got: fds.len(), expected });
-        }
-        Ok((index, fds.into_iter().next()))
-    }
-
-    /// The early ones are remembered: QEMU enables rings before anything else is known of them.
-    fn set_vring_enable(&mut self, state: VhostUserVringState) -> Handled {
-        let index = self.index(state.index)?;
-        let slot = self.slot(index)?;
-        let mode = match (state.num, slot.mode) {
-            (1, _) => RingMode::Enabled,
-            (0, RingMode::Waiting) => RingMode::Waiting,
-            (0, _) => RingMode::Disabled,
-            (other, _) => return Err(Refusal::Range { what: "Ring enable", value: u64::from(other) }),
-        };
-        slot.mode = mode;
-        if matches!(slot.ring, Ring::Started(_)) {
-            self.nic.change(index, RingChange::Mode(mode))?;
-        }
-        self.is_unsettled = true;
-        Ok(Answer::Done)
-    }
-
-    fn get_vring_base(&mut self, state: VhostUserVringState) -> Handled {
-        let index = self.index(state.index)?;
-        self.stop_ring(index)?;
-        let base = self.stopped(index)?.base;
-        let answer = VhostUserVringState::new(state.index, u32::from(base));
-        Ok(Answer::Payload(answer.as_slice().to_vec()))
-    }
-
-    /// Starts a ring once size, addresses and a kick are there.
-    fn start_if_complete(&mut self, index: usize) -> Handled {
-        let features = self.features;
-        let mem = Arc::clone(&self.mem);
-        let Some(slot) = self.slots.get_mut(index) else { return Ok(Answer::Done) };
-        let Ring::Stopped(setup) = &mut slot.ring else { return Ok(Answer::Done) };
-        let (Some(layout), Some(_)) = (setup.layout(), &setup.kick) else { return Ok(Answer::Done) };
-        // What starts it again after a failure is a new kick.
-        let kick = setup.kick.take().and_then(Option::<Kick>::from);
-        if !self.nic.runs_ring(index) {
-            log::warn!("Ring {index} was set up, and stays idle: there are fewer queue pairs (see --queue-pairs)");
-            return Ok(Answer::Done);
-        }
-        if features & VERSION_1 == 0 {
-            return Err(Refusal::Legacy);
-        }
-        let ring_features =
-            RingFeatures { event_idx: features & EVENT_IDX != 0, indirect: features & INDIRECT_DESC != 0 };
-        let queue = layout.start(&mem, ring_features).inspect_err(|_| {
-            if let Some(err) = &setup.err {
-                err.signal();
-            }
-        })?;
-        // Without protocol features there is no message to enable a ring (vhost-user, "Ring states").
-        if features & PROTOCOL_FEATURES == 0 {
-            slot.mode = RingMode::Enabled;
-        }
-        let RingSetup { call, err, base, .. } = std::mem::take(setup);
-        log::debug!("Ring {index} starts at {} (base {base}), {:?}", queue.position(), slot.mode);
-        let start = StartRing { queue, kick, call, err, base, mode: slot.mode, features };
-        slot.ring = Ring::Started(layout);
-        self.is_unsettled = true;
-        if let Err(error) = self.nic.start(index, start) {
-            slot.ring = Ring::default();
-            return Err(error.into());
-        }
-        Ok(Answer::Done)
-    }
-
-    fn stop_ring(&mut self, index: usize) -> Result<(), Refusal> {
-        let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
-        let Ring::Started(layout) = slot.ring else { return Ok(()) };
-        let left = self.nic.stop(index)?;
-        slot.ring = left.map_or_else(Ring::default, |left| {
-            log::debug!("Ring {index} stopped at {}", left.position);
-            Ring::Stopped(RingSetup::stopped(layout, left))
-        });
-        // A ring that starts again begins as one that was not enabled yet.
-        if slot.mode == RingMode::Disabled {
-            slot.mode = RingMode::Waiting;
-        }
-        self.is_unsettled = true;
-        Ok(())
-    }
-
-    fn stop_rings(&mut self) -> Result<(), Refusal> {
-        (0..self.slots.len()).try_for_each(|index| self.stop_ring(index))
     }
 }
 
@@ -658,6 +400,19 @@ impl AsFd for Session {
     }
 }
 
+/// What the two requests are answered with that have an answer of their own for a refusal: their front-end waits for it.
+fn refused_with(request: Option<FrontendReq>, payload: &[u8]) -> Option<Vec<u8>> {
+    match request? {
+        FrontendReq::GET_CONFIG => Some(Vec::new()),
+        FrontendReq::GET_VRING_BASE => payload.first_chunk::<4>().map(|index| [*index, [0; 4]].concat()),
+        _ => None,
+    }
+}
+
+fn request_name(request: u32, known: Option<FrontendReq>) -> String {
+    known.map_or_else(|| format!("request {request}"), |known| format!("{known:?} ({request})"))
+}
+
 /// The protocol feature that must have been negotiated for a message.
 fn protocol_feature_of(request: FrontendReq) -> Option<Protocol> {
     Some(match request {
@@ -686,35 +441,4 @@ fn takes_fds(request: FrontendReq) -> bool {
             | FrontendReq::SET_VRING_CALL
             | FrontendReq::SET_VRING_ERR
     )
-}
-
-fn number(payload: &[u8]) -> Result<u64, Refusal> {
-    let expected = size_of::<u64>();
-    Ok(u64::from_ne_bytes(payload.try_into().map_err(|_| Refusal::PayloadLength { got: payload.len(), expected })?))
-}
-
-fn record<T: ByteValued + Default>(payload: &[u8]) -> Result<T, Refusal> {
-    let expected = size_of::<T>();
-    if payload.len() != expected {
-        return Err(Refusal::PayloadLength { got: payload.len(), expected });
-    }
-    let mut record = T::default();
-    record.as_mut_slice().copy_from_slice(payload);
-    Ok(record)
-}
-
-fn region(bytes: &[u8]) -> Result<RegionSetup, Refusal> {
-    let region: VhostUserMemoryRegion = record(bytes)?;
-    Ok(RegionSetup {
-        guest: region.guest_phys_addr,
-        user: region.user_addr,
-        size: region.memory_size,
-        file_offset: region.mmap_offset,
-    })
-}
-
-/// `ADD_MEM_REG` and `REM_MEM_REG` have eight bytes of padding before the region.
-fn single_region(payload: &[u8]) -> Result<RegionSetup, Refusal> {
-    let expected = 8 + size_of::<VhostUserMemoryRegion>();
-    region(payload.get(8..).ok_or(Refusal::PayloadLength { got: payload.len(), expected })?)
 }

@@ -67,6 +67,8 @@ pub struct Shape {
     pub readable_len: u32,
     /// Bytes of the device-writable buffers.
     pub writable_len: u32,
+    /// Descriptors of the ring itself that it takes up.
+    pub ring_descriptors: u16,
 }
 
 impl Shape {
@@ -97,7 +99,7 @@ impl Shape {
     }
 
     fn at(start: usize) -> Shape {
-        Shape { start, middle: start, end: start, readable_len: 0, writable_len: 0 }
+        Shape { start, middle: start, end: start, readable_len: 0, writable_len: 0, ring_descriptors: 0 }
     }
 
     /// Adds one descriptor's buffer. A buffer of length 0 holds nothing, wherever it points, and is passed over.
@@ -186,6 +188,9 @@ pub(crate) fn collect(ring: &SplitRing, indirect: bool, head: u16, out: &mut Gue
     let mut left = table.size(ring);
     loop {
         let desc = table.descriptor(ring, out.mem(), index)?;
+        if matches!(table, Table::Ring) {
+            shape.ring_descriptors += 1;
+        }
         if desc.refers_to_indirect_table() {
             check_indirect(desc, table, indirect)?;
             table = indirect_table(desc, ring, out.mem())?;

@@ -8,11 +8,8 @@
 //! [`recorder`] shows a front-end's message order.
 //!
 //! Nothing but [`backend`], which starts it, and [`device_side`], which runs its rings alone, uses the library under
-//! test. Nothing sleeps, or waits without a bound: [`PATIENCE`] says how long an event that must come is waited for,
-//! and a kit function that gives up says what it waited for.
-//! Nothing but [`backend`], which starts it, uses the library under test; [`bench`] puts a guest and a front-end before
-//! it. Nothing sleeps, or waits without a bound: [`PATIENCE`] says how long an event that must come is waited for, and a
-//! kit function that gives up says what it waited for.
+//! test; [`bench`] puts a guest and a front-end before it. Nothing sleeps, or waits without a bound: [`PATIENCE`] says
+//! how long an event that must come is waited for, and a kit function that gives up says what it waited for.
 //! As everywhere, rx and tx are the guest's: tx leaves the guest.
 
 // Each test binary compiles the whole kit and uses a part of it.

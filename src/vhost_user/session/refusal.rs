@@ -1,0 +1,92 @@
+//! Why a message is refused: what the front-end did wrong, in words for the log.
+
+use thiserror::Error;
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+
+use super::super::memory::MemoryError;
+use super::super::ring::StartError;
+use crate::mailbox::Stuck;
+use crate::nic::NicError;
+use crate::virtqueue::RingError;
+
+/// Why a message is refused.
+#[derive(Debug, Error)]
+pub(super) enum Refusal {
+    /// Its number is not known, or of something that a network device does not have.
+    #[error("Request not supported")]
+    Unknown,
+    /// Its protocol feature was not negotiated.
+    #[error("Protocol feature {0:?} was not negotiated")]
+    NotNegotiated(Protocol),
+    /// Its payload is not of the right length.
+    #[error("Payload of {got} bytes, {expected} expected")]
+    PayloadLength {
+        /// What came.
+        got: usize,
+        /// What the message has.
+        expected: usize,
+    },
+    /// The wrong number of descriptors came with it.
+    #[error("{got} descriptors came with it, {expected} expected")]
+    Descriptors {
+        /// What came.
+        got: usize,
+        /// What the message has.
+        expected: usize,
+    },
+    /// A second owner.
+    #[error("The session has an owner already")]
+    Owned,
+    /// There is no such ring.
+    #[error("Ring {index} does not exist; there are {rings}")]
+    NoRing {
+        /// The index.
+        index: u64,
+        /// How many there are.
+        rings: usize,
+    },
+    /// The ring runs, and this can only be changed while it is stopped.
+    #[error("Ring {index} is started; stop it with GET_VRING_BASE first")]
+    Started {
+        /// The index.
+        index: usize,
+    },
+    /// A number out of its range.
+    #[error("{what} {value:#x} is out of range")]
+    Range {
+        /// What it is.
+        what: &'static str,
+        /// The number.
+        value: u64,
+    },
+    /// Features that were not offered.
+    #[error("Features that were not offered: {0}")]
+    NotOffered(String),
+    /// A guest without VIRTIO 1.
+    #[error("The guest's driver does not use VIRTIO 1 (VERSION_1 missing): a legacy or transitional driver?")]
+    Legacy,
+    /// Features may not change while rings run.
+    #[error("Features cannot change while rings run")]
+    RingsRun,
+    /// The ring cannot start or be there.
+    #[error(transparent)]
+    Ring(#[from] StartError),
+    /// The queue size is impossible.
+    #[error(transparent)]
+    Size(#[from] RingError),
+    /// The memory cannot be used.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The card could not do it.
+    #[error(transparent)]
+    Nic(#[from] NicError),
+    /// A worker does not answer.
+    #[error(transparent)]
+    Stuck(#[from] Stuck),
+    /// A descriptor is unusable.
+    #[error("Descriptor for ring {index} is neither an eventfd nor a pipe")]
+    BadDescriptor {
+        /// The ring's index.
+        index: usize,
+    },
+}

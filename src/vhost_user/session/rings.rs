@@ -1,0 +1,247 @@
+//! The messages that describe, start and stop rings.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{VhostUserVringAddr, VhostUserVringState};
+use vm_memory::ByteValued;
+
+use super::super::ring::{KickSource, Layout, Ring, RingSetup, StartError, UserAddresses};
+use super::refusal::Refusal;
+use super::{Answer, Handled, Session, Slot};
+use crate::mailbox::Stuck;
+use crate::net::features::{EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1};
+use crate::nic::Nic;
+use crate::notify::{Call, Kick};
+use crate::running_ring::{RingChange, RingMode, StartRing, StoppedRing};
+use crate::virtqueue::QueueSize;
+use crate::virtqueue::queue::RingFeatures;
+
+/// In the 64-bit payload of kick, call and err messages: the ring's index, and that no descriptor comes with it.
+const VRING_INDEX_MASK: u64 = 0xff;
+const VRING_NOFD: u64 = 0x100;
+
+impl Session {
+    fn index(&self, index: impl Into<u64>) -> Result<usize, Refusal> {
+        let index = index.into();
+        let known = usize::try_from(index).ok().filter(|known| *known < self.slots.len());
+        known.ok_or(Refusal::NoRing { index, rings: self.slots.len() })
+    }
+
+    fn slot(&mut self, index: usize) -> Result<&mut Slot, Refusal> {
+        let rings = self.slots.len();
+        self.slots.get_mut(index).ok_or(Refusal::NoRing { index: index as u64, rings })
+    }
+
+    fn stopped(&mut self, index: usize) -> Result<&mut RingSetup, Refusal> {
+        match &mut self.slot(index)?.ring {
+            Ring::Stopped(setup) => Ok(setup),
+            Ring::Started(_) => Err(Refusal::Started { index }),
+        }
+    }
+
+    pub(super) fn set_vring_num(&mut self, state: VhostUserVringState) -> Handled {
+        let index = self.index(state.index)?;
+        let size = QueueSize::try_from(state.num)?;
+        if size.get() > self.options.queue_size_max.get() {
+            return Err(Refusal::Range { what: "Queue size (see --queue-size)", value: u64::from(size.get()) });
+        }
+        self.stopped(index)?.size = Some(size);
+        self.start_if_complete(index)
+    }
+
+    pub(super) fn set_vring_base(&mut self, state: VhostUserVringState) -> Handled {
+        let index = self.index(state.index)?;
+        let base = u16::try_from(state.num);
+        let base = base.map_err(|_| Refusal::Range { what: "Ring base", value: u64::from(state.num) })?;
+        self.stopped(index)?.base = base;
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn set_vring_addr(&mut self, message: &VhostUserVringAddr) -> Handled {
+        let index = self.index(message.index)?;
+        let flags = message.flags;
+        if flags != 0 {
+            return Err(Refusal::Range { what: "Ring address flags", value: u64::from(flags) });
+        }
+        let addresses = UserAddresses::from(message);
+        if let Ring::Started(layout) = &self.slot(index)?.ring {
+            // The same again changes nothing.
+            let same = layout.addresses == addresses;
+            return if same { Ok(Answer::Done) } else { Err(Refusal::Started { index }) };
+        }
+        let size = match self.stopped(index)?.size {
+            Some(size) => size,
+            None => QueueSize::try_from(1)?,
+        };
+        Layout { size, addresses }.find(&self.mem)?;
+        self.stopped(index)?.addresses = Some(addresses);
+        self.start_if_complete(index)
+    }
+
+    pub(super) fn set_vring_kick(&mut self, word: u64, fds: Vec<OwnedFd>) -> Handled {
+        let (index, fd) = self.vring_fd(word, fds)?;
+        let kick = fd.map(Kick::new).transpose().map_err(|_| Refusal::BadDescriptor { index })?;
+        match &mut self.slot(index)?.ring {
+            Ring::Started(_) => {
+                self.nic.change(index, RingChange::Kick(kick))?;
+                Ok(Answer::Done)
+            }
+            Ring::Stopped(setup) => {
+                setup.kick = Some(KickSource::from(kick));
+                self.start_if_complete(index)
+            }
+        }
+    }
+
+    pub(super) fn set_vring_call(&mut self, word: u64, fds: Vec<OwnedFd>) -> Handled {
+        let (index, fd) = self.vring_fd(word, fds)?;
+        let call = fd.map(Call::new).transpose().map_err(|_| Refusal::BadDescriptor { index })?;
+        match &mut self.slot(index)?.ring {
+            Ring::Started(_) => self.nic.change(index, RingChange::Call(call))?,
+            Ring::Stopped(setup) => setup.call = call,
+        }
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn set_vring_err(&mut self, word: u64, fds: Vec<OwnedFd>) -> Handled {
+        let (index, fd) = self.vring_fd(word, fds)?;
+        let err = fd.map(Call::new).transpose().map_err(|_| Refusal::BadDescriptor { index })?;
+        match &mut self.slot(index)?.ring {
+            Ring::Started(_) => self.nic.change(index, RingChange::Err(err))?,
+            Ring::Stopped(setup) => setup.err = err,
+        }
+        Ok(Answer::Done)
+    }
+
+    /// The ring's index and the descriptor of a kick, call or err message, in agreement with its flag.
+    fn vring_fd(&self, word: u64, fds: Vec<OwnedFd>) -> Result<(usize, Option<OwnedFd>), Refusal> {
+        if word & !(VRING_INDEX_MASK | VRING_NOFD) != 0 {
+            return Err(Refusal::NoRing { index: word, rings: self.slots.len() });
+        }
+        let index = self.index(word & VRING_INDEX_MASK)?;
+        let expected = usize::from(word & VRING_NOFD == 0);
+        if fds.len() != expected {
+            return Err(Refusal::Descriptors { got: fds.len(), expected });
+        }
+        Ok((index, fds.into_iter().next()))
+    }
+
+    /// The early ones are remembered: QEMU enables rings before anything else is known of them.
+    pub(super) fn set_vring_enable(&mut self, state: VhostUserVringState) -> Handled {
+        let index = self.index(state.index)?;
+        let slot = self.slot(index)?;
+        let mode = match (state.num, slot.mode) {
+            (1, _) => RingMode::Enabled,
+            (0, RingMode::Waiting) => RingMode::Waiting,
+            (0, _) => RingMode::Disabled,
+            (other, _) => return Err(Refusal::Range { what: "Ring enable", value: u64::from(other) }),
+        };
+        slot.mode = mode;
+        if matches!(slot.ring, Ring::Started(_)) {
+            self.nic.change(index, RingChange::Mode(mode))?;
+        }
+        self.is_unsettled = true;
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn get_vring_base(&mut self, state: VhostUserVringState) -> Handled {
+        let index = self.index(state.index)?;
+        self.stop_ring(index)?;
+        let base = self.stopped(index)?.base;
+        let answer = VhostUserVringState::new(state.index, u32::from(base));
+        Ok(Answer::Payload(answer.as_slice().to_vec()))
+    }
+
+    /// Starts a ring once the guest's features, size, addresses and a kick are there.
+    pub(super) fn start_if_complete(&mut self, index: usize) -> Handled {
+        let features = self.features;
+        let mem = Arc::clone(&self.mem);
+        if features & VERSION_1 == 0 {
+            return Ok(Answer::Done);
+        }
+        let Some(slot) = self.slots.get_mut(index) else { return Ok(Answer::Done) };
+        let Ring::Stopped(setup) = &mut slot.ring else { return Ok(Answer::Done) };
+        let (Some(layout), Some(_)) = (setup.layout(), &setup.kick) else { return Ok(Answer::Done) };
+        // What starts it again after a failure is a new kick.
+        let kick = setup.kick.take().and_then(Option::<Kick>::from);
+        if let Some(why) = self.nic.why_idle(index) {
+            if self.throttle.allows() {
+                log::warn!("Ring {index} was set up, and stays idle: {why}");
+            }
+            return Ok(Answer::Done);
+        }
+        let ring_features =
+            RingFeatures { event_idx: features & EVENT_IDX != 0, indirect: features & INDIRECT_DESC != 0 };
+        let queue = layout.start(&mem, ring_features).inspect_err(|_| {
+            if let Some(err) = &setup.err {
+                err.signal();
+            }
+        })?;
+        // Without protocol features there is no message to enable a ring (vhost-user, "Ring states").
+        if features & PROTOCOL_FEATURES == 0 {
+            slot.mode = RingMode::Enabled;
+        }
+        let RingSetup { call, err, base, .. } = std::mem::take(setup);
+        log::debug!("Ring {index} starts at {} (base {base}), {:?}", queue.position(), slot.mode);
+        let start = StartRing { queue, kick, call, err, base, mode: slot.mode, features };
+        slot.ring = Ring::Started(layout);
+        self.is_unsettled = true;
+        if let Err(error) = self.nic.start(index, start) {
+            slot.ring = Ring::default();
+            return Err(error.into());
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Stops a ring that is no longer in guest memory, until it is set up anew.
+    pub(super) fn lose_ring(&mut self, index: usize, error: &StartError) -> Result<(), Refusal> {
+        self.take_back(index, Nic::abandon)?;
+        let setup = self.stopped(index)?;
+        setup.addresses = None;
+        if let Some(err) = &setup.err {
+            err.signal();
+        }
+        if self.throttle.allows() {
+            log::warn!("Ring {index} stopped: {error}");
+        }
+        Ok(())
+    }
+
+    fn stop_ring(&mut self, index: usize) -> Result<(), Refusal> {
+        self.take_back(index, Nic::stop)
+    }
+
+    /// Takes a started ring back from its worker in the way of `take`; one that was about to start does not any more.
+    fn take_back(
+        &mut self,
+        index: usize,
+        take: impl FnOnce(&Nic, usize) -> Result<Option<StoppedRing>, Stuck>,
+    ) -> Result<(), Refusal> {
+        let slot = self.slot(index)?;
+        let layout = match &mut slot.ring {
+            Ring::Started(layout) => *layout,
+            Ring::Stopped(setup) => {
+                setup.kick = None;
+                return Ok(());
+            }
+        };
+        let left = take(&self.nic, index)?;
+        let slot = self.slot(index)?;
+        slot.ring = left.map_or_else(Ring::default, |left| {
+            log::debug!("Ring {index} stopped at {}", left.position);
+            Ring::Stopped(RingSetup::stopped(layout, left))
+        });
+        // A ring that starts again begins as one that was not enabled yet.
+        if slot.mode == RingMode::Disabled {
+            slot.mode = RingMode::Waiting;
+        }
+        self.is_unsettled = true;
+        Ok(())
+    }
+
+    /// Stops all rings, also if one of them cannot be; tells the first failure.
+    pub(super) fn stop_rings(&mut self) -> Result<(), Refusal> {
+        (0..self.slots.len()).map(|index| self.stop_ring(index)).fold(Ok(()), Result::and)
+    }
+}
