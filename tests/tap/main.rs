@@ -1,6 +1,7 @@
 //! The real binary on real kernel TAPs, in a network namespace for each test.
 //!
 //! * [`attach`]: attaching to a TAP, creating one, and each way in which that cannot be;
+//! * [`descriptors`]: TAP queues and front-ends that are passed as descriptors;
 //! * [`lifetime`]: the socket, signals, the counters, the end;
 //! * [`link`]: queues that come and go with the guest's, the link, a TAP that is deleted;
 //! * [`offloads`]: unfinished frames both ways, as negotiated.
@@ -14,6 +15,7 @@
 mod common;
 
 mod attach;
+mod descriptors;
 mod lifetime;
 mod link;
 mod offloads;
