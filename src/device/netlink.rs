@@ -25,6 +25,8 @@ pub(crate) struct Link {
 pub(crate) struct TunInfo {
     /// `IFF_TUN` (1) or `IFF_TAP` (2).
     pub(crate) mode: u8,
+    /// Whether four bytes of packet information stand before each frame (made without `IFF_NO_PI`).
+    pub(crate) packet_information: bool,
     pub(crate) multi_queue: bool,
     pub(crate) has_owner: bool,
     /// Queues that somebody has open, attached and detached ones.
@@ -35,6 +37,7 @@ pub(crate) struct TunInfo {
 const IFLA_TUN_OWNER: u16 = 1;
 const IFLA_TUN_GROUP: u16 = 2;
 const IFLA_TUN_TYPE: u16 = 3;
+const IFLA_TUN_PI: u16 = 4;
 const IFLA_TUN_MULTI_QUEUE: u16 = 7;
 const IFLA_TUN_NUM_QUEUES: u16 = 8;
 const IFLA_TUN_NUM_DISABLED_QUEUES: u16 = 9;
@@ -120,6 +123,7 @@ fn read_tun(attribute: &InfoTun, tun: &mut TunInfo) {
     match attribute.kind() {
         IFLA_TUN_OWNER | IFLA_TUN_GROUP => tun.has_owner = true,
         IFLA_TUN_TYPE => tun.mode = value[0],
+        IFLA_TUN_PI => tun.packet_information = value[0] != 0,
         IFLA_TUN_MULTI_QUEUE => tun.multi_queue = value[0] != 0,
         IFLA_TUN_NUM_QUEUES | IFLA_TUN_NUM_DISABLED_QUEUES => tun.open_queues += u32::from_ne_bytes(value),
         _ => {}

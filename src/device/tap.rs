@@ -5,6 +5,8 @@
 //! * `TUNSETIFF` cuts a name of more than 15 bytes, expands `%d`, and creates what does not exist;
 //! * a single-queue TAP and a multi-queue one open with different flags, `EINVAL` if they do not match;
 //! * on a multi-queue TAP anybody who may open it can add queues, and the kernel then spreads flows over all of them;
+//! * `TUNGETIFF` always says `IFF_NO_PI` of an interface without a packet filter, since that bit is `IFF_NOFILTER` too;
+//!   netlink tells whether there is packet information;
 //! * `TUNSETOFFLOAD` refuses what the kernel does not know, so trying it tells what there is.
 
 use std::io;
@@ -279,9 +281,6 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), TapError>
         if flags & IFF_TAP == 0 {
             return wrong("which is a TUN, without Ethernet headers; a TAP is needed (IFF_TAP)");
         }
-        if flags & IFF_NO_PI == 0 {
-            return wrong("with packet information before each frame; open it with IFF_NO_PI");
-        }
         if flags & IFF_VNET_HDR == 0 {
             return wrong("without the virtio-net header; open it with IFF_VNET_HDR");
         }
@@ -303,8 +302,15 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), TapError>
         queues.push(DeviceQueue { fd, steering });
     }
     let (name, _) = first.unwrap_or_default();
-    // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known.
-    let mtu = netlink::link_by_name(&name).ok().flatten().and_then(|link| link.mtu);
+    // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known,
+    // and packet information is not noticed.
+    let link = netlink::link_by_name(&name).ok().flatten().unwrap_or_default();
+    if link.tun.packet_information {
+        let wrong = "with packet information before each frame; open it with IFF_NO_PI";
+        let fd = numbers.first().copied().unwrap_or(-1);
+        return Err(bad(fd, format!("is a queue of {name:?} {wrong}")));
+    }
+    let mtu = link.mtu;
     log::info!("Took {} descriptor(s) of TAP {name:?}", queues.len());
     finish(name, mtu, queues)
 }

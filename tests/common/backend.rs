@@ -1,7 +1,10 @@
 //! The back-end under test: in this process with TAP doubles ([`InProcess`]), or the real binary ([`Spawned`]).
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
+use std::fs;
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -140,6 +143,24 @@ impl Spawned {
         Spawned { child, log, lines }
     }
 
+    /// What a command that runs the binary says when it refuses to start, and its exit code; panics if it starts.
+    pub fn refusal(command: &mut Command) -> (Option<i32>, String) {
+        let mut this = Spawned::run(command);
+        let status = this.wait_end(PATIENCE);
+        // The reader ends with the pipe.
+        while this.lines.recv_timeout(PATIENCE).is_ok() {}
+        (status.code(), this.log())
+    }
+
+    /// Processor time that it has used.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        // utime and stime are fields 14 and 15; the name in brackets may have spaces.
+        let (_, rest) = stat.rsplit_once(')').unwrap();
+        let ticks: u64 = rest.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
+    }
+
     pub fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
     }
@@ -203,6 +224,17 @@ impl Drop for Spawned {
             let _ = self.child.wait();
         }
     }
+}
+
+/// Lets the command's process have `fd` under this number.
+pub fn inherit(command: &mut Command, fd: BorrowedFd<'_>, number: i32) {
+    let fd = fd.try_clone_to_owned().unwrap();
+    let duplicate = move || {
+        // SAFETY: dup2 takes numbers only; `fd` is open, and `number` is the child's own.
+        if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(duplicate) };
 }
 
 /// The path as the command line wants it.

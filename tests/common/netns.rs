@@ -146,6 +146,23 @@ impl NetNs {
         TapQueue { fd: self.within(|| tap_queue(device, multi_queue)) }
     }
 
+    /// Opens a queue of a TUN or TAP, new or not, with any `IFF_` flags.
+    pub fn open_tun(&self, device: &str, flags: i32) -> OwnedFd {
+        self.within(|| tun_queue(device, flags))
+    }
+
+    /// How many queues of a multi-queue TAP are attached, and how many detached.
+    pub fn tap_queues(&self, device: &str) -> (u32, u32) {
+        let shown = self.ip(&format!("-d link show dev {device}"));
+        let words: Vec<_> = shown.split_whitespace().collect();
+        let number = |name| {
+            let at = words.iter().position(|word| *word == name).unwrap_or_else(|| panic!("No {name}: {shown}"));
+            words[at + 1].parse().unwrap()
+        };
+        // Beside the netdevice's own numtxqueues; the TAP's stand behind its type.
+        (number("numqueues"), number("numdisabled"))
+    }
+
     fn write_sysctl(&self, name: &str, value: &str) {
         // /proc/sys/net shows the namespace of the thread that looks.
         self.within(|| {
@@ -216,12 +233,19 @@ impl TapQueue {
 
 /// Attaches a queue of `device` in the calling thread's namespace.
 fn tap_queue(device: &str, multi_queue: bool) -> OwnedFd {
+    let several = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
+    let fd = tun_queue(device, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several);
+    let header_len = VnetHdr::LEN as libc::c_int;
+    // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
+    let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header_len) };
+    assert_eq!(set, 0, "TUNSETVNETHDRSZ: {}", io::Error::last_os_error());
+    fd
+}
+
+/// Makes a queue with these `IFF_` flags in the calling thread's namespace.
+fn tun_queue(device: &str, wanted: libc::c_int) -> OwnedFd {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).unwrap();
-    let mut wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    if multi_queue {
-        wanted |= libc::IFF_MULTI_QUEUE;
-    }
     // SAFETY: an ifreq of zeros is valid: a name of null bytes and numbers.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
@@ -231,10 +255,6 @@ fn tap_queue(device: &str, multi_queue: bool) -> OwnedFd {
     // SAFETY: TUNSETIFF reads and writes one ifreq, which outlives the call.
     let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     assert_eq!(set, 0, "TUNSETIFF: {}", io::Error::last_os_error());
-    let header_len = VnetHdr::LEN as libc::c_int;
-    // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
-    let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header_len) };
-    assert_eq!(set, 0, "TUNSETVNETHDRSZ: {}", io::Error::last_os_error());
     fd
 }
 

@@ -1,0 +1,118 @@
+//! The real binary on real kernel TAPs, in a network namespace for each test.
+//!
+//! * [`attach`]: attaching to a TAP, creating one, and each way in which that cannot be;
+//! * [`descriptors`]: TAP queues and front-ends that are passed as descriptors;
+//! * [`lifetime`]: the socket, signals, the counters, the end;
+//! * [`link`]: queues that come and go with the guest's, the link, a TAP that is deleted;
+//! * [`offloads`]: unfinished frames both ways, as negotiated.
+//!
+//! Needs root; says SKIPPED aloud without.
+
+// A test fails by panicking.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod attach;
+mod descriptors;
+mod lifetime;
+mod link;
+mod offloads;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::PATIENCE;
+use common::backend::{Spawned, arg};
+use common::bench::Guest;
+use common::frames::{Ends, Stamp, test_frame};
+use common::frontend::RawFrontend;
+use common::netns::{NetNs, PacketSocket};
+use common::virtio::VnetHdr;
+use tempfile::TempDir;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
+/// The interface in each test.
+const TAP: &str = "tap0";
+
+/// A namespace and a folder for the socket.
+struct Place {
+    namespace: NetNs,
+    dir: TempDir,
+}
+
+impl Place {
+    fn new() -> Place {
+        Place { namespace: NetNs::new(), dir: TempDir::new().unwrap() }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    /// Starts the binary here, on TAP and socket, with more arguments; waits until it listens.
+    fn start(&self, more: &[&str]) -> Spawned {
+        let socket = self.socket();
+        let mut args = vec!["--socket-path", arg(&socket), "--tap", TAP];
+        args.extend(more);
+        Spawned::start_in(&self.namespace, &args)
+    }
+
+    /// The binary, to be run here on TAP and socket.
+    fn command(&self, more: &[&str]) -> Command {
+        let socket = self.socket();
+        let mut command = self.namespace.command(BINARY);
+        command.args(["--socket-path", arg(&socket)]).args(more);
+        command
+    }
+
+    /// What the binary says when it refuses to start with these arguments; it leaves no socket behind.
+    fn refusal(&self, more: &[&str]) -> String {
+        let (code, log) = Spawned::refusal(&mut self.command(more));
+        assert_eq!(code, Some(1), "{log}");
+        assert_eq!(
+            log.lines().filter(|line| line.starts_with("vhost-user-net: ")).count(),
+            log.lines().count(),
+            "{log}"
+        );
+        log
+    }
+
+    /// A front-end with a session for `guest`.
+    fn connect(&self, guest: &Guest) -> RawFrontend {
+        let front_end = RawFrontend::connect(self.socket()).unwrap();
+        front_end.negotiate_like_cloud_hypervisor(&guest.session()).unwrap();
+        front_end
+    }
+
+    fn host(&self) -> PacketSocket {
+        PacketSocket::open(&self.namespace, TAP)
+    }
+}
+
+/// One frame each way on queue pair 0.
+fn assert_frames_pass(guest: &mut Guest, host: &PacketSocket) {
+    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    let stamp = Stamp { stream: 1, seq: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) };
+    let driver = &mut guest.pairs[0];
+    let out = test_frame(&Ends::TX, stamp, 200);
+    driver.send(&VnetHdr::default(), &out);
+    assert_eq!(host.recv(PATIENCE).expect("a frame on the host"), out);
+    if driver.rx.outstanding().is_empty() {
+        driver.post_rx(64, 2048);
+    }
+    let inn = test_frame(&Ends::RX, stamp, 200);
+    host.send(&inn);
+    assert_eq!(driver.recv(PATIENCE).expect("a frame in the guest").1, inn);
+}
+
+/// Waits until the kernel shows what is wanted; nothing tells when.
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "Not so: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
