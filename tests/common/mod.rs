@@ -18,6 +18,7 @@
 #![allow(unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
 pub mod backend;
+pub mod bench;
 pub mod crate_frontend;
 pub mod device_side;
 pub mod driver;
