@@ -214,7 +214,7 @@ impl Rx {
                 break 'settled Step::Delivered;
             }
             // One chain is all that there can be, or all that the ring can hold is there: it never fits.
-            if room > 0 && (!self.mergeable || self.window.len() >= usize::from(queue.size())) {
+            if room > 0 && (!self.mergeable || self.window.descriptors() >= usize::from(queue.size())) {
                 break 'settled Step::Counted(|c| &c.rx_drop_too_large);
             }
             return Ok(Step::End(Pump::NoBuffers));

@@ -36,6 +36,8 @@ pub(super) struct Window {
     chains: VecDeque<Buffer>,
     /// Bytes in `chains`.
     bytes: usize,
+    /// Descriptors of the ring in `chains`.
+    descriptors: usize,
     /// The entry behind the window, where that one can only be returned unused.
     bad: Option<Head>,
 }
@@ -45,6 +47,7 @@ struct Buffer {
     head: Head,
     len: usize,
     pieces: usize,
+    descriptors: usize,
 }
 
 impl Window {
@@ -54,13 +57,14 @@ impl Window {
             gone: 0,
             chains: VecDeque::with_capacity(IOV_MAX),
             bytes: 0,
+            descriptors: 0,
             bad: None,
         }
     }
 
-    /// Number of chains.
-    pub(super) fn len(&self) -> usize {
-        self.chains.len()
+    /// Number of the ring's descriptors in the window: as many as the ring has, and the driver can add none.
+    pub(super) fn descriptors(&self) -> usize {
+        self.descriptors
     }
 
     /// Pops until `need` is there or the ring has no more; tells the bytes that are there then.
@@ -86,8 +90,10 @@ impl Window {
 
     fn append(&mut self, head: Head, shape: Shape) {
         let (len, pieces) = (shape.writable_len as usize, shape.writable().len());
+        let descriptors = usize::from(shape.ring_descriptors);
         self.bytes += len;
-        self.chains.push_back(Buffer { head, len, pieces });
+        self.descriptors += descriptors;
+        self.chains.push_back(Buffer { head, len, pieces, descriptors });
     }
 
     /// Returns a malformed entry unused, and before it the good ones that a frame cannot use across it.
@@ -111,6 +117,7 @@ impl Window {
         self.iovecs.truncate(0);
         self.gone = 0;
         self.bytes = 0;
+        self.descriptors = 0;
     }
 
     /// The pieces that a read goes to.
@@ -178,6 +185,7 @@ impl Window {
             let here = left.min(buffer.len);
             left -= here;
             self.bytes -= buffer.len;
+            self.descriptors -= buffer.descriptors;
             self.gone += buffer.pieces;
             queue.push_used(buffer.head, here as u32);
         }

@@ -63,6 +63,8 @@ pub struct Shape {
     start: usize,
     middle: usize,
     end: usize,
+    /// Descriptors of the ring that it takes; those of an indirect table take none.
+    pub ring_descriptors: u16,
     /// Bytes of the device-readable buffers.
     pub readable_len: u32,
     /// Bytes of the device-writable buffers.
@@ -97,7 +99,7 @@ impl Shape {
     }
 
     fn at(start: usize) -> Shape {
-        Shape { start, middle: start, end: start, readable_len: 0, writable_len: 0 }
+        Shape { start, middle: start, end: start, ring_descriptors: 0, readable_len: 0, writable_len: 0 }
     }
 
     /// Adds one descriptor's buffer. A buffer of length 0 holds nothing, wherever it points, and is passed over.
@@ -186,6 +188,8 @@ pub(crate) fn collect(ring: &SplitRing, indirect: bool, head: u16, out: &mut Gue
     let mut left = table.size(ring);
     loop {
         let desc = table.descriptor(ring, out.mem(), index)?;
+        // At most the ring's size: `left` sees to that.
+        shape.ring_descriptors += u16::from(matches!(table, Table::Ring));
         if desc.refers_to_indirect_table() {
             check_indirect(desc, table, indirect)?;
             table = indirect_table(desc, ring, out.mem())?;
