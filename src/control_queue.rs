@@ -21,7 +21,7 @@ use crate::running_ring::{Direction, RingChange, RunningRing, RunsRings, StartRi
 use crate::throttle::Throttle;
 use crate::virtqueue::iovec::IOV_MAX;
 use crate::virtqueue::{GuestIovecs, RingBroken, Shape, SplitRing};
-use crate::worker::{POLL_INTERVAL_MS, QueuePair};
+use crate::worker::{self, POLL_INTERVAL_MS, QueuePair};
 
 /// Commands between two looks at the mailbox.
 const BUDGET: usize = 64;
@@ -197,9 +197,10 @@ impl ControlQueue {
         log::debug!("Control queue: {effect:?}");
         match effect {
             Effect::Filter(filter) => self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter))),
-            Effect::QueuePairs(count) => self.tell_pairs(move |index, pair| {
-                pair.set_allowed(index < usize::from(count));
-            }),
+            Effect::QueuePairs(count) => {
+                let told = self.tell_pairs(move |index, pair| pair.set_allowed(index < usize::from(count)));
+                told && worker::detach_unused(&self.around.pairs).inspect_err(|stuck| log::error!("{stuck}")).is_ok()
+            }
             Effect::Mac(mac) => {
                 self.with_config(|config| config.mac = mac);
                 let filter = self.state.filter();

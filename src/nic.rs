@@ -260,21 +260,12 @@ impl Nic {
         }
     }
 
-    /// Detaches the device queues of pairs that pass no frames while others do: flows that the kernel steers to them
-    /// would be lost. Where no pair is in use nothing is detached: frames wait for the guest to come back.
+    /// Detaches the device queues of pairs that pass no frames while others do: see [`worker::detach_unused`].
     ///
     /// # Errors
     /// [`NicError::Stuck`].
     pub fn detach_unused(&self) -> Result<(), NicError> {
-        let usages = self.pairs.iter().map(|pair| pair.call(|pair| pair.usage())).collect::<Result<Vec<_>, _>>()?;
-        if !usages.iter().any(|usage| usage.in_use && usage.attached) {
-            return Ok(());
-        }
-        let idle = self.pairs.iter().zip(usages).filter(|(_, usage)| usage.attached && !usage.in_use);
-        for (pair, _) in idle {
-            pair.call(QueuePair::detach)?;
-        }
-        Ok(())
+        Ok(worker::detach_unused(&self.pairs)?)
     }
 
     /// Broadcasts a RARP request from `mac`, so that switches learn where the guest is now (RFC 903; vhost-user,

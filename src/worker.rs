@@ -19,7 +19,7 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::device::DeviceQueue;
-use crate::mailbox::{Inbox, Mailbox};
+use crate::mailbox::{Inbox, Mailbox, Stuck};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
 use crate::net::Pump;
@@ -94,6 +94,20 @@ pub fn spawn(index: usize, device: DeviceQueue, counters: Arc<PairCounters>) -> 
         throttle: Throttle::default(),
     };
     Mailbox::spawn(format!("pair-{index}"), move |inbox| pair.run(&inbox))
+}
+
+/// Detaches the device queues of pairs that pass no frames while others do: flows that the kernel steers to them would
+/// be lost. Where no pair is in use nothing is detached: frames wait for the guest to come back.
+///
+/// # Errors
+/// [`Stuck`].
+pub fn detach_unused(pairs: &[Mailbox<QueuePair>]) -> Result<(), Stuck> {
+    let usages = pairs.iter().map(|pair| pair.call(|pair| pair.usage())).collect::<Result<Vec<_>, _>>()?;
+    if !usages.iter().any(|usage| usage.in_use && usage.attached) {
+        return Ok(());
+    }
+    let idle = pairs.iter().zip(usages).filter(|(_, usage)| usage.attached && !usage.in_use);
+    idle.map(|(pair, _)| pair).try_for_each(|pair| pair.call(QueuePair::detach))
 }
 
 /// Its rings, for the control thread, through the mailbox.
@@ -289,7 +303,7 @@ impl QueuePair {
 
     fn rx_ready(&self) -> bool {
         let takes = |ring: &RunningRing| ring.is_ready() && ring.mode == RingMode::Enabled;
-        self.readable && !self.lost && self.rx.as_ref().is_some_and(|(ring, _)| takes(ring))
+        self.allowed && self.readable && !self.lost && self.rx.as_ref().is_some_and(|(ring, _)| takes(ring))
     }
 
     /// One pass over the direction to the device.

@@ -207,6 +207,27 @@ fn without_vlan_filtering_every_tagged_frame_arrives() {
 }
 
 #[test]
+fn queue_pairs_that_the_driver_does_not_use_get_no_frames() {
+    let mut bench = Bench::new(COMMANDS | feature::MQ);
+    let set = |bench: &mut Bench, pairs: u16| bench.ok(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &pairs.to_le_bytes());
+    let frame = frame_to(GUEST_MAC);
+    bench.backend.taps[1].send(&VnetHdr::default(), &frame);
+    assert!(bench.pairs[1].recv(QUIET).is_none(), "a driver begins with one pair");
+    set(&mut bench, 2);
+    assert!(bench.pairs[1].recv(PATIENCE).unwrap().1 == frame);
+    set(&mut bench, 1);
+    bench.backend.taps[1].send(&VnetHdr::default(), &frame);
+    assert!(bench.pairs[1].recv(QUIET).is_none());
+    bench.backend.taps[0].send(&VnetHdr::default(), &frame);
+    assert!(bench.pairs[0].recv(PATIENCE).unwrap().1 == frame);
+    for pairs in [0, 3, 0x8000, 0xffff_u16] {
+        bench.refused(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &pairs.to_le_bytes());
+    }
+    bench.refused(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &[1]);
+    bench.refused(ctrl::CLASS_MQ, 1, &[1, 0]);
+}
+
+#[test]
 fn guest_offloads_decide_which_unfinished_frames_arrive() {
     let mut bench = Bench::new(COMMANDS);
     let header = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 16, ..VnetHdr::default() };
