@@ -14,7 +14,7 @@ use crate::memory::MemView;
 use crate::metrics::PairCounters;
 use crate::net::config_space::ConfigSpace;
 use crate::net::control::{ControlState, ERR, Effect, OK};
-use crate::net::filter::Mac;
+use crate::net::filter::{Mac, RxFilter};
 use crate::notify::KickState;
 use crate::poll::{Event, Poll, Wait};
 use crate::running_ring::{Direction, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
@@ -68,10 +68,11 @@ pub fn spawn(around: Surroundings, counters: Arc<PairCounters>) -> io::Result<Ma
 }
 
 impl ControlQueue {
-    /// Begins anew for a guest that acknowledged `features`.
-    pub fn reset(&mut self, features: u64, mac: Option<Mac>) {
+    /// Begins anew for a guest that acknowledged `features`; tells which frames pass until its first command.
+    pub fn reset(&mut self, features: u64, mac: Option<Mac>) -> Arc<RxFilter> {
         // 127 pairs at most.
         self.state = ControlState::new(features, self.around.pairs.len() as u16, mac);
+        self.state.filter()
     }
 }
 

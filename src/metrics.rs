@@ -79,10 +79,9 @@ counters! {
     rx_read_errors,
     /// Dropped: malformed descriptor chain.
     tx_drop_bad_chain,
-    /// Dropped: nothing but a virtio-net header, or longer than any frame.
+    /// Dropped: shorter than a header and an Ethernet header, or longer than any frame.
     tx_drop_bad_length,
-    /// Dropped: no room for an Ethernet header, or the virtio-net header asks for what was not negotiated or does not
-    /// fit the frame.
+    /// Dropped: the virtio-net header asks for what was not negotiated or does not fit the frame.
     tx_drop_bad_header,
     /// Discarded: the ring was disabled (vhost-user, "Ring states").
     tx_drop_disabled,

@@ -15,7 +15,7 @@ use crate::memory::MemView;
 use crate::metrics::PairCounters;
 use crate::net::config_space::{ConfigSpace, MTU_MIN};
 use crate::net::features::{self, Circumstances, GuestOffloads, MQ};
-use crate::net::filter::{Mac, RxFilter};
+use crate::net::filter::Mac;
 use crate::net::header::HEADER_LEN;
 use crate::running_ring::{Direction, RingChange, RunsRings, StartRing, StoppedRing};
 use crate::virtqueue::SplitRing;
@@ -212,11 +212,10 @@ impl Nic {
         })?;
         self.with_config(|config| *config = ConfigSpace { mtu: config.mtu, ..self.initial_config.clone() });
         let mac = self.setup.mac;
-        self.control.call(move |control| control.reset(acked, mac))?;
+        let filter = self.control.call(move |control| control.reset(acked, mac))?;
         // With the control queue here, the driver says how many pairs it uses, and begins with one (VIRTIO 1.3,
         // "Automatic receive steering"). Else the front-end says it, by enabling rings.
         let starts_with_one = self.setup.is_generic && acked & MQ != 0;
-        let filter = Arc::new(RxFilter::default());
         for (index, pair) in self.pairs.iter().enumerate() {
             let filter = Arc::clone(&filter);
             pair.call(move |pair| {

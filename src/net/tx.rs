@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
-use super::{FRAME_MAX, LARGE_FRAME, Pump};
+use super::{ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump};
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::iovec::IOV_MAX;
@@ -97,7 +97,7 @@ impl Tx {
             return Outcome::Dropped(|c| &c.tx_drop_bad_chain);
         };
         let len = chain.readable_len as usize;
-        if len <= HEADER_LEN || len > HEADER_LEN + FRAME_MAX {
+        if !(HEADER_LEN + ETH_HEADER..=HEADER_LEN + FRAME_MAX).contains(&len) {
             return Outcome::Dropped(|c| &c.tx_drop_bad_length);
         }
         let mut start = [0; HEADER_LEN + PROTOCOL_HEADERS_MAX];

@@ -8,7 +8,7 @@
 //! [`recorder`] shows a front-end's message order.
 //!
 //! Nothing but [`backend`], which starts it, and [`device_side`], which runs its rings alone, uses the library under
-//! test; [`bench`] puts a guest and a front-end before it. Nothing sleeps, or waits without a bound: [`PATIENCE`] says
+//! test; [`bench`] and [`path_bench`] put a guest and a front-end before it. Nothing sleeps, or waits without a bound: [`PATIENCE`] says
 //! how long an event that must come is waited for, and a kit function that gives up says what it waited for.
 //! As everywhere, rx and tx are the guest's: tx leaves the guest.
 
@@ -28,6 +28,7 @@ pub mod guest;
 pub mod memory;
 pub mod message;
 pub mod netns;
+pub mod path_bench;
 pub mod qemu_shim;
 pub mod qtest;
 pub mod recorder;

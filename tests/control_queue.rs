@@ -1,0 +1,360 @@
+//! The control queue through real rings, and its effect: which frames arrive.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::backend::InProcess;
+use common::driver::{CtrlDriver, NetDriver, NetDriverSpec};
+use common::frames::{BROADCAST, Ends, GUEST_MAC, HOST_MAC, Mac, Stamp, test_frame, vlan};
+use common::frontend::{RawFrontend, SessionSpec};
+use common::memory::GuestMemory;
+use common::split_ring::{Buf, Desc};
+use common::virtio::{VnetHdr, ctrl, desc_flag, feature, gso, net_flag};
+use common::{PATIENCE, QUIET, fd_of, wait_readable};
+use vhost_user_net::nic::NicSetup;
+
+const CTRL_RX_EXTRA: u64 = 1 << 20;
+const COMMANDS: u64 = feature::CTRL_VQ
+    | feature::CTRL_RX
+    | CTRL_RX_EXTRA
+    | feature::CTRL_MAC_ADDR
+    | feature::GUEST_ANNOUNCE
+    | feature::CTRL_GUEST_OFFLOADS
+    | feature::MAC
+    | feature::GUEST_CSUM
+    | feature::GUEST_TSO4;
+
+const GROUP: Mac = [0x33, 0x33, 0, 0, 0, 9];
+const OTHER_GROUP: Mac = [0x33, 0x33, 0, 0, 0, 8];
+const OTHER: Mac = [0x52, 0x54, 0, 0xcc, 0, 7];
+
+const PROMISCUOUS: u8 = 0;
+const ALL_MULTICAST: u8 = 1;
+const ALL_UNICAST: u8 = 2;
+const NO_MULTICAST: u8 = 3;
+const NO_UNICAST: u8 = 4;
+const NO_BROADCAST: u8 = 5;
+
+const MAC_TABLE_SET: u8 = 0;
+const MAC_ADDR_SET: u8 = 1;
+const VLAN_ADD: u8 = 0;
+const VLAN_DEL: u8 = 1;
+
+/// Two queue pairs and the control queue, all handed over.
+struct Bench {
+    front_end: RawFrontend,
+    ctrl: CtrlDriver,
+    pairs: Vec<NetDriver>,
+    mem: Arc<GuestMemory>,
+    backend: InProcess,
+}
+
+impl Bench {
+    fn new(features: u64) -> Self {
+        let setup = NicSetup { mac: Some(GUEST_MAC), mtu: None, is_generic: true };
+        let backend = InProcess::start_as(2, setup);
+        let mem = Arc::new(GuestMemory::single(32 << 20));
+        let features = features | feature::VERSION_1 | feature::PROTOCOL_FEATURES;
+        let driver = || NetDriver::new(&mem, &NetDriverSpec { features, ..NetDriverSpec::default() });
+        let mut pairs = vec![driver(), driver()];
+        let ctrl = CtrlDriver::new(&mem, 64, features);
+        let front_end = RawFrontend::connect(backend.socket()).unwrap();
+        let rings = pairs.iter().flat_map(NetDriver::rings).chain([&ctrl.ring]).collect();
+        let session = SessionSpec::new(&mem, rings, features);
+        let negotiated = front_end.negotiate_like_cloud_hypervisor(&session).unwrap();
+        assert_eq!(negotiated.features, features);
+        pairs.iter_mut().for_each(|pair| pair.post_rx(32, 9000));
+        Self { front_end, ctrl, pairs, mem, backend }
+    }
+
+    fn ok(&mut self, class: u8, command: u8, data: &[u8]) {
+        assert_eq!(self.ctrl.command(class, command, data), ctrl::OK, "class {class}, command {command}, {data:x?}");
+    }
+
+    fn refused(&mut self, class: u8, command: u8, data: &[u8]) {
+        assert_eq!(self.ctrl.command(class, command, data), ctrl::ERR, "class {class}, command {command}, {data:x?}");
+    }
+
+    fn mode(&mut self, mode: u8, on: bool) {
+        self.ok(ctrl::CLASS_RX, mode, &[on.into()]);
+    }
+
+    fn macs(&mut self, unicast: &[Mac], multicast: &[Mac]) {
+        self.ok(ctrl::CLASS_MAC, MAC_TABLE_SET, &mac_table(unicast, multicast));
+    }
+
+    /// Which of these frames reach the guest; one that always does says that those before it were judged.
+    fn arriving(&mut self, frames: &[Vec<u8>]) -> Vec<bool> {
+        let sent = self.backend.counter(0, "rx_frames") + self.backend.counter(0, "rx_drop_filtered");
+        let mut arrived = Vec::new();
+        for (count, frame) in (sent + 1..).zip(frames) {
+            let before = self.backend.counter(0, "rx_frames");
+            self.backend.taps[0].send(&VnetHdr::default(), frame);
+            let judged =
+                |backend: &InProcess| backend.counter(0, "rx_frames") + backend.counter(0, "rx_drop_filtered") == count;
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while !judged(&self.backend) {
+                assert!(std::time::Instant::now() < deadline, "A frame is neither delivered nor counted");
+                std::thread::yield_now();
+            }
+            let delivered = self.backend.counter(0, "rx_frames") > before;
+            if delivered {
+                assert!(self.pairs[0].recv(PATIENCE).unwrap().1 == *frame);
+            }
+            arrived.push(delivered);
+        }
+        arrived
+    }
+
+    /// Which of the usual addresses' frames arrive.
+    fn addresses(&mut self) -> Vec<&'static str> {
+        let named =
+            [("own", GUEST_MAC), ("other", OTHER), ("group", GROUP), ("other group", OTHER_GROUP), ("all", BROADCAST)];
+        let frames = named.map(|(_, mac)| frame_to(mac));
+        let arrived = self.arriving(&frames);
+        named.iter().zip(arrived).filter(|(_, arrived)| *arrived).map(|((name, _), _)| *name).collect()
+    }
+}
+
+fn frame_to(mac: Mac) -> Vec<u8> {
+    test_frame(&Ends { dst_mac: mac, src_mac: HOST_MAC, ..Ends::RX }, Stamp { stream: 2, seq: 0 }, 100)
+}
+
+fn mac_table(unicast: &[Mac], multicast: &[Mac]) -> Vec<u8> {
+    let part = |macs: &[Mac]| [&(macs.len() as u32).to_le_bytes()[..], macs.as_flattened()].concat();
+    [part(unicast), part(multicast)].concat()
+}
+
+#[test]
+fn receive_modes_decide_which_frames_arrive() {
+    for extra in [0, feature::EVENT_IDX, feature::INDIRECT_DESC, feature::MRG_RXBUF, feature::IN_ORDER] {
+        let mut bench = Bench::new(COMMANDS | extra);
+        assert_eq!(bench.addresses(), ["own", "other", "group", "other group", "all"], "promiscuous at first");
+        bench.mode(PROMISCUOUS, false);
+        assert_eq!(bench.addresses(), ["own", "all"]);
+        bench.mode(ALL_MULTICAST, true);
+        assert_eq!(bench.addresses(), ["own", "group", "other group", "all"]);
+        bench.mode(ALL_UNICAST, true);
+        assert_eq!(bench.addresses(), ["own", "other", "group", "other group", "all"]);
+        bench.mode(NO_MULTICAST, true);
+        assert_eq!(bench.addresses(), ["own", "other", "all"]);
+        bench.mode(NO_UNICAST, true);
+        assert_eq!(bench.addresses(), ["all"]);
+        bench.mode(NO_BROADCAST, true);
+        assert_eq!(bench.addresses(), [""; 0]);
+        bench.mode(PROMISCUOUS, true);
+        assert_eq!(bench.addresses(), ["own", "other", "group", "other group", "all"]);
+        bench.refused(ctrl::CLASS_RX, 6, &[1]);
+        bench.refused(ctrl::CLASS_RX, PROMISCUOUS, &[2]);
+        bench.refused(ctrl::CLASS_RX, PROMISCUOUS, &[]);
+        bench.refused(ctrl::CLASS_RX, PROMISCUOUS, &[0, 0]);
+    }
+}
+
+#[test]
+fn mac_table_and_address_decide_which_frames_arrive() {
+    let mut bench = Bench::new(COMMANDS);
+    bench.mode(PROMISCUOUS, false);
+    bench.macs(&[OTHER], &[GROUP]);
+    assert_eq!(bench.addresses(), ["own", "other", "group", "all"]);
+    bench.macs(&[], &[OTHER_GROUP]);
+    assert_eq!(bench.addresses(), ["own", "other group", "all"]);
+    bench.macs(&[], &[[0x33; 6]; 65]);
+    assert_eq!(bench.addresses(), ["own", "group", "other group", "all"], "more groups than are kept: all");
+    bench.macs(&[[2; 6]; 65], &[]);
+    assert_eq!(bench.addresses(), ["own", "other", "all"], "more addresses than are kept: all");
+    bench.macs(&[], &[]);
+    bench.ok(ctrl::CLASS_MAC, MAC_ADDR_SET, &OTHER);
+    assert_eq!(bench.addresses(), ["other", "all"]);
+    assert_eq!(bench.front_end.get_config(0, 6).unwrap(), OTHER);
+    bench.refused(ctrl::CLASS_MAC, MAC_ADDR_SET, &OTHER[..5]);
+    for count in [2, u32::MAX, u32::MAX / 6 + 1, 0x8000_0000] {
+        let mut table = mac_table(&[OTHER], &[]);
+        table[..4].copy_from_slice(&count.to_le_bytes());
+        bench.refused(ctrl::CLASS_MAC, MAC_TABLE_SET, &table);
+    }
+    assert_eq!(bench.addresses(), ["other", "all"], "what was refused has changed nothing");
+}
+
+#[test]
+fn vlan_table_decides_which_tagged_frames_arrive() {
+    let mut bench = Bench::new(COMMANDS | feature::CTRL_VLAN);
+    let frames: Vec<_> = [None, Some(0), Some(5), Some(4095)]
+        .map(|id| id.map_or(frame_to(GUEST_MAC), |id| vlan(&frame_to(GUEST_MAC), id)))
+        .into();
+    assert_eq!(bench.arriving(&frames), [true; 4], "promiscuous at first");
+    bench.mode(PROMISCUOUS, false);
+    assert_eq!(bench.arriving(&frames), [true, false, false, false], "the table is empty at first");
+    bench.ok(ctrl::CLASS_VLAN, VLAN_ADD, &5_u16.to_le_bytes());
+    assert_eq!(bench.arriving(&frames), [true, false, true, false]);
+    bench.ok(ctrl::CLASS_VLAN, VLAN_ADD, &4095_u16.to_le_bytes());
+    bench.ok(ctrl::CLASS_VLAN, VLAN_DEL, &5_u16.to_le_bytes());
+    assert_eq!(bench.arriving(&frames), [true, false, false, true]);
+    for id in [4096, 65_535_u16] {
+        bench.refused(ctrl::CLASS_VLAN, VLAN_ADD, &id.to_le_bytes());
+    }
+    bench.refused(ctrl::CLASS_VLAN, VLAN_ADD, &[5]);
+    bench.refused(ctrl::CLASS_VLAN, 2, &[5, 0]);
+}
+
+#[test]
+fn without_vlan_filtering_every_tagged_frame_arrives() {
+    let mut bench = Bench::new(COMMANDS);
+    let frames = [vlan(&frame_to(GUEST_MAC), 5), vlan(&frame_to(GUEST_MAC), 4095)];
+    bench.mode(PROMISCUOUS, false);
+    assert_eq!(bench.arriving(&frames), [true, true]);
+    bench.refused(ctrl::CLASS_VLAN, VLAN_ADD, &[5, 0]);
+}
+
+#[test]
+fn queue_pairs_that_the_driver_does_not_use_get_no_frames() {
+    let mut bench = Bench::new(COMMANDS | feature::MQ);
+    let set = |bench: &mut Bench, pairs: u16| bench.ok(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &pairs.to_le_bytes());
+    let frame = frame_to(GUEST_MAC);
+    bench.backend.taps[1].send(&VnetHdr::default(), &frame);
+    assert!(bench.pairs[1].recv(QUIET).is_none(), "a driver begins with one pair");
+    set(&mut bench, 2);
+    assert!(bench.pairs[1].recv(PATIENCE).unwrap().1 == frame);
+    set(&mut bench, 1);
+    bench.backend.taps[1].send(&VnetHdr::default(), &frame);
+    assert!(bench.pairs[1].recv(QUIET).is_none());
+    bench.backend.taps[0].send(&VnetHdr::default(), &frame);
+    assert!(bench.pairs[0].recv(PATIENCE).unwrap().1 == frame);
+    for pairs in [0, 3, 0x8000, 0xffff_u16] {
+        bench.refused(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &pairs.to_le_bytes());
+    }
+    bench.refused(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &[1]);
+    bench.refused(ctrl::CLASS_MQ, 1, &[1, 0]);
+}
+
+#[test]
+fn guest_offloads_decide_which_unfinished_frames_arrive() {
+    let mut bench = Bench::new(COMMANDS);
+    let header = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 16, ..VnetHdr::default() };
+    let segmented = VnetHdr { gso_type: gso::TCPV4, gso_size: 500, hdr_len: 54, ..header };
+    let set = |bits: u64| (ctrl::CLASS_GUEST_OFFLOADS, ctrl::GUEST_OFFLOADS_SET, bits.to_le_bytes());
+    let mut dropped = 0;
+    for (offloads, [partial, segment]) in [
+        (feature::GUEST_CSUM, [true, false]),
+        (0, [false, false]),
+        (feature::GUEST_TSO4, [false, false]),
+        (feature::GUEST_CSUM | feature::GUEST_TSO4, [true, true]),
+    ] {
+        let (class, command, data) = set(offloads);
+        bench.ok(class, command, &data);
+        for (header, passes) in [(header, partial), (segmented, segment)] {
+            bench.backend.taps[0].send(&header, &frame_to(GUEST_MAC));
+            if passes {
+                assert_eq!(bench.pairs[0].recv(PATIENCE).unwrap().0.gso_type, header.gso_type);
+            } else {
+                dropped += 1;
+                bench.backend.wait_counter(0, "rx_drop_not_negotiated", dropped);
+            }
+        }
+    }
+    for offloads in [feature::GUEST_TSO6, 1 << 63, u64::MAX] {
+        let (class, command, data) = set(offloads);
+        bench.refused(class, command, &data);
+    }
+}
+
+#[test]
+fn announcement_is_acknowledged() {
+    let mut bench = Bench::new(COMMANDS);
+    bench.ok(ctrl::CLASS_ANNOUNCE, 0, &[]);
+    bench.refused(ctrl::CLASS_ANNOUNCE, 1, &[]);
+    bench.refused(ctrl::CLASS_ANNOUNCE, 0, &[0]);
+}
+
+#[test]
+fn unknown_or_oversized_command_is_refused() {
+    let mut bench = Bench::new(COMMANDS | feature::MQ);
+    for class in 6..=255 {
+        bench.refused(class, 0, &[1]);
+    }
+    bench.refused(ctrl::CLASS_MAC, MAC_TABLE_SET, &vec![0; 17 << 10]);
+    bench.mode(PROMISCUOUS, true);
+}
+
+#[test]
+fn commands_without_their_feature_are_refused() {
+    let mut bench = Bench::new(feature::CTRL_VQ);
+    bench.refused(ctrl::CLASS_RX, PROMISCUOUS, &[0]);
+    bench.refused(ctrl::CLASS_MAC, MAC_TABLE_SET, &mac_table(&[], &[]));
+    bench.refused(ctrl::CLASS_MAC, MAC_ADDR_SET, &OTHER);
+    bench.refused(ctrl::CLASS_VLAN, VLAN_ADD, &[5, 0]);
+    bench.refused(ctrl::CLASS_ANNOUNCE, 0, &[]);
+    bench.refused(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &[1, 0]);
+    bench.refused(ctrl::CLASS_GUEST_OFFLOADS, ctrl::GUEST_OFFLOADS_SET, &[0; 8]);
+    assert_eq!(bench.addresses().len(), 5);
+}
+
+#[test]
+fn command_split_byte_by_byte_is_put_together() {
+    let mut bench = Bench::new(COMMANDS);
+    bench.mode(PROMISCUOUS, false);
+    let command = [&[ctrl::CLASS_MAC, MAC_TABLE_SET][..], &mac_table(&[OTHER], &[GROUP])].concat();
+    let place = |byte: &u8| {
+        let addr = bench.mem.alloc(1, 2);
+        bench.mem.write(addr, &[*byte]);
+        Buf::readable(addr, 1)
+    };
+    let mut bufs: Vec<_> = command.iter().map(place).collect();
+    let status = bench.mem.alloc(4, 1);
+    bench.mem.fill(status, 4, 0xee);
+    bufs.push(Buf::writable(status, 4));
+    let head = bench.ctrl.ring.add(&bufs);
+    bench.ctrl.ring.publish_and_kick();
+    assert_eq!(bench.ctrl.ring.wait_used(PATIENCE), Some((head, 1)));
+    assert_eq!(bench.mem.read(status, 4), [ctrl::OK, 0xee, 0xee, 0xee]);
+    assert_eq!(bench.addresses(), ["own", "other", "group", "all"]);
+}
+
+#[test]
+fn chain_without_room_for_a_status_or_malformed_is_returned_without_effect() {
+    let mut bench = Bench::new(COMMANDS);
+    let data = bench.mem.alloc(16, 1);
+    bench.mem.write(data, &[ctrl::CLASS_RX, PROMISCUOUS, 0]);
+    let [first, second] = bench.ctrl.ring.take_free(2).unwrap()[..] else { unreachable!() };
+    let desc = |addr, len, flags, next| Desc { addr, len, flags, next };
+    let (next, write) = (desc_flag::NEXT, desc_flag::WRITE);
+    for (what, descs) in [
+        ("C-01 no status byte", [desc(data, 3, 0, 0), Desc::default()]),
+        ("C-01 status read-only", [desc(data, 3, next, second), desc(data + 8, 1, 0, 0)]),
+        ("empty status", [desc(data, 3, next, second), desc(data + 8, 0, write, 0)]),
+        ("status outside memory", [desc(data, 3, next, second), desc(0, 1, write, 0)]),
+        ("next out of the table", [desc(data, 3, next, 999), Desc::default()]),
+        ("loop", [desc(data, 3, next, second), desc(data, 3, next, first)]),
+        ("readable behind writable", [desc(data + 8, 1, write | next, second), desc(data, 3, 0, 0)]),
+        ("indirect, not negotiated", [desc(data, 16, desc_flag::INDIRECT, 0), Desc::default()]),
+    ] {
+        bench.ctrl.ring.write_desc(first, descs[0]);
+        bench.ctrl.ring.write_desc(second, descs[1]);
+        bench.ctrl.ring.offer(first);
+        bench.ctrl.ring.publish_and_kick();
+        assert_eq!(bench.ctrl.ring.wait_used(PATIENCE), Some((first, 0)), "{what}");
+        assert_eq!(bench.addresses().len(), 5, "{what}");
+    }
+    // A status alone is a command without class and code.
+    bench.mem.fill(data + 8, 1, 0xee);
+    bench.ctrl.ring.write_desc(first, desc(data + 8, 1, write, 0));
+    bench.ctrl.ring.offer(first);
+    bench.ctrl.ring.publish_and_kick();
+    assert_eq!(bench.ctrl.ring.wait_used(PATIENCE), Some((first, 1)));
+    assert_eq!(bench.mem.read(data + 8, 1), [ctrl::ERR]);
+    bench.mode(PROMISCUOUS, false);
+    assert_eq!(bench.addresses(), ["own", "all"]);
+}
+
+#[test]
+fn broken_control_ring_is_reported_and_frames_go_on() {
+    let mut bench = Bench::new(COMMANDS);
+    bench.front_end.tell(&common::message::Message::set_vring_err(4, fd_of(&bench.ctrl.ring.err)));
+    assert!(bench.front_end.is_alive());
+    bench.ctrl.ring.write_avail_idx(9999);
+    bench.ctrl.ring.kick();
+    assert!(wait_readable(fd_of(&bench.ctrl.ring.err), PATIENCE));
+    assert_eq!(bench.addresses().len(), 5);
+}

@@ -1,0 +1,250 @@
+//! Frames to the guest and the buffers that it gives for them: too small, too few, too late, malformed.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::driver::NetDriverSpec;
+use common::path_bench::{Bench, FEATURE_SETS, RX, rx_frame};
+use common::split_ring::{Buf, Desc};
+use common::virtio::{VnetHdr, desc_flag, feature, gso, net_flag};
+use common::{PATIENCE, QUIET};
+
+const MERGEABLE: u64 = feature::MRG_RXBUF;
+
+fn bench_of(features: u64, queue_size: u16) -> Bench {
+    Bench::with(NetDriverSpec { features, queue_size, ..NetDriverSpec::default() })
+}
+
+#[test]
+fn frame_over_1_to_17_mergeable_buffers_says_exactly_how_many() {
+    const ROOM: usize = 100;
+    for extra in [0, feature::EVENT_IDX, feature::INDIRECT_DESC] {
+        let mut bench = Bench::new(MERGEABLE | extra);
+        bench.driver.post_rx_chains(40, &[30, ROOM - 30]);
+        let lens = (1..=17).flat_map(|n| [n * ROOM - 12, n * ROOM - 13, n * ROOM + 1 - 12]).filter(|len| *len >= 30);
+        for (seq, len) in (0..).zip(lens) {
+            let frame = rx_frame(seq, len);
+            bench.tap().send(&VnetHdr::default(), &frame);
+            let got = bench.driver.recv_detailed(PATIENCE).unwrap();
+            let total = 12 + len;
+            let expected: Vec<_> = (0..total.div_ceil(ROOM)).map(|k| ROOM.min(total - k * ROOM) as u32).collect();
+            assert_eq!(got.lens, expected, "a frame of {len} bytes");
+            assert_eq!(usize::from(got.header.num_buffers), expected.len());
+            assert!(got.frame == frame);
+        }
+    }
+}
+
+#[test]
+fn frame_without_mergeable_buffers_is_in_one_buffer_and_says_so() {
+    let mut bench = Bench::new(0);
+    bench.driver.post_rx(4, 2048);
+    bench.tap().send(&VnetHdr { num_buffers: 77, ..VnetHdr::default() }, &rx_frame(0, 60));
+    assert_eq!(bench.driver.recv_detailed(PATIENCE).unwrap().header.num_buffers, 1);
+}
+
+#[test]
+fn frame_larger_than_its_buffer_is_dropped_and_the_next_one_passes() {
+    for features in FEATURE_SETS.into_iter().filter(|features| features & MERGEABLE == 0) {
+        let mut bench = Bench::new(features);
+        bench.driver.post_rx(8, 200);
+        bench.pass_rx(0, 188);
+        for len in [189, 1514, 65_549] {
+            bench.tap().send(&VnetHdr::default(), &rx_frame(9, len));
+        }
+        bench.pass_rx(1, 60);
+        assert_eq!(bench.counter("rx_drop_too_large"), 3);
+        bench.assert_balance(5, 0);
+    }
+}
+
+#[test]
+fn frame_longer_than_any_is_dropped() {
+    for features in [0, MERGEABLE] {
+        let mut bench = Bench::new(features);
+        bench.driver.post_rx(64, 2048);
+        bench.pass_rx(0, 60);
+        bench.tap().send_raw(&vec![0; 12 + 65_535 + 14 + 8 + 1]);
+        bench.pass_rx(1, 60);
+        assert_eq!(bench.counter("rx_drop_too_large"), 1);
+        bench.assert_balance(3, 0);
+    }
+}
+
+#[test]
+fn frame_read_before_there_are_enough_buffers_comes_first_once_there_are() {
+    let mut bench = Bench::new(MERGEABLE);
+    bench.driver.post_rx(2, 100);
+    let frames = [rx_frame(0, 1500), rx_frame(1, 60), rx_frame(2, 700)];
+    for frame in &frames {
+        bench.tap().send(&VnetHdr::default(), frame);
+    }
+    bench.wait_counter("rx_held", 1);
+    assert!(bench.driver.recv(QUIET).is_none(), "two buffers of 100 do not hold 1500 bytes");
+    bench.driver.post_rx(60, 100);
+    for frame in &frames {
+        assert!(bench.driver.recv(PATIENCE).unwrap().1 == *frame);
+    }
+    bench.assert_balance(3, 0);
+}
+
+#[test]
+fn frame_that_waits_for_buffers_outlives_its_ring_and_its_session() {
+    let mut bench = Bench::new(MERGEABLE);
+    bench.driver.post_rx(1, 100);
+    bench.tap().send(&VnetHdr::default(), &rx_frame(0, 1500));
+    bench.wait_counter("rx_held", 1);
+    bench.front_end.get_vring_base(RX).unwrap();
+    bench.start_ring(RX, &bench.driver.rx);
+    bench.reconnect();
+    bench.driver.post_rx(60, 100);
+    assert!(bench.driver.recv(PATIENCE).unwrap().1 == rx_frame(0, 1500));
+    bench.pass_rx(1, 60);
+}
+
+#[test]
+fn frame_that_a_full_ring_cannot_hold_is_dropped() {
+    let mut bench = bench_of(MERGEABLE, 4);
+    bench.driver.post_rx(4, 100);
+    bench.tap().send(&VnetHdr::default(), &rx_frame(0, 1000));
+    bench.wait_counter("rx_drop_too_large", 1);
+    bench.pass_rx(1, 4 * 100 - 12);
+    bench.assert_balance(2, 0);
+}
+
+#[test]
+fn frame_that_a_full_ring_of_longer_chains_cannot_hold_is_dropped() {
+    let mut bench = bench_of(MERGEABLE, 8);
+    bench.driver.post_rx_chains(4, &[50, 50]);
+    bench.tap().send(&VnetHdr::default(), &rx_frame(0, 1000));
+    bench.wait_counter("rx_drop_too_large", 1);
+    bench.pass_rx(1, 4 * 100 - 12);
+}
+
+/// Ways in which a receive chain can be of no use, as descriptors 0 and 1 of its ring.
+fn useless_chains(buf: u64) -> Vec<(&'static str, [Desc; 2])> {
+    let desc = |addr, len, flags, next| Desc { addr, len, flags, next };
+    let none = Desc::default();
+    let (write, next) = (desc_flag::WRITE, desc_flag::NEXT);
+    vec![
+        ("read-only", [desc(buf, 2048, 0, 0), none]),
+        ("mixed", [desc(buf, 12, next, 1), desc(buf + 12, 2036, write, 0)]),
+        ("readable behind writable", [desc(buf, 12, write | next, 1), desc(buf + 12, 2036, 0, 0)]),
+        ("loop", [desc(buf, 2048, write | next, 1), desc(buf, 2048, write | next, 0)]),
+        ("next out of the table", [desc(buf, 2048, write | next, 9999), none]),
+        ("outside memory", [desc(u64::MAX - 8, 2048, write, 0), none]),
+        ("partly outside memory", [desc(buf, 12, write | next, 1), desc(0, 2036, write, 0)]),
+        ("indirect, not negotiated", [desc(buf, 16, desc_flag::INDIRECT, 0), none]),
+        ("empty", [desc(buf, 0, write, 0), none]),
+        ("shorter than a header", [desc(buf, 11, write, 0), none]),
+    ]
+}
+
+#[test]
+fn useless_chain_is_returned_unused_and_the_next_one_gets_the_frame() {
+    for features in [0, MERGEABLE] {
+        let mut bench = Bench::new(features);
+        let buf = bench.mem.alloc(4096, 8);
+        bench.mem.fill(buf, 4096, 0xa5);
+        let [first, second] = bench.driver.rx.take_free(2).unwrap()[..] else { unreachable!() };
+        assert_eq!((first, second), (0, 1));
+        for (count, (what, descs)) in (1..).zip(useless_chains(buf)) {
+            bench.driver.rx.write_desc(0, descs[0]);
+            bench.driver.rx.write_desc(1, descs[1]);
+            bench.driver.rx.offer(0);
+            bench.driver.rx.publish_and_kick();
+            assert_eq!(bench.driver.rx.wait_used(PATIENCE), Some((0, 0)), "{what}");
+            assert_eq!(bench.counter("rx_bad_chains"), count, "{what}");
+            bench.driver.repost = false;
+            bench.driver.post_rx(1, 2048);
+            bench.pass_rx(0, 100);
+        }
+        assert_eq!(bench.mem.read(buf, 4096), [0xa5; 4096], "nothing is written to a chain that is returned unused");
+    }
+}
+
+#[test]
+fn chain_shorter_than_the_smallest_frame_is_returned_unused_without_mergeable_buffers() {
+    let mut bench = Bench::new(0);
+    let mut bad = 0;
+    for len in [12, 13, 59, 71] {
+        let head = bench.driver.rx.add(&[Buf::writable(bench.mem.alloc(len, 1), len)]);
+        bench.driver.rx.publish_and_kick();
+        bad += 1;
+        assert_eq!(bench.driver.rx.wait_used(PATIENCE), Some((head, 0)), "{len} bytes");
+    }
+    assert_eq!(bench.counter("rx_bad_chains"), bad);
+    bench.driver.post_rx(1, 72);
+    bench.pass_rx(0, 60);
+}
+
+#[test]
+fn useless_chain_in_the_middle_of_a_frame_is_returned_with_those_before_it() {
+    let mut bench = Bench::new(MERGEABLE);
+    bench.driver.repost = false;
+    let addr = bench.mem.alloc(300, 1);
+    bench.mem.fill(addr, 300, 0xa5);
+    let heads = [
+        bench.driver.rx.add(&[Buf::writable(addr, 100)]),
+        bench.driver.rx.add(&[Buf::writable(addr + 100, 100)]),
+        bench.driver.rx.add(&[Buf::readable(addr + 200, 100)]),
+    ];
+    bench.driver.rx.publish_and_kick();
+    for head in heads {
+        assert_eq!(bench.driver.rx.wait_used(PATIENCE), Some((head, 0)));
+    }
+    assert_eq!(bench.mem.read(addr, 300), [0xa5; 300]);
+    bench.driver.post_rx(20, 100);
+    bench.pass_rx(0, 1000);
+    assert_eq!(bench.counter("rx_bad_chains"), 3);
+}
+
+#[test]
+fn frame_shorter_than_ethernet_is_dropped() {
+    let mut bench = Bench::new(0);
+    bench.driver.post_rx(4, 2048);
+    for len in [1, 11, 12, 25] {
+        bench.tap().send_raw(&vec![0; len]);
+    }
+    bench.pass_rx(0, 60);
+    assert_eq!(bench.counter("rx_drop_short"), 4);
+    bench.assert_balance(5, 0);
+}
+
+#[test]
+fn frame_that_needs_what_was_not_negotiated_is_dropped() {
+    let partial = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 16, ..VnetHdr::default() };
+    let segmented = VnetHdr { gso_type: gso::TCPV4, gso_size: 1448, hdr_len: 54, ..partial };
+    for (features, passes) in [
+        (0, [false, false]),
+        (feature::GUEST_CSUM, [true, false]),
+        (feature::GUEST_CSUM | feature::GUEST_TSO4, [true, true]),
+    ] {
+        let mut bench = Bench::new(features);
+        bench.driver.post_rx(8, 70_000);
+        for ((header, passes), seq) in [partial, segmented].into_iter().zip(passes).zip(0..) {
+            let frame = rx_frame(seq, 4000);
+            bench.tap().send(&header, &frame);
+            if passes {
+                let (got, bytes) = bench.driver.recv(PATIENCE).unwrap();
+                assert_eq!(got, VnetHdr { num_buffers: 1, ..header });
+                assert!(bytes == frame);
+            }
+        }
+        bench.pass_rx(9, 60);
+        let dropped = passes.into_iter().filter(|passes| !passes).count();
+        assert_eq!(bench.counter("rx_drop_not_negotiated"), dropped as u64);
+        bench.assert_balance(3, 0);
+    }
+}
+
+#[test]
+fn buffers_outside_a_frame_stay_untouched() {
+    let mut bench = Bench::new(MERGEABLE);
+    bench.driver.repost = false;
+    bench.driver.post_rx(3, 2048);
+    bench.pass_rx(0, 100);
+    assert_eq!(bench.driver.rx.outstanding().len(), 2, "buffers that a frame did not need stay with the device");
+    bench.pass_rx(1, 100);
+    bench.pass_rx(2, 100);
+}
