@@ -15,8 +15,8 @@ use crate::net::filter::Mac;
 /// ends on SIGTERM or SIGINT with status 0. SIGUSR1 logs the counters.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
-#[command(group = ArgGroup::new("front-end-socket").required(true).args(["socket_path", "fd", "print_capabilities"]))]
-#[command(group = ArgGroup::new("device").required(true).args(["tap", "tap_fd", "print_capabilities"]))]
+#[command(group = needed("front-end-socket", ["socket_path", "fd", "print_capabilities"]))]
+#[command(group = needed("device", ["tap", "tap_fd", "print_capabilities"]))]
 #[command(after_help = EXAMPLES)]
 pub struct Cli {
     /// Listen for front-ends on a Unix socket at PATH
@@ -27,10 +27,10 @@ pub struct Cli {
     pub socket_path: Option<PathBuf>,
 
     /// Serve the front-end on the connected socket that was passed as descriptor N, and end with it
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..), conflicts_with = "socket_path")]
     pub fd: Option<i32>,
 
-    /// Print what this back-end can do as JSON, as management software asks for it, and exit
+    /// Print what this back-end can do as JSON, as management software asks for it, and exit, whatever else is asked for
     #[arg(long)]
     pub print_capabilities: bool,
 
@@ -46,10 +46,12 @@ pub struct Cli {
     /// They must have been opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, several of them with IFF_MULTI_QUEUE, all of
     /// one interface.
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(3..))]
+    #[arg(conflicts_with = "tap")]
     pub tap_fd: Vec<i32>,
 
     /// Attach to a multi-queue TAP even though another process has queues on it, and share its frames with that one
-    #[arg(long, requires = "tap")]
+    // Not only `requires`: clap lets that go where what is required conflicts with something that is there.
+    #[arg(long, requires = "tap", conflicts_with = "tap_fd")]
     pub shared: bool,
 
     /// Number of queue pairs, 1 to 127 [default: 1, or the number of descriptors of --tap-fd]
@@ -73,11 +75,12 @@ pub struct Cli {
     pub mtu: Option<u16>,
 
     /// Permissions of the socket, in octal
-    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = parse_mode, requires = "socket_path")]
+    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = parse_mode)]
+    #[arg(requires = "socket_path", conflicts_with = "fd")]
     pub socket_mode: u32,
 
     /// Group that the socket is given to, by name or number (with --socket-mode 0660)
-    #[arg(long, value_name = "GROUP", requires = "socket_path")]
+    #[arg(long, value_name = "GROUP", requires = "socket_path", conflicts_with = "fd")]
     pub socket_group: Option<String>,
 
     /// What kind of front-end will connect
@@ -130,6 +133,12 @@ Examples:
     -device virtio-net-pci,netdev=net0
 
 The guest's memory must be shared (share=on), or there is nothing that can be handed over.";
+
+/// One of these must be there. Which exclude each other is said where they are declared: the question for capabilities
+/// goes with everything (QEMU, "Backend program conventions").
+fn needed(name: &'static str, one_of: [&'static str; 3]) -> ArgGroup {
+    ArgGroup::new(name).required(true).multiple(true).args(one_of)
+}
 
 fn parse_mac(text: &str) -> Result<Mac, String> {
     let is_hex = |part: &str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());

@@ -1,0 +1,134 @@
+//! The command line from outside: help, exit codes, the man page.
+//!
+//! `UPDATE_MAN=1 cargo test --test cli` writes the man page anew after the command line has changed.
+
+// A test fails by panicking.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use clap::CommandFactory;
+use vhost_user_net::cli::Cli;
+
+fn run(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vhost-user-net")).args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// All that can be typed, from the declaration.
+fn options() -> Vec<String> {
+    let mut command = Cli::command();
+    command.build();
+    let longs: Vec<_> =
+        command.get_arguments().filter_map(|arg| arg.get_long()).map(|long| format!("--{long}")).collect();
+    assert!(longs.len() > 10, "{longs:?}");
+    longs
+}
+
+#[test]
+fn capabilities_are_the_json_that_management_software_expects() {
+    let output = run(&["--print-capabilities"]);
+
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(text(&output.stdout), "{\"type\": \"net\", \"features\": []}\n");
+    assert_eq!(text(&output.stderr), "");
+}
+
+/// QEMU's convention: asked for capabilities, nothing else is done.
+#[test]
+fn capabilities_are_printed_whatever_else_is_asked_for() {
+    for more in [
+        &["--queue-pairs", "2"][..],
+        &["--mtu", "9000", "--no-config"],
+        &["--socket-path", "s", "--tap", "t"],
+        &["--fd", "50", "--tap-fd", "51"],
+    ] {
+        let output = run(&[&["--print-capabilities"], more].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        assert!(text(&output.stdout).starts_with('{'));
+        assert!(!Path::new("s").exists());
+    }
+}
+
+#[test]
+fn help_mentions_every_option_and_value() {
+    for help in ["--help", "-h"] {
+        let output = run(&[help]);
+        assert_eq!(output.status.code(), Some(0));
+        let printed = text(&output.stdout);
+        for option in options() {
+            assert!(printed.contains(&option), "{help} does not mention {option}");
+        }
+        for value in ["standard", "generic", "error", "trace", "0600"] {
+            assert!(printed.contains(value), "{help} does not mention {value}");
+        }
+    }
+}
+
+#[test]
+fn version_is_the_packages() {
+    let output = run(&["--version"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(text(&output.stdout), format!("vhost-user-net {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+/// What cannot be read is 2, as is usual; what cannot be done is 1. Neither leaves anything on standard output.
+#[test]
+fn exit_code_tells_bad_usage_from_failure() {
+    for (args, code, wanted) in [
+        (&[][..], 2, "--socket-path"),
+        (&["--socket-path", "s"], 2, "--tap"),
+        (&["--tap", "t"], 2, "--socket-path"),
+        (&["--socket-path", "s", "--fd", "3", "--tap", "t"], 2, "cannot be used with"),
+        (&["--socket-path", "s", "--tap", "t", "--tap-fd", "4"], 2, "cannot be used with"),
+        (&["--socket-path", "s", "--tap", "t", "--frobnicate"], 2, "--frobnicate"),
+        (&["--socket-path", "s", "--tap", "t", "surplus"], 2, "surplus"),
+        (&["--socket-path", "s", "--tap", "t", "--queue-pairs", "0"], 2, "1..=127"),
+        (&["--socket-path", "s", "--tap", "t", "--mtu", "67"], 2, "68..=65535"),
+        (&["--socket-path", "s", "--tap", "t", "--mac", "01:00:5e:00:00:01"], 2, "multicast"),
+        (&["--socket-path", "s", "--tap", "t", "--front-end", "qemu"], 2, "standard"),
+        (&["--socket-path", "s", "--tap", "t", "--log-level", "loud"], 2, "trace"),
+        (&["--fd", "2", "--tap", "t"], 2, "2"),
+        (&["--fd", "50", "--tap", "t", "--socket-mode", "0660"], 2, "cannot be used with"),
+        (&["--fd", "50", "--tap", "t", "--socket-group", "0"], 2, "cannot be used with"),
+        (&["--socket-path", "s", "--tap-fd", "50", "--shared"], 2, "cannot be used with"),
+        (&["--socket-path", "s", "--tap", "t", "--queue-size", "1000"], 1, "1000 is not a power of two"),
+        (&["--socket-path", "s", "--tap-fd", "50,51", "--queue-pairs", "3"], 1, "has 2 descriptor(s)"),
+        (&["--fd", "50", "--tap-fd", "50"], 1, "named twice"),
+        (&["--socket-path", "s", "--tap-fd", "50"], 1, "Descriptor 50 of --tap-fd is not open"),
+        (&["--fd", "50", "--tap", "t"], 1, "Descriptor 50 of --fd is no connected Unix stream socket"),
+        (&["--socket-path", "s", "--tap", "t", "--socket-group", "no-such-group-here"], 1, "no such group"),
+    ] {
+        let output = run(args);
+        let printed = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {printed}");
+        assert!(printed.contains(wanted), "{args:?}: {printed}");
+        assert_eq!(text(&output.stdout), "", "{args:?}");
+        assert!(code == 2 || printed.lines().count() == 1, "One message: {printed}");
+        assert!(!Path::new("s").exists(), "{args:?}");
+    }
+}
+
+#[test]
+fn man_page_says_what_the_command_line_takes() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("resources/vhost-user-net.1");
+    let mut page = Vec::new();
+    // Without a date: the page changes with the command line alone.
+    clap_mangen::Man::new(Cli::command()).render(&mut page).unwrap();
+    if std::env::var_os("UPDATE_MAN").is_some_and(|update| update == "1") {
+        fs::write(&path, &page).unwrap();
+    }
+
+    let committed = fs::read(&path).unwrap_or_default();
+
+    assert!(committed == page, "{} is not up to date: UPDATE_MAN=1 cargo test --test cli", path.display());
+    for option in options() {
+        let escaped = option.replace('-', "\\-");
+        assert!(text(&page).contains(&escaped), "The man page does not mention {option}");
+    }
+}
