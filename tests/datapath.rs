@@ -4,12 +4,14 @@
 
 mod common;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use common::PATIENCE;
 use common::driver::NetDriverSpec;
 use common::frames::Checker;
+use common::memory::{GuestMemory, RegionSpec};
 use common::path_bench::{Bench, FEATURE_SETS, rx_frame, tx_frame};
 use common::split_ring::Buf;
 use common::virtio::{VnetHdr, feature};
@@ -55,6 +57,8 @@ fn thousands_of_frames_each_way_arrive_in_order_over_the_wrap() {
         assert!(bench.driver.wait_tx_done(PATIENCE));
         assert_eq!(bench.driver.tx.out_of_order() + bench.driver.rx.out_of_order(), 0);
         bench.assert_balance(FRAMES.into(), FRAMES.into());
+        let bytes: u64 = (0..u64::from(FRAMES)).map(|seq| 30 + (seq * 37) % 1485).sum();
+        assert_eq!((bench.counter("tx_bytes"), bench.counter("rx_bytes")), (bytes, bytes));
     }
 }
 
@@ -105,6 +109,60 @@ fn adjacent_descriptors_beyond_what_one_call_takes_are_merged() {
     bench.driver.queue_split(&[&[0; 12][..], &frame].concat(), &[1; 2000]);
     bench.driver.tx.publish_and_kick();
     assert_eq!(bench.tap().recv(PATIENCE).unwrap().1, frame);
+}
+
+#[test]
+fn header_and_frame_over_two_memory_regions_pass_as_in_one() {
+    const BORDER: u64 = 0x110_0000;
+    let low = RegionSpec::new(BORDER - (16 << 20), 16 << 20);
+    let high = RegionSpec::new(BORDER, 1 << 20).in_file(1, 0);
+    for features in [0, feature::MRG_RXBUF] {
+        let mem = Arc::new(GuestMemory::new(&[low, high]));
+        let mut bench = Bench::on(Arc::clone(&mem), NetDriverSpec { features, ..NetDriverSpec::default() });
+        for before in 0..=112 {
+            let (buffer, seq) = (BORDER - before, before as u32);
+            let frame = tx_frame(seq, 100);
+            mem.write(buffer, &[&[0; 12][..], &frame].concat());
+            bench.driver.tx.add(&[Buf::readable(buffer, 112)]);
+            bench.driver.tx.publish_and_kick();
+            assert_eq!(bench.tap().recv(PATIENCE).unwrap().1, frame, "{before} before the border");
+            bench.driver.tx.wait_used(PATIENCE).unwrap();
+            let frame = rx_frame(seq, 100);
+            bench.driver.rx.add(&[Buf::writable(buffer, 112)]);
+            bench.driver.rx.publish_and_kick();
+            bench.tap().send(&VnetHdr::default(), &frame);
+            assert_eq!(bench.driver.rx.wait_used(PATIENCE).unwrap().1, 112);
+            assert_eq!(mem.read(buffer + 12, 100), frame, "{before} before the border");
+        }
+    }
+}
+
+#[test]
+fn nothing_but_posted_buffers_and_used_rings_is_written() {
+    for features in FEATURE_SETS {
+        let mut bench = Bench::on(
+            Arc::new(GuestMemory::single(4 << 20)),
+            NetDriverSpec { features, queue_size: 64, ..NetDriverSpec::default() },
+        );
+        bench.driver.repost = false;
+        let start = bench.mem.alloc(0, 4096);
+        let posted: Vec<(u64, usize)> = (0..32).map(|k| (start + 4096 * k + 100, 2000)).collect();
+        bench.mem.fill(start, 4096 * 33, 0xa5);
+        for (addr, len) in &posted {
+            bench.driver.rx.add(&[Buf::writable(*addr, *len)]);
+        }
+        bench.driver.rx.publish_and_kick();
+        for seq in 0..32 {
+            bench.tap().send(&VnetHdr::default(), &rx_frame(seq, 60 + seq as usize * 50));
+        }
+        bench.assert_balance(32, 0);
+        let mut canary = bench.mem.read(start, 4096 * 33);
+        for (addr, len) in &posted {
+            let at = (addr - start) as usize;
+            canary[at..at + len].fill(0xa5);
+        }
+        assert!(canary.iter().all(|byte| *byte == 0xa5), "a byte between the buffers changed");
+    }
 }
 
 #[test]

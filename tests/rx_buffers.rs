@@ -121,6 +121,27 @@ fn frame_that_a_full_ring_of_longer_chains_cannot_hold_is_dropped() {
     bench.pass_rx(1, 4 * 100 - 12);
 }
 
+#[test]
+fn chain_of_as_many_pieces_as_there_can_be_takes_small_and_large_frames() {
+    const PIECE: usize = 64;
+    for features in [0, MERGEABLE] {
+        let mut bench = Bench::new(features | feature::INDIRECT_DESC);
+        for (seq, len) in (0..).zip([60, 1514, 65_000, 65_524, 60]) {
+            // None adjacent to the next, so that none are merged: more than one read can take with memory of ours.
+            let bufs: Vec<_> = (0..1024).map(|_| Buf::writable(bench.mem.alloc(PIECE, 128), PIECE)).collect();
+            let head = bench.driver.rx.add_indirect(&bufs);
+            bench.driver.rx.publish_and_kick();
+            let frame = rx_frame(seq, len);
+            bench.tap().send(&VnetHdr::default(), &frame);
+            assert_eq!(bench.driver.rx.wait_used(PATIENCE), Some((head, 12 + len as u32)), "{len} bytes");
+            let bytes: Vec<u8> = bufs.iter().flat_map(|buf| bench.mem.read(buf.addr, PIECE)).collect();
+            assert_eq!(bytes[..12], VnetHdr { num_buffers: 1, ..VnetHdr::default() }.to_bytes());
+            assert!(bytes[12..12 + len] == frame, "{len} bytes");
+        }
+        bench.assert_balance(5, 0);
+    }
+}
+
 /// Ways in which a receive chain can be of no use, as descriptors 0 and 1 of its ring.
 fn useless_chains(buf: u64) -> Vec<(&'static str, [Desc; 2])> {
     let desc = |addr, len, flags, next| Desc { addr, len, flags, next };
