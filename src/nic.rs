@@ -144,6 +144,11 @@ impl Nic {
         2 * self.pairs.len() as u64 + 1
     }
 
+    /// Whether the front-end is to hand over the control queue.
+    pub fn has_control_queue(&self) -> bool {
+        self.setup.is_generic
+    }
+
     /// How many rings a front-end may set up: as many as one that takes the queue number for pairs may think there are.
     /// Those that nothing runs stay idle.
     pub fn ring_count(&self) -> usize {

@@ -108,6 +108,8 @@ pub struct Session {
     protocol: Protocol,
     features: u64,
     status: u8,
+    /// For requests of ours, of which there are none. Kept open: its end tells the front-end that we are gone.
+    _backend_channel: Option<OwnedFd>,
     mem: Arc<MemView>,
     slots: Vec<Slot>,
     /// Rings changed in a way after which device queues may be unused.
@@ -131,6 +133,7 @@ impl Session {
             protocol: Protocol::empty(),
             features: 0,
             status: 0,
+            _backend_channel: None,
             mem: Arc::default(),
             slots,
             is_unsettled: false,
@@ -242,6 +245,7 @@ impl Session {
             FrontendReq::RESET_DEVICE => self.reset(),
             FrontendReq::SET_STATUS => self.set_status(number(payload)?),
             FrontendReq::GET_STATUS => Ok(Answer::number(u64::from(self.status))),
+            FrontendReq::SET_BACKEND_REQ_FD => self.set_backend_channel(fds),
             _ => Err(Refusal::Unknown),
         }
     }
@@ -251,7 +255,11 @@ impl Session {
 impl Session {
     fn offered_protocol_features(&self) -> Protocol {
         let config = if self.options.offers_config { Protocol::CONFIG } else { Protocol::empty() };
+        // We have nothing to say on it, but User Mode Linux (6.1) has no interrupt for its rings without it: it
+        // requests number 0, which is the timer's.
+        let backend_channel = if self.nic.has_control_queue() { Protocol::BACKEND_REQ } else { Protocol::empty() };
         config
+            | backend_channel
             | Protocol::MQ
             | Protocol::RARP
             | Protocol::REPLY_ACK
@@ -271,6 +279,13 @@ impl Session {
             return Err(Refusal::NotOffered(format!("protocol {:?}", Protocol::from_bits_retain(surplus))));
         }
         self.protocol = Protocol::from_bits_retain(bits);
+        Ok(Answer::Done)
+    }
+
+    fn set_backend_channel(&mut self, fds: Vec<OwnedFd>) -> Handled {
+        let [channel] =
+            <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
+        self._backend_channel = Some(channel);
         Ok(Answer::Done)
     }
 
@@ -422,6 +437,7 @@ fn protocol_feature_of(request: FrontendReq) -> Option<Protocol> {
         FrontendReq::GET_CONFIG => Protocol::CONFIG,
         FrontendReq::RESET_DEVICE => Protocol::RESET_DEVICE,
         FrontendReq::SET_STATUS | FrontendReq::GET_STATUS => Protocol::STATUS,
+        FrontendReq::SET_BACKEND_REQ_FD => Protocol::BACKEND_REQ,
         FrontendReq::GET_MAX_MEM_SLOTS | FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG => {
             Protocol::CONFIGURE_MEM_SLOTS
         }
@@ -440,5 +456,6 @@ fn takes_fds(request: FrontendReq) -> bool {
             | FrontendReq::SET_VRING_KICK
             | FrontendReq::SET_VRING_CALL
             | FrontendReq::SET_VRING_ERR
+            | FrontendReq::SET_BACKEND_REQ_FD
     )
 }
