@@ -38,6 +38,7 @@ pub mod tap_double;
 pub mod transfer;
 pub mod virtio;
 
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -75,7 +76,7 @@ pub fn fd_of(eventfd: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
 }
 
-/// Says aloud why a test did nothing. Rust's test harness has no word for it.
+/// Says aloud why a test did nothing, past the capture of the test harness, which has no word for it.
 pub fn skip(test: &str, why: &str) {
-    eprintln!("SKIPPED: {test}: {why}");
+    writeln!(io::stderr(), "SKIPPED: {test}: {why}").unwrap();
 }
