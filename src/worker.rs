@@ -135,10 +135,7 @@ impl RunsRings for QueuePair {
     }
 
     fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()> {
-        let ring = match direction {
-            Direction::Rx => self.rx.as_mut().map(|(ring, _)| ring),
-            Direction::Tx => self.tx.as_mut().map(|(ring, _)| ring),
-        };
+        let ring = ring_of(direction, &mut self.rx, &mut self.tx);
         let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll));
         self.look_again();
         changed
@@ -384,20 +381,26 @@ impl QueuePair {
     }
 
     fn ring(&mut self, direction: Direction) -> Option<&mut RunningRing> {
-        match direction {
-            Direction::Rx => self.rx.as_mut().map(|(ring, _)| ring),
-            Direction::Tx => self.tx.as_mut().map(|(ring, _)| ring),
-        }
+        ring_of(direction, &mut self.rx, &mut self.tx)
     }
 
     fn park(&mut self, direction: Direction, why: &dyn Display) {
-        let ring = match direction {
-            Direction::Rx => self.rx.as_mut().map(|(ring, _)| ring),
-            Direction::Tx => self.tx.as_mut().map(|(ring, _)| ring),
-        };
+        let ring = ring_of(direction, &mut self.rx, &mut self.tx);
         if let Some(ring) = ring {
             let why = format_args!("queue pair {}: {why}", self.index);
             ring.park(&self.poll, &self.counters.broken_rings, &mut self.throttle, &why);
         }
+    }
+}
+
+/// One direction's ring; the rest of the pair stays free to be used with it.
+fn ring_of<'a>(
+    direction: Direction,
+    rx: &'a mut Option<(RunningRing, Rx)>,
+    tx: &'a mut Option<(RunningRing, Tx)>,
+) -> Option<&'a mut RunningRing> {
+    match direction {
+        Direction::Rx => rx.as_mut().map(|(ring, _)| ring),
+        Direction::Tx => tx.as_mut().map(|(ring, _)| ring),
     }
 }
