@@ -366,8 +366,16 @@ impl QtestDriver {
 
     /// Sets up queue `index` with the size that the device proposes.
     pub fn set_up_queue(&mut self, index: u16) {
+        self.set_up_queue_of(index, None);
+    }
+
+    /// Sets up queue `index` with a smaller size, if one is given.
+    pub fn set_up_queue_of(&mut self, index: u16, size: Option<u16>) {
         let cfg = self.common;
         self.qemu.write_u16(cfg + common_cfg::QUEUE_SELECT, index);
+        if let Some(size) = size {
+            self.qemu.write_u16(cfg + common_cfg::QUEUE_SIZE, size);
+        }
         let size = self.qemu.read_u16(cfg + common_cfg::QUEUE_SIZE);
         let area = QUEUE_AREA + QUEUE_STRIDE * u64::from(index);
         for (register, addr) in [
