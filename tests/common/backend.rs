@@ -226,9 +226,10 @@ impl Drop for Spawned {
     }
 }
 
-/// Lets the command's process have `fd` under this number.
+/// Lets the command's process have `fd` under this number, which is to be below 100.
 pub fn inherit(command: &mut Command, fd: BorrowedFd<'_>, number: i32) {
-    let fd = fd.try_clone_to_owned().unwrap();
+    // Far above: what is put under one number must not close what is to be put under the next.
+    let fd = rustix::io::fcntl_dupfd_cloexec(fd, 500).unwrap();
     let duplicate = move || {
         // SAFETY: dup2 takes numbers only; `fd` is open, and `number` is the child's own.
         if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

@@ -303,7 +303,8 @@ impl RawFrontend {
         }
     }
 
-    /// Ends the connection.
+    /// Ends the connection: at once, which dropping it does not where another thread is starting a process, that has all
+    /// descriptors for a moment.
     pub fn disconnect(self) {
         // The peer may have gone first.
         let _ = self.stream.shutdown(Shutdown::Both);

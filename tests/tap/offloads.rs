@@ -35,6 +35,7 @@ fn place_with_tap() -> Place {
 }
 
 fn host(place: &Place) -> PacketSocket {
+    place.wait_operational();
     PacketSocket::open_vnet_hdr(&place.namespace, TAP)
 }
 
@@ -72,6 +73,8 @@ fn unsegmented_frame_of_64_kib_from_the_guest_arrives_as_one_on_the_host() {
     assert_eq!((header.gso_type, header.gso_size), (gso::TCPV4, MSS));
     assert_eq!(frame.len(), 54 + LARGE);
     assert_eq!(find_stamp(&frame), Some(Ok(Stamp { stream: 1, seq: 7 })));
+    // Counted before it is given back, and after the host has it.
+    assert!(guest.pairs[0].wait_tx_done(PATIENCE));
     assert_eq!(backend.counters(1)[0]["tx_large_frames"], 1);
 }
 
@@ -164,7 +167,7 @@ fn offloads_follow_what_is_negotiated_next() {
         match front_end.as_ref().filter(|_| round % 2 == 1) {
             Some(front_end) => renegotiate(front_end, &guest, features),
             None => {
-                drop(front_end.take());
+                front_end.take().into_iter().for_each(RawFrontend::disconnect);
                 front_end = Some(place.connect(&guest));
             }
         }
