@@ -183,3 +183,17 @@ fn offloads_that_the_guest_switches_off_and_on_follow_under_traffic() {
     }
     bench.assert_sound();
 }
+
+#[test]
+fn queue_pairs_that_the_guest_does_not_use_stay_quiet_under_traffic() {
+    const PAIRS: usize = 4;
+    if !require_guest("queue_pairs_that_the_guest_does_not_use_stay_quiet_under_traffic", Vmm::Uml) {
+        return;
+    }
+    let mut bench = boot(PAIRS);
+    let floods: Vec<_> = (0..2).map(|flow| Flood::start(&mut bench, 5010 + flow, 0)).collect();
+    for pairs in [1, 4, 2] {
+        transfer::change_queue_pairs(&mut bench, &floods, pairs);
+    }
+    bench.assert_sound();
+}
