@@ -78,7 +78,7 @@ impl Flood {
     /// Starts it, from the guest's processor `cpu`, and waits until it flows.
     pub fn start(bench: &mut Bench, port: u16, cpu: usize) -> Self {
         let listener = listen(bench, port);
-        bench.guest.run(&format!("taskset {:x} nc {HOST} {port} </dev/zero >/dev/null &", 1 << cpu));
+        bench.guest.run(&format!("taskset {:x} nc {HOST} {port} </dev/zero >/dev/null 2>/dev/null &", 1 << cpu));
         let stream = accept(&listener);
         let [mut from, mut to] = [(); 2].map(|()| stream.try_clone().unwrap());
         let mut bytes = vec![0; MIB];
@@ -105,6 +105,20 @@ impl Drop for Flood {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+/// Has the guest use so many queue pairs while `floods` flow; fails unless all of them go on, on these pairs alone.
+pub fn change_queue_pairs(bench: &mut Bench, floods: &[Flood], pairs: usize) {
+    bench.guest.run(&format!("ethtool -L eth0 combined {pairs}"));
+    // What was on its way has come when some more has.
+    floods.iter().for_each(Flood::assert_flows);
+    let [rx, tx] = ["rx_frames", "tx_frames"].map(|name| bench.counters(name));
+    floods.iter().for_each(Flood::assert_flows);
+    for (name, before) in [("rx_frames", rx), ("tx_frames", tx)] {
+        let after = bench.counters(name);
+        assert_eq!(before[pairs..], after[pairs..], "{name} with {pairs} pairs: {before:?}, then {after:?}");
+        assert_ne!(before[..pairs], after[..pairs], "{name} with {pairs} pairs: {before:?}");
     }
 }
 
