@@ -198,7 +198,7 @@ impl ControlQueue {
 
     /// Whether the effect took place.
     fn carry_out(&mut self, effect: Effect) -> bool {
-        log::debug!("Control queue: {effect:?}");
+        log::debug!("Control queue: {}", effect.name());
         match effect {
             Effect::None => true,
             Effect::Filter(filter) => self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter))),

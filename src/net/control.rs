@@ -49,6 +49,19 @@ pub enum Effect {
     None,
 }
 
+impl Effect {
+    /// What changes, for the log: in a word, as a guest may ask for it often.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Effect::Filter(_) => "receive filter",
+            Effect::Mac(_) => "MAC address",
+            Effect::QueuePairs(_) => "queue pairs",
+            Effect::Offloads(_) => "guest offloads",
+            Effect::None => "announcement",
+        }
+    }
+}
+
 /// What the commands have set so far.
 #[derive(Clone, Debug, Default)]
 pub struct ControlState {
