@@ -209,7 +209,10 @@ fn flood_without_buffers_waits_and_goes_on_once_there_are_some() {
         for seq in 0..sent {
             checker.see(&bench.driver.recv(PATIENCE).expect("rx goes on once there are buffers").1);
             if seq == 0 {
-                eprintln!("{features:#x}: {sent} frames waited, the first came after {:?}", posted.elapsed());
+                common::say(&format!(
+                    "{features:#x}: {sent} frames waited, the first came after {:?}",
+                    posted.elapsed()
+                ));
             }
         }
         checker.assert_perfect(sent);
@@ -253,6 +256,6 @@ fn both_directions_get_their_turn_when_both_are_always_ready() {
         done.store(true, Ordering::Relaxed);
     });
     let (tx, rx) = (bench.counter("tx_frames"), bench.counter("rx_frames"));
-    eprintln!("{tx} frames from the guest, {rx} to it");
+    common::say(&format!("{tx} frames from the guest, {rx} to it"));
     assert!(tx > rx / 4 && rx > tx / 4, "{tx} from the guest, {rx} to it");
 }

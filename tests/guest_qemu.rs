@@ -55,7 +55,7 @@ fn back_end_killed_and_restarted_twice_each_way_loses_no_byte_of_a_transfer() {
     };
     transfer::to_guest(&mut bench, 5001, 16, &mut kill_and_restart);
     transfer::to_host(&mut bench, 5002, 16, &mut kill_and_restart);
-    eprintln!("Rings that carried on off their base: {off_base}");
+    common::say(&format!("Rings that carried on off their base: {off_base}"));
     bench.assert_sound();
 }
 
@@ -153,7 +153,7 @@ fn throughput_is_printed_beside_that_of_qemus_own_tap() {
             qemus += transfer::iperf(&mut bench, QEMUS_HOST, 1, options) / ROUNDS as f64;
         }
         let ratio = ours / qemus;
-        eprintln!("{what}: {ours:.0} Mbit/s, QEMU's own tap {qemus:.0}: ratio {ratio:.2}");
+        common::say(&format!("{what}: {ours:.0} Mbit/s, QEMU's own tap {qemus:.0}: ratio {ratio:.2}"));
         assert!(ours > 0.0, "{what}: nothing arrived");
     }
     bench.assert_sound();

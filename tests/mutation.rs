@@ -141,7 +141,7 @@ fn send_while(rewrite: impl Fn(&GuestMemory, u64) + Send) {
         }
         // First let the other thread end: a panic here would wait for it.
         stop.store(true, Ordering::Relaxed);
-        eprintln!("{passed} segmentation requests passed");
+        common::say(&format!("{passed} segmentation requests passed"));
         assert!(passed > 0);
         assert_eq!(wrong, None, "a header reached the TAP that is not as it was checked");
     });

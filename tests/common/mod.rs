@@ -76,8 +76,12 @@ pub fn fd_of(eventfd: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
 }
 
-/// Says aloud why a test did nothing, past the capture of the test harness, which has no word for it.
+/// Says aloud why a test did nothing: the test harness has no word for it.
 pub fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED: {test}: {why}\n");
-    io::stderr().write_all(line.as_bytes()).unwrap();
+    say(&format!("SKIPPED: {test}: {why}"));
+}
+
+/// Prints a measurement or the like, past the harness, which shows nothing of a test that passes.
+pub fn say(line: &str) {
+    io::stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
 }

@@ -40,7 +40,7 @@ fn signal_under_load_ends_the_process_with_status_0_and_its_socket() {
         backend.signal(signal);
         let status = backend.wait_end(PATIENCE);
 
-        println!("{signal} under load: ended after {:?}", began.elapsed());
+        crate::common::say(&format!("{signal} under load: ended after {:?}", began.elapsed()));
         assert_eq!(status.code(), Some(0), "{}", backend.log());
         assert!(!place.socket().exists(), "The socket is removed");
         assert!(front_end.wait_closed(PATIENCE));
@@ -59,7 +59,7 @@ fn signal_while_idle_ends_the_process_with_status_0() {
     let began = Instant::now();
     backend.signal(Signal::SIGTERM);
     assert_eq!(backend.wait_end(PATIENCE).code(), Some(0));
-    println!("SIGTERM while idle: ended after {:?}", began.elapsed());
+    crate::common::say(&format!("SIGTERM while idle: ended after {:?}", began.elapsed()));
     assert!(!place.socket().exists());
 }
 

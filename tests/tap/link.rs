@@ -235,5 +235,5 @@ fn tap_deleted_under_load_leaves_a_quiet_process_that_ends_when_told() {
     let began = Instant::now();
     backend.signal(Signal::SIGTERM);
     assert_eq!(backend.wait_end(PATIENCE).code(), Some(0));
-    println!("SIGTERM without a device: ended after {:?}", began.elapsed());
+    crate::common::say(&format!("SIGTERM without a device: ended after {:?}", began.elapsed()));
 }
