@@ -10,9 +10,9 @@ use crate::net::filter::Mac;
 /// End a virtual machine's network card on a TAP, in a process of its own.
 ///
 /// A vhost-user back-end for QEMU, cloud-hypervisor and other virtual machine monitors: they connect to the socket and
-/// hand over the guest's memory and virtqueues, and frames move between those and the TAP without a copy. One process
+/// hand over the guest's memory and virtqueues, and frames move straight between those and the TAP. One process
 /// serves one network card. It does not daemonize, logs to standard error, serves front-ends one after another, and
-/// ends on SIGTERM or SIGINT with status 0. SIGUSR1 logs the counters.
+/// ends on SIGTERM, SIGINT or SIGHUP with status 0. SIGUSR1 logs the counters.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 #[command(group = needed("front-end-socket", ["socket_path", "fd", "print_capabilities"]))]

@@ -7,6 +7,7 @@
 use std::fmt::Display;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::device::Device;
 use crate::mailbox::{Inbox, Mailbox};
@@ -23,8 +24,10 @@ use crate::virtqueue::iovec::IOV_MAX;
 use crate::virtqueue::{GuestIovecs, RingBroken, Shape, SplitRing};
 use crate::worker::{POLL_INTERVAL_MS, QueuePair};
 
-/// Commands between two looks at the mailbox.
-const BUDGET: usize = 64;
+/// Commands between two looks at the mailbox: each may have to wait for every worker.
+const BUDGET: usize = 1;
+/// How long the control thread waits for this one: longer than this one waits for a worker.
+const PATIENCE: Duration = Duration::from_secs(15);
 /// A longer command is refused; a table of 64 addresses of each kind is not a tenth of it.
 const COMMAND_MAX: usize = 16 * 1024;
 
@@ -64,7 +67,7 @@ pub fn spawn(around: Surroundings, counters: Arc<PairCounters>) -> io::Result<Ma
         counters,
         throttle: Throttle::default(),
     };
-    Mailbox::spawn("control-queue".to_owned(), move |inbox| queue.run(&inbox))
+    Mailbox::spawn("control-queue".to_owned(), PATIENCE, move |inbox| queue.run(&inbox))
 }
 
 impl ControlQueue {

@@ -46,6 +46,9 @@ pub enum DaemonError {
     /// The event loop failed.
     #[error("The event loop failed: {0}")]
     EventLoop(event_manager::Error),
+    /// Something that must be waited for cannot be.
+    #[error("Cannot wait for what is to be served")]
+    NotWatched,
     /// A worker does not answer.
     #[error(transparent)]
     Stuck(#[from] Stuck),
@@ -249,9 +252,18 @@ impl Daemon {
         }
     }
 
+    /// Ends with an error, of which the log has the cause.
+    fn fail_unless(&mut self, done: bool) {
+        if !done {
+            self.failure = Some(DaemonError::NotWatched);
+            self.has_ended = true;
+        }
+    }
+
     fn watch_listener(&mut self, ops: &mut EventOps) {
         if let Some(listener) = &self.listener {
-            self.has_ended |= !watch(listener.as_fd().as_raw_fd(), Token::Listener, ops);
+            let watched = watch(listener.as_fd().as_raw_fd(), Token::Listener, ops);
+            self.fail_unless(watched);
         }
     }
 
@@ -306,12 +318,13 @@ impl MutEventSubscriber for Daemon {
         let timer = self.timer.as_raw_fd();
         let signals = self.signals.as_ref().map(|fd| fd.as_fd().as_raw_fd());
         for (fd, token) in [(Some(stop), Token::Stop), (Some(timer), Token::Timer), (signals, Token::Signal)] {
-            self.has_ended |= fd.is_some_and(|fd| !watch(fd, token, ops));
+            let watched = fd.is_none_or(|fd| watch(fd, token, ops));
+            self.fail_unless(watched);
         }
         self.watch_listener(ops);
         if let Some(stream) = self.connected.take() {
             self.begin(stream, ops);
-            self.has_ended |= self.session.is_none();
+            self.fail_unless(self.session.is_some());
         }
     }
 

@@ -13,14 +13,11 @@ use std::time::Duration;
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// How long a job may wait for its turn: a pass takes well under a millisecond.
-const JOB_TIMEOUT: Duration = Duration::from_secs(5);
-
 type Job<T> = Box<dyn FnOnce(&mut T) + Send>;
 
 /// A thread did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("Thread {name} did not answer within {JOB_TIMEOUT:?}: it ended, or guest memory does not answer")]
+#[error("Thread {name} did not answer in time: it ended, or guest memory does not answer")]
 pub struct Stuck {
     /// The thread's name.
     pub name: String,
@@ -29,6 +26,7 @@ pub struct Stuck {
 /// The callers' end. Dropping it ends the thread and waits for that.
 pub struct Mailbox<T> {
     name: String,
+    patience: Duration,
     /// `None` only while being dropped.
     jobs: Option<Sender<Job<T>>>,
     wake: Arc<EventFd>,
@@ -44,14 +42,18 @@ pub(crate) struct Inbox<T> {
 }
 
 impl<T: 'static> Mailbox<T> {
-    /// Starts a thread that does `run`, which must look into its inbox whenever the wake-up descriptor is readable and
+    /// Starts a thread, which is given `patience` to do a job, that does `run`, which must look into its inbox whenever the wake-up descriptor is readable and
     /// end when [`Inbox::run_jobs`] says so.
-    pub(crate) fn spawn(name: String, run: impl FnOnce(Inbox<T>) + Send + 'static) -> io::Result<Mailbox<T>> {
+    pub(crate) fn spawn(
+        name: String,
+        patience: Duration,
+        run: impl FnOnce(Inbox<T>) + Send + 'static,
+    ) -> io::Result<Mailbox<T>> {
         let (sender, receiver) = mpsc::channel();
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let inbox = Inbox { jobs: receiver, wake: Arc::clone(&wake) };
         let thread = std::thread::Builder::new().name(name.clone()).spawn(move || run(inbox))?;
-        Ok(Mailbox { name, jobs: Some(sender), wake, is_stuck: AtomicBool::new(false), thread: Some(thread) })
+        Ok(Mailbox { name, patience, jobs: Some(sender), wake, is_stuck: AtomicBool::new(false), thread: Some(thread) })
     }
 
     /// Has the owner run `job`, and waits for the result.
@@ -74,7 +76,7 @@ impl<T: 'static> Mailbox<T> {
         let jobs = self.jobs.as_ref().ok_or_else(stuck)?;
         jobs.send(job).map_err(|_| stuck())?;
         self.wake.write(1).map_err(|_| stuck())?;
-        answered.recv_timeout(JOB_TIMEOUT).map_err(|_| stuck())
+        answered.recv_timeout(self.patience).map_err(|_| stuck())
     }
 }
 
@@ -120,7 +122,7 @@ mod tests {
 
     #[test]
     fn call_returns_after_the_owner_ran_it() {
-        let mailbox = Mailbox::spawn("owner".to_owned(), |inbox: Inbox<u32>| {
+        let mailbox = Mailbox::spawn("owner".to_owned(), Duration::from_secs(5), |inbox: Inbox<u32>| {
             let mut owned = 1;
             while inbox.run_jobs(&mut owned) {
                 std::thread::yield_now();
@@ -133,7 +135,7 @@ mod tests {
 
     #[test]
     fn call_to_a_thread_that_ended_is_an_error() {
-        let mailbox = Mailbox::spawn("gone".to_owned(), |_: Inbox<()>| {}).expect("thread");
+        let mailbox = Mailbox::spawn("gone".to_owned(), Duration::from_secs(5), |_: Inbox<()>| {}).expect("thread");
         assert_eq!(mailbox.call(|_| ()), Err(Stuck { name: "gone".to_owned() }));
     }
 }

@@ -100,6 +100,9 @@ impl Region {
         let [Some(_), Some(_), Some(file_end)] = ends else {
             return Err(MapError::Wraps { setup });
         };
+        // So that nobody shortens the file under our feet: touching what is gone would raise SIGBUS. Only a memfd that
+        // was made for it can be sealed; for the rest there is nothing to be done here.
+        let _ = rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK);
         let align = check_file(&fd, file_end)?;
         let start = setup.file_offset & !(align - 1);
         let wraps = MapError::Wraps { setup };
@@ -109,9 +112,6 @@ impl Region {
         let (Ok(length), Ok(lead)) = (usize::try_from(length), usize::try_from(setup.file_offset - start)) else {
             return Err(wraps);
         };
-        // So that nobody shortens the file under our feet: touching what is gone would raise SIGBUS. Only a memfd that
-        // was made for it can be sealed; for the rest there is nothing to be done here.
-        let _ = rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK);
         let map = MmapRegion::from_file(FileOffset::new(File::from(fd), start), length)
             .map_err(|cause| MapError::Map { size: length as u64, offset: start, cause })?;
         Ok(Region { setup, map, lead })

@@ -71,6 +71,8 @@ counters! {
     rx_drop_filtered,
     /// Dropped: the device gave less than a header and an Ethernet header.
     rx_drop_short,
+    /// Dropped: the kernel could not hand the frame over.
+    rx_drop_refused,
     /// Buffers returned unused: malformed chains, and good ones that stood in the way of a malformed one.
     rx_bad_chains,
     /// Frames that were read before the guest had enough buffers, and had to be kept and copied.
@@ -91,7 +93,7 @@ counters! {
     tx_drop_no_memory,
     /// Dropped: the kernel refused the frame.
     tx_drop_refused,
-    /// Rings parked because their indices or heads made no sense.
+    /// Rings that could not go on: their indices or heads made no sense, their kick died, their memory was taken away.
     broken_rings,
     /// Rings that carried on from the used index where the front-end's base said otherwise.
     rings_resumed_off_base,

@@ -201,6 +201,11 @@ impl Nic {
         self.with_config(|config| config.clone_from(&self.initial_config));
     }
 
+    /// Forgets the MAC address that a guest set, if it did.
+    pub fn reset_mac(&self) {
+        self.with_config(|config| config.mac = self.initial_config.mac);
+    }
+
     /// Takes what the guest acknowledged: the device's offloads follow, the control queue's state begins anew.
     ///
     /// No ring may run.
@@ -300,10 +305,8 @@ impl Nic {
             return Ok(());
         }
         let idle = self.pairs.iter().zip(usages).filter(|(_, usage)| usage.attached && !usage.in_use);
-        for (pair, _) in idle {
-            pair.call(QueuePair::detach)?;
-        }
-        Ok(())
+        // Asked once more where it is done: the control queue's thread may have put it to use.
+        idle.map(|(pair, _)| pair).try_for_each(|pair| pair.call(QueuePair::detach_if_unused))
     }
 
     /// Broadcasts a RARP request from `mac`, so that switches learn where the guest is now (RFC 903; vhost-user,

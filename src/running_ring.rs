@@ -48,6 +48,10 @@ pub struct StartRing {
 pub struct StoppedRing {
     /// Where it carries on.
     pub position: u16,
+    /// Its kick, if it was not polled.
+    pub kick: Option<Kick>,
+    /// Whether it was parked.
+    pub is_broken: bool,
     /// Its call.
     pub call: Option<Call>,
     /// Its error descriptor.
@@ -138,7 +142,13 @@ impl RunningRing {
 
     pub(crate) fn stop(self, poll: &Poll) -> StoppedRing {
         unwatch(poll, self.kick.as_ref());
-        StoppedRing { position: self.queue.position(), call: self.call, err: self.err }
+        StoppedRing {
+            position: self.queue.position(),
+            kick: self.kick,
+            is_broken: self.broken,
+            call: self.call,
+            err: self.err,
+        }
     }
 
     /// Whether its frames pass.
@@ -222,7 +232,7 @@ impl RunningRing {
         }
         broken_rings.add(1);
         if throttle.allows() {
-            log::warn!("{:?} ring broken, parked until it is set up anew: {why}", self.event);
+            log::warn!("Ring of {:?} broken, parked until it is set up anew: {why}", self.event);
         }
     }
 }

@@ -5,7 +5,7 @@
 //! done: whatever a vhost-user message changed has taken effect when the front-end gets its answer.
 //!
 //! One pass moves at most [`BUDGET`] frames in each direction, then looks for events, so that neither direction, and no
-//! message, waits for the other. With nothing to do the thread sleeps, without a timeout.
+//! message, waits for the other. With nothing to do the thread sleeps, without a timeout unless a ring is to be polled.
 //!
 //! Rings and device are remembered as flags: a ring's `can_run` (it may have entries), the device's `readable` (it may
 //! have frames). A flag is cleared only by having looked and found nothing, after which an event is certain to come:
@@ -15,6 +15,7 @@ use std::fmt::Display;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmm_sys_util::epoll::EventSet;
 
@@ -35,6 +36,8 @@ use crate::virtqueue::SplitRing;
 
 /// Frames that one direction may move before the other has its turn: also how many completions are published at once.
 pub const BUDGET: usize = 64;
+/// How long a job may wait for its turn: a pass takes well under a millisecond.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a ring without a kick descriptor is looked at (vhost-user, `VHOST_USER_SET_VRING_KICK`, bit 8).
 pub(crate) const POLL_INTERVAL_MS: i32 = 1;
 
@@ -96,7 +99,7 @@ pub fn spawn(index: usize, device: DeviceQueue, counters: Arc<PairCounters>) -> 
         allowed: true,
         throttle: Throttle::default(),
     };
-    Mailbox::spawn(format!("pair-{index}"), move |inbox| pair.run(&inbox))
+    Mailbox::spawn(format!("pair-{index}"), PATIENCE, move |inbox| pair.run(&inbox))
 }
 
 /// Its rings, for the control thread, through the mailbox.
@@ -171,8 +174,10 @@ impl QueuePair {
     }
 
     fn admit(&mut self) {
-        if let Some((_, rx)) = &mut self.rx {
+        if let Some((ring, rx)) = &mut self.rx {
             rx.set_admission(self.admission.clone());
+            // A frame that waits for buffers may not be for the guest any more.
+            ring.can_run = true;
         }
     }
 
@@ -188,8 +193,15 @@ impl QueuePair {
         Usage { in_use, attached: self.device.is_attached() }
     }
 
+    /// Detaches the device's queue unless the pair passes frames.
+    pub fn detach_if_unused(&mut self) {
+        if !self.usage().in_use {
+            self.detach();
+        }
+    }
+
     /// Has the kernel give the device's queue no frames any more.
-    pub fn detach(&mut self) {
+    fn detach(&mut self) {
         let detached = self.device.detach();
         self.log_steering("detach from", detached);
     }

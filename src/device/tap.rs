@@ -287,6 +287,9 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), TapError>
         if flags & libc::IFF_NAPI_FRAGS != 0 {
             return wrong("with IFF_NAPI_FRAGS, by which oversized frames have harmed kernels; open it without");
         }
+        if numbers.len() > 1 && flags & libc::IFF_NAPI != 0 {
+            return wrong("with IFF_NAPI, by which a queue that is set aside takes no frames; open it without");
+        }
         if numbers.len() > 1 && flags & IFF_MULTI_QUEUE == 0 {
             return wrong("that takes one queue only; open all of them with IFF_MULTI_QUEUE");
         }

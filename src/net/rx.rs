@@ -242,7 +242,9 @@ fn after_read_error(error: &io::Error, counters: &PairCounters) -> Step {
     match error.raw_os_error() {
         Some(libc::EAGAIN) => Step::End(Pump::Drained),
         Some(libc::EBADFD | libc::ENXIO | libc::ECONNRESET) => Step::End(Pump::DeviceLost),
-        // Short of memory, perhaps: the frame is still there.
+        // The kernel takes a frame out of its queue before it finds that it cannot be handed over.
+        Some(libc::EINVAL | libc::EFAULT) => Step::Counted(|c| &c.rx_drop_refused),
+        // Short of memory, before a frame was touched.
         _ => {
             counters.rx_read_errors.add(1);
             Step::End(Pump::TryLater)

@@ -63,7 +63,7 @@ pub enum StreamError {
         size: u32,
     },
     /// Descriptors were lost on the way.
-    #[error("A message came with more than {FDS_MAX} descriptors")]
+    #[error("A message came with more than {FDS_MAX} descriptors, or with more than this process may have")]
     TooManyFds,
     /// The connection was closed within a message.
     #[error("The front-end closed the connection within a message")]

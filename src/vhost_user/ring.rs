@@ -3,7 +3,7 @@
 //! ```text
 //!   Stopped(RingSetup) ── size, addresses and a kick are there ──▶ Started(Layout)   its Queue is with a worker
 //!          ▲                                                            │
-//!          └───────────────────── GET_VRING_BASE ───────────────────────┘
+//!          └── GET_VRING_BASE, a reset, memory taken away, session over ┘
 //! ```
 //!
 //! The order in which the parts come does not matter (QEMU: base, addresses, kick, call; cloud-hypervisor: addresses,
@@ -107,6 +107,8 @@ pub(super) struct RingSetup {
     pub(super) kick: Option<KickSource>,
     pub(super) call: Option<Call>,
     pub(super) err: Option<Call>,
+    /// Whether it ran until its memory was taken away; it runs again when that is back.
+    pub(super) is_lost: bool,
 }
 
 impl RingSetup {
@@ -115,15 +117,16 @@ impl RingSetup {
         Some(Layout { size: self.size?, addresses: self.addresses? })
     }
 
-    /// A ring of `layout` that has just stopped. The kick is gone: what starts it again is a new one.
-    pub(super) fn stopped(layout: Layout, left: StoppedRing) -> RingSetup {
+    /// A ring of `layout` that has just stopped. What starts it again is a new kick, unless `keeps_kick`.
+    pub(super) fn stopped(layout: Layout, left: StoppedRing, keeps_kick: bool) -> RingSetup {
         RingSetup {
             size: Some(layout.size),
             addresses: Some(layout.addresses),
             base: left.position,
-            kick: None,
+            kick: (keeps_kick && !left.is_broken).then(|| KickSource::from(left.kick)),
             call: left.call,
             err: left.err,
+            is_lost: false,
         }
     }
 }

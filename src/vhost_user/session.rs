@@ -6,7 +6,7 @@
 //! `GET_VRING_BASE`, a reset, or the end of the session: dropping a [`Session`] stops its rings and lets go of guest
 //! memory; the [`Nic`] stays for the next one.
 //!
-//! What a front-end gets wrong is refused ([`Refusal`]): a negative acknowledgement if it asked for one, a log line at
+//! What a front-end gets wrong is refused (`Refusal`): a negative acknowledgement if it asked for one, a log line at
 //! most once a second, nothing changed. Only a stream that cannot be trusted any more ends the connection.
 
 mod payload;
@@ -298,16 +298,22 @@ impl Session {
         if bits & VERSION_1 == 0 && bits & !PROTOCOL_FEATURES != 0 {
             return Err(Refusal::Legacy);
         }
-        if bits == self.features {
-            return Ok(Answer::Done);
+        let runs = |slot: &Slot| matches!(slot.ring, Ring::Started(_)) && slot.mode != RingMode::Disabled;
+        if self.slots.iter().any(runs) {
+            return if bits == self.features { Ok(Answer::Done) } else { Err(Refusal::RingsRun) };
         }
-        if self.slots.iter().any(|slot| matches!(slot.ring, Ring::Started(_))) {
-            return Err(Refusal::RingsRun);
-        }
+        self.stop_disabled_rings()?;
         self.nic.set_features(bits)?;
         self.features = bits;
         log::debug!("Features: {}", features::names(bits));
-        (0..self.slots.len()).try_for_each(|index| self.start_if_complete(index).map(drop))?;
+        for index in 0..self.slots.len() {
+            // The features are settled, whatever is wrong with a ring; its own descriptor was told.
+            match self.start_if_complete(index) {
+                Ok(_) => {}
+                Err(stuck @ (Refusal::Stuck(_) | Refusal::Nic(NicError::Stuck(_)))) => return Err(stuck),
+                Err(refusal) => log::warn!("Ring {index} does not start: {}", crate::error_chain(&refusal)),
+            }
+        }
         Ok(Answer::Done)
     }
 
@@ -327,6 +333,7 @@ impl Session {
                 (setup.size, setup.addresses) = (None, None);
             }
         }
+        self.nic.reset_mac();
         self.features = 0;
         self.status = 0;
         Ok(Answer::Done)
@@ -375,6 +382,7 @@ impl Session {
                 Err(error) => self.lose_ring(index, &error)?,
             }
         }
+        (0..self.slots.len()).try_for_each(|index| self.recover_ring(index))?;
         Ok(Answer::Done)
     }
 }

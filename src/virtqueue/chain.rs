@@ -63,6 +63,8 @@ pub struct Shape {
     start: usize,
     middle: usize,
     end: usize,
+    /// Descriptors that hold nothing.
+    empty: usize,
     /// Bytes of the device-readable buffers.
     pub readable_len: u32,
     /// Bytes of the device-writable buffers.
@@ -99,13 +101,14 @@ impl Shape {
     }
 
     fn at(start: usize) -> Shape {
-        Shape { start, middle: start, end: start, readable_len: 0, writable_len: 0, ring_descriptors: 0 }
+        Shape { start, middle: start, end: start, empty: 0, readable_len: 0, writable_len: 0, ring_descriptors: 0 }
     }
 
     /// Adds one descriptor's buffer. A buffer of length 0 holds nothing, wherever it points, and is passed over.
     fn add(&mut self, desc: Descriptor, out: &mut GuestIovecs) -> Result<(), ChainFault> {
         if desc.len() == 0 {
-            return Ok(());
+            self.empty += 1;
+            return if self.empty > IOV_MAX { Err(ChainFault::TooManyBuffers) } else { Ok(()) };
         }
         let (part, total) = if desc.is_write_only() {
             (self.middle, &mut self.writable_len)

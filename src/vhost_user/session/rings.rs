@@ -33,7 +33,12 @@ impl Session {
         self.slots.get_mut(index).ok_or(Refusal::NoRing { index: index as u64, rings })
     }
 
+    /// A ring that may be described. One that was disabled is stopped by that: some front-ends (User Mode Linux) never ask
+    /// for its position.
     fn stopped(&mut self, index: usize) -> Result<&mut RingSetup, Refusal> {
+        if self.slot(index)?.mode == RingMode::Disabled {
+            self.stop_ring(index)?;
+        }
         match &mut self.slot(index)?.ring {
             Ring::Stopped(setup) => Ok(setup),
             Ring::Started(_) => Err(Refusal::Started { index }),
@@ -131,10 +136,11 @@ impl Session {
     pub(super) fn set_vring_enable(&mut self, state: VhostUserVringState) -> Handled {
         let index = self.index(state.index)?;
         let slot = self.slot(index)?;
-        let mode = match (state.num, slot.mode) {
+        let passes_frames = matches!(slot.ring, Ring::Started(_)) && slot.mode != RingMode::Waiting;
+        let mode = match (state.num, passes_frames) {
             (1, _) => RingMode::Enabled,
-            (0, RingMode::Waiting) => RingMode::Waiting,
-            (0, _) => RingMode::Disabled,
+            (0, true) => RingMode::Disabled,
+            (0, false) => RingMode::Waiting,
             (other, _) => return Err(Refusal::Range { what: "Ring enable", value: u64::from(other) }),
         };
         slot.mode = mode;
@@ -183,22 +189,23 @@ impl Session {
             slot.mode = RingMode::Enabled;
         }
         let RingSetup { call, err, base, .. } = std::mem::take(setup);
+        let described = RingSetup { size: Some(layout.size), addresses: Some(layout.addresses), ..Default::default() };
         log::debug!("Ring {index} starts at {} (base {base}), {:?}", queue.position(), slot.mode);
         let start = StartRing { queue, kick, call, err, base, mode: slot.mode, features };
         slot.ring = Ring::Started(layout);
         self.is_unsettled = true;
         if let Err(error) = self.nic.start(index, start) {
-            slot.ring = Ring::default();
+            slot.ring = Ring::Stopped(RingSetup { base, ..described });
             return Err(error.into());
         }
         Ok(Answer::Done)
     }
 
-    /// Stops a ring that is no longer in guest memory, until it is set up anew.
+    /// Stops a ring that is no longer in guest memory, until its memory is back or it is set up anew.
     pub(super) fn lose_ring(&mut self, index: usize, error: &StartError) -> Result<(), Refusal> {
-        self.take_back(index, Nic::abandon)?;
+        self.take_back(index, Nic::abandon, true)?;
         let setup = self.stopped(index)?;
-        setup.addresses = None;
+        setup.is_lost = true;
         if let Some(err) = &setup.err {
             err.signal();
         }
@@ -208,8 +215,16 @@ impl Session {
         Ok(())
     }
 
+    /// Starts a ring again that was lost, if its memory is back: QEMU removes and adds a region whose size changes.
+    pub(super) fn recover_ring(&mut self, index: usize) -> Result<(), Refusal> {
+        let mem = Arc::clone(&self.mem);
+        let Ring::Stopped(setup) = &mut self.slot(index)?.ring else { return Ok(()) };
+        let is_back = setup.is_lost && setup.layout().is_some_and(|layout| layout.find(&mem).is_ok());
+        if is_back { self.start_if_complete(index).map(drop) } else { Ok(()) }
+    }
+
     fn stop_ring(&mut self, index: usize) -> Result<(), Refusal> {
-        self.take_back(index, Nic::stop)
+        self.take_back(index, Nic::stop, false)
     }
 
     /// Takes a started ring back from its worker in the way of `take`; one that was about to start does not any more.
@@ -217,12 +232,14 @@ impl Session {
         &mut self,
         index: usize,
         take: impl FnOnce(&Nic, usize) -> Result<Option<StoppedRing>, Stuck>,
+        keeps_kick: bool,
     ) -> Result<(), Refusal> {
         let slot = self.slot(index)?;
         let layout = match &mut slot.ring {
             Ring::Started(layout) => *layout,
             Ring::Stopped(setup) => {
                 setup.kick = None;
+                setup.is_lost = false;
                 return Ok(());
             }
         };
@@ -230,14 +247,21 @@ impl Session {
         let slot = self.slot(index)?;
         slot.ring = left.map_or_else(Ring::default, |left| {
             log::debug!("Ring {index} stopped at {}", left.position);
-            Ring::Stopped(RingSetup::stopped(layout, left))
+            Ring::Stopped(RingSetup::stopped(layout, left, keeps_kick))
         });
-        // A ring that starts again begins as one that was not enabled yet.
+        // One that was disabled starts again as one that was not enabled yet.
         if slot.mode == RingMode::Disabled {
             slot.mode = RingMode::Waiting;
         }
         self.is_unsettled = true;
         Ok(())
+    }
+
+    pub(super) fn stop_disabled_rings(&mut self) -> Result<(), Refusal> {
+        let disabled = |slot: &Slot| slot.mode == RingMode::Disabled;
+        let indices: Vec<_> =
+            (0..self.slots.len()).filter(|index| self.slots.get(*index).is_some_and(disabled)).collect();
+        indices.into_iter().try_for_each(|index| self.stop_ring(index))
     }
 
     /// Stops all rings, also if one of them cannot be; tells the first failure.
