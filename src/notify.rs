@@ -26,7 +26,7 @@ impl Kick {
     /// Takes a descriptor as a kick.
     ///
     /// # Errors
-    /// `EINVAL` for what is plainly no eventfd or pipe: files, sockets, devices.
+    /// `EINVAL` for what is plainly no eventfd, pipe or socket: files and devices.
     pub fn new(fd: OwnedFd) -> io::Result<Kick> {
         Ok(Kick(notifier(fd)?))
     }
@@ -55,7 +55,7 @@ impl Call {
     /// Takes a descriptor as a call.
     ///
     /// # Errors
-    /// `EINVAL` for what is plainly no eventfd or pipe: files, sockets, devices.
+    /// `EINVAL` for what is plainly no eventfd, pipe or socket: files and devices.
     pub fn new(fd: OwnedFd) -> io::Result<Call> {
         Ok(Call(notifier(fd)?))
     }
@@ -68,8 +68,8 @@ impl Call {
 
 fn notifier(fd: OwnedFd) -> io::Result<OwnedFd> {
     let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
-    // An eventfd is of no kind that a file can be.
-    if !matches!(kind, FileType::Fifo | FileType::Unknown) {
+    // An eventfd is of no kind that a file can be; what User Mode Linux calls a pipe is a socket.
+    if !matches!(kind, FileType::Fifo | FileType::Socket | FileType::Unknown) {
         return Err(Errno::INVAL.into());
     }
     let flags = rustix::fs::fcntl_getfl(&fd)?;

@@ -197,3 +197,22 @@ fn queue_pairs_that_the_guest_does_not_use_stay_quiet_under_traffic() {
     }
     bench.assert_sound();
 }
+
+/// This driver disables its rings when it lets go and describes them anew later: it never asks for a position.
+#[test]
+fn driver_that_is_unbound_and_bound_finds_its_rings_again() {
+    if !require_guest("driver_that_is_unbound_and_bound_finds_its_rings_again", Vmm::Uml) {
+        return;
+    }
+    let mut bench = boot(1);
+    bench.assert_reaches_host();
+    let device = bench.guest.run("basename $(readlink -f /sys/class/net/eth0/device)");
+    for _ in 0..2 {
+        bench.guest.run(&format!("echo {device} >/sys/bus/virtio/drivers/virtio_net/unbind"));
+        assert_eq!(bench.guest.run("ls -d /sys/class/net/eth* 2>/dev/null | wc -l"), "0");
+        bench.guest.run(&format!("echo {device} >/sys/bus/virtio/drivers/virtio_net/bind"));
+        bench.guest.run(&format!("ip address add {GUEST}/24 dev eth0 && ip link set eth0 up"));
+        bench.assert_reaches_host();
+    }
+    bench.assert_sound();
+}

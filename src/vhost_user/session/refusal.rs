@@ -84,7 +84,7 @@ pub(super) enum Refusal {
     #[error(transparent)]
     Stuck(#[from] Stuck),
     /// A descriptor is unusable.
-    #[error("Descriptor for ring {index} is neither an eventfd nor a pipe")]
+    #[error("Descriptor for ring {index} is neither an eventfd nor a pipe or socket")]
     BadDescriptor {
         /// The ring's index.
         index: usize,

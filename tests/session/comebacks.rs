@@ -1,0 +1,92 @@
+//! Rings that come back without being set up from the start: after their memory, after being disabled, after others
+//! failed.
+
+use crate::common::bench::{BASE, Bench, Guest};
+use crate::common::frontend::Answer;
+use crate::common::message::Message;
+use crate::common::virtio::{VnetHdr, feature};
+use crate::common::{QUIET, fd_of};
+
+/// QEMU removes and adds a region whose size changes, and does not describe the rings again.
+#[test]
+fn rings_run_again_once_their_memory_is_back() {
+    let mut bench = Bench::running(1);
+    bench.assert_frames_pass();
+    for _ in 0..3 {
+        let info = bench.guest.mem.regions()[0].info;
+        assert_eq!(bench.ask(Message::rem_mem_reg(&info)), Answer::Ack);
+        bench.guest.pairs[0].send(&VnetHdr::default(), &[0; 60]);
+        assert!(bench.backend.taps[0].recv(QUIET).is_none(), "without its memory no ring runs");
+
+        assert_eq!(bench.ask(Message::add_mem_reg(&bench.guest.mem.regions()[0])), Answer::Ack);
+
+        assert!(bench.backend.taps[0].recv(crate::common::PATIENCE).is_some(), "what waited is sent");
+        bench.assert_frames_pass();
+    }
+}
+
+/// What was lost and then stopped is not started behind the front-end's back.
+#[test]
+fn ring_that_was_stopped_without_its_memory_stays_stopped_when_that_is_back() {
+    let mut bench = Bench::running(1);
+    let info = bench.guest.mem.regions()[0].info;
+    assert_eq!(bench.ask(Message::rem_mem_reg(&info)), Answer::Ack);
+    assert!(bench.front_end.get_vring_base(1).is_ok());
+    assert_eq!(bench.ask(Message::add_mem_reg(&bench.guest.mem.regions()[0])), Answer::Ack);
+    bench.guest.pairs[0].send(&VnetHdr::default(), &[0; 60]);
+    assert!(bench.backend.taps[0].recv(QUIET).is_none());
+}
+
+/// User Mode Linux disables its rings when its driver lets go, and never asks for their positions.
+#[test]
+fn disabled_rings_are_described_anew_without_being_stopped_first() {
+    let mut bench = Bench::running(1);
+    bench.assert_frames_pass();
+    for _ in 0..3 {
+        for index in [1, 0] {
+            assert_eq!(bench.ask(Message::set_vring_enable(index, 0)), Answer::Ack);
+        }
+        bench.guest = Guest::new(1, feature::MRG_RXBUF);
+        assert_eq!(bench.ask(Message::set_features(BASE | feature::MRG_RXBUF)), Answer::Ack);
+        assert_eq!(bench.ask(Message::set_mem_table(&bench.guest.mem)), Answer::Ack);
+        (0..2).for_each(|index| bench.start_ring(index));
+        bench.assert_frames_pass();
+    }
+}
+
+/// The order of messages does not matter: the features may be the last.
+#[test]
+fn features_that_come_last_start_the_good_rings_though_one_is_broken() {
+    let mut bench = Bench::connected(1);
+    let protocol = bench.front_end.get_u64(&Message::get_protocol_features()).unwrap();
+    assert!(bench.front_end.tell(&Message::set_protocol_features(protocol)));
+    assert_eq!(bench.ask(Message::set_mem_table(&bench.guest.mem)), Answer::Ack);
+    bench.guest.pairs[0].rx.write_avail_idx(5000);
+    let err = bench.guest.pairs[0].rx.err.try_clone().unwrap();
+    assert_eq!(bench.ask(Message::set_vring_err(0, fd_of(&err))), Answer::Ack);
+    (0..2).for_each(|index| bench.start_ring(index));
+
+    assert_eq!(bench.ask(Message::set_features(BASE)), Answer::Ack);
+
+    bench.guest.assert_tx(0, &bench.backend.taps[0]);
+    assert_eq!(err.read().unwrap(), 1, "the front-end is told of the other one");
+}
+
+/// A queue disabled while it was stopped is as one that was not enabled yet: what waits in it is not discarded.
+#[test]
+fn ring_disabled_while_stopped_keeps_its_frames_until_it_is_enabled() {
+    let bench = Bench::running(1);
+    let base = bench.front_end.get_vring_base(1).unwrap();
+    assert_eq!(bench.ask(Message::set_vring_enable(1, 0)), Answer::Ack);
+    let mut bench = bench;
+    bench.guest.pairs[0].send(&VnetHdr::default(), &[0; 60]);
+    let kick = bench.guest.pairs[0].tx.kick.try_clone().unwrap();
+    assert_eq!(bench.ask(Message::set_vring_base(1, base)), Answer::Ack);
+    assert_eq!(bench.ask(Message::set_vring_kick(1, fd_of(&kick))), Answer::Ack);
+    assert!(bench.backend.taps[0].recv(QUIET).is_none(), "not enabled");
+
+    assert_eq!(bench.ask(Message::set_vring_enable(1, 1)), Answer::Ack);
+
+    assert!(bench.backend.taps[0].recv(crate::common::PATIENCE).is_some());
+    assert_eq!(bench.backend.counter(0, "tx_drop_disabled"), 0);
+}
