@@ -6,7 +6,7 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=resources/lib/common.sh
 . "$ROOT/resources/lib/common.sh"
 
-STAGES=(fmt clippy docs release guest build-tests doctests tests)
+STAGES=(fmt clippy docs release guest vm build-tests doctests tests)
 
 usage() {
     cat <<USAGE
@@ -19,6 +19,7 @@ Installs what the tests need (apt) and runs these stages, in this order, up to t
   docs         no rustdoc warning
   release      the release build
   guest        Linux guests for the tests: QEMU and User Mode Linux
+  vm           launch-vm.sh --check passes, with one and with two queue pairs
   build-tests  the tests compile
   doctests     the examples in the documentation
   tests        all other tests
@@ -37,6 +38,14 @@ stage_fmt() { run_rust cargo fmt --check; }
 stage_clippy() { run_rust cargo clippy --all-targets -- -D warnings; }
 stage_docs() { RUSTDOCFLAGS="-D warnings" run_rust cargo doc --no-deps; }
 stage_release() { run_rust cargo build --release; }
+stage_vm() {
+    if [ "$(id -u)" != 0 ]; then
+        say "SKIP: not root, so no VM"
+        return
+    fi
+    "$ROOT/resources/launch-vm.sh" --check
+    "$ROOT/resources/launch-vm.sh" --check --queue-pairs 2
+}
 stage_build-tests() { run_rust cargo test --lib --bins --tests --no-run; }
 # Apart, because rustdoc prints more after its "test result".
 stage_doctests() { run_rust cargo test --doc; }
