@@ -4,7 +4,8 @@
 //! * [`descriptors`]: TAP queues and front-ends that are passed as descriptors;
 //! * [`lifetime`]: the socket, signals, the counters, the end;
 //! * [`link`]: queues that come and go with the guest's, the link, a TAP that is deleted;
-//! * [`offloads`]: unfinished frames both ways, as negotiated.
+//! * [`offloads`]: unfinished frames both ways, as negotiated;
+//! * [`restart`]: killed under load, and the next process in its place.
 //!
 //! Needs root; says SKIPPED aloud without.
 
@@ -19,6 +20,7 @@ mod descriptors;
 mod lifetime;
 mod link;
 mod offloads;
+mod restart;
 
 use std::path::PathBuf;
 use std::process::Command;
