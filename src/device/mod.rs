@@ -146,7 +146,7 @@ pub struct NotConnected {
     cause: io::Error,
 }
 
-/// Takes over the connected socket that this process was started with as descriptor `fd`.
+/// Takes over the connected socket that this process was started with as descriptor `fd`, which nothing in it may own.
 ///
 /// # Errors
 /// [`NotConnected`].

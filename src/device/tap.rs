@@ -267,6 +267,9 @@ fn bring_up(name: &str, link: &Link, mtu: Option<u16>) -> Result<(), TapError> {
 
 /// Takes TAP queues that somebody else opened, all of one interface.
 ///
+/// The numbers must be of descriptors that this process was started with and that nothing in it owns: they are closed
+/// with the queues.
+///
 /// # Errors
 /// [`TapError::BadFd`] says which descriptor is wrong, and how.
 pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), TapError> {

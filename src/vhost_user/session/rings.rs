@@ -257,11 +257,14 @@ impl Session {
         Ok(())
     }
 
+    /// Stops the rings that the front-end has disabled and did not stop.
     pub(super) fn stop_disabled_rings(&mut self) -> Result<(), Refusal> {
-        let disabled = |slot: &Slot| slot.mode == RingMode::Disabled;
-        let indices: Vec<_> =
-            (0..self.slots.len()).filter(|index| self.slots.get(*index).is_some_and(disabled)).collect();
-        indices.into_iter().try_for_each(|index| self.stop_ring(index))
+        for index in 0..self.slots.len() {
+            if self.slot(index)?.mode == RingMode::Disabled {
+                self.stop_ring(index)?;
+            }
+        }
+        Ok(())
     }
 
     /// Stops all rings, also if one of them cannot be; tells the first failure.
