@@ -6,7 +6,7 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=resources/lib/common.sh
 . "$ROOT/resources/lib/common.sh"
 
-STAGES=(fmt clippy docs release guest vm build-tests doctests tests)
+STAGES=(fmt clippy docs release guest vm build-tests doctests engines tests)
 
 usage() {
     cat <<USAGE
@@ -22,6 +22,7 @@ Installs what the tests need (apt) and runs these stages, in this order, up to t
   vm           launch-vm.sh --check passes, with one and with two queue pairs
   build-tests  the tests compile
   doctests     the examples in the documentation
+  engines      the data path's tests with each way to read and write frames
   tests        all other tests
 
   --only STAGE  this stage only; may be given several times. tests takes guest along
@@ -49,6 +50,14 @@ stage_vm() {
 stage_build-tests() { run_rust cargo test --lib --bins --tests --no-run; }
 # Apart, because rustdoc prints more after its "test result".
 stage_doctests() { run_rust cargo test --doc; }
+# The default way to read and write frames is the one of the tests themselves.
+stage_engines() {
+    local io
+    for io in uring syscall; do
+        VHOST_USER_NET_TEST_IO=$io run_rust cargo test --test datapath --test differential --test rx_buffers \
+            --test tx_faults --test chain_faults --test mutation --test control_queue
+    done
+}
 stage_tests() {
     local run=run_rust limit=()
     [ "$(id -u)" != 0 ] || run=run_rust_as_root

@@ -87,6 +87,10 @@ pub struct Cli {
     #[arg(long, value_name = "KIND", default_value = "standard")]
     pub front_end: FrontEndKind,
 
+    /// How frames are read from the TAP and written to it
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub io: IoEngine,
+
     /// Do not offer the configuration space: QEMU warns about it once for each queue pair
     #[arg(long)]
     pub no_config: bool,
@@ -105,6 +109,18 @@ pub enum FrontEndKind {
     /// One that hands everything over, control queue and configuration space too: crosvm, libkrun, User Mode Linux,
     /// cloud-hypervisor --generic-vhost-user
     Generic,
+}
+
+/// How frames are read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum IoEngine {
+    /// Small frames in batches where there are several at a time, if the kernel allows io_uring; others with a system
+    /// call each
+    Auto,
+    /// Small frames through io_uring always, and do not start where the kernel forbids it
+    Uring,
+    /// A system call for each frame
+    Syscall,
 }
 
 /// How much to log.

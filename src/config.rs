@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::cli::{Cli, FrontEndKind, LogLevel};
+use crate::cli::{Cli, FrontEndKind, IoEngine, LogLevel};
+use crate::device::Io;
 use crate::device::tap::TapByName;
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
 use crate::vhost_user::listener::SocketAccess;
@@ -87,7 +88,8 @@ impl TryFrom<Cli> for Config {
         check_fds(&cli)?;
         let queue_pairs = queue_pairs(&cli)?;
         let queue_size_max = QueueSize::try_from(cli.queue_size).map_err(ConfigError::QueueSize)?;
-        let nic = NicSetup { mac: cli.mac, mtu: cli.mtu, is_generic: cli.front_end == FrontEndKind::Generic };
+        let nic =
+            NicSetup { mac: cli.mac, mtu: cli.mtu, is_generic: cli.front_end == FrontEndKind::Generic, io: io(cli.io) };
         let access =
             SocketAccess { mode: cli.socket_mode, group: cli.socket_group.as_deref().map(group_number).transpose()? };
         let front_ends = match (cli.socket_path, cli.fd) {
@@ -137,6 +139,14 @@ fn group_number(name: &str) -> Result<u32, ConfigError> {
         let group = nix::unistd::Group::from_name(name).ok().flatten();
         group.map(|group| group.gid.as_raw()).ok_or_else(unknown)
     })
+}
+
+fn io(io: IoEngine) -> Io {
+    match io {
+        IoEngine::Auto => Io::Auto,
+        IoEngine::Uring => Io::Uring,
+        IoEngine::Syscall => Io::Syscall,
+    }
 }
 
 fn level_filter(level: LogLevel) -> log::LevelFilter {

@@ -32,10 +32,11 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     if cli.print_capabilities {
         return Ok(writeln!(io::stdout(), "{CAPABILITIES}")?);
     }
-    let config = Config::try_from(cli)?;
+    let mut config = Config::try_from(cli)?;
     env_logger::Builder::new().filter_level(config.log_level).format(log_line).init();
     daemon::block_signals()?;
     daemon::raise_descriptor_limit();
+    config.nic.io = config.nic.io.usable()?;
     let connected = match &config.front_ends {
         FrontEnds::Descriptor(fd) => Some(UnixStream::from(device::connected_socket(*fd)?)),
         FrontEnds::Socket { .. } => None,

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 
 use crate::control_queue::{self, ControlQueue, Surroundings};
-use crate::device::{Device, DeviceQueue};
+use crate::device::{Device, DeviceQueue, Io};
 use crate::mailbox::{Mailbox, Stuck};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
@@ -29,7 +29,7 @@ const RINGS_MAX: usize = 256;
 pub const QUEUE_PAIRS_MAX: u16 = 127;
 
 /// What the card is like, besides its device.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct NicSetup {
     /// Its MAC address, if we are to say it.
     pub mac: Option<Mac>,
@@ -37,6 +37,8 @@ pub struct NicSetup {
     pub mtu: Option<u16>,
     /// Whether the front-end hands over the control queue.
     pub is_generic: bool,
+    /// How frames are read and written.
+    pub io: Io,
 }
 
 /// What could not be done.
@@ -113,7 +115,7 @@ impl Nic {
         let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
         let spawned = queues.into_iter().zip(&counters).enumerate();
         let pairs: Arc<[_]> = spawned
-            .map(|(index, (queue, counters))| worker::spawn(index, queue, Arc::clone(counters)))
+            .map(|(index, (queue, counters))| worker::spawn(index, queue, setup.io, Arc::clone(counters)))
             .collect::<io::Result<Vec<_>>>()?
             .into();
         let initial_config = ConfigSpace {

@@ -4,7 +4,7 @@
 //! while they run. The control thread changes it through its [`Mailbox`], between two passes, and waits until that is
 //! done: whatever a vhost-user message changed has taken effect when the front-end gets its answer.
 //!
-//! One pass moves at most [`BUDGET`] frames in each direction, then looks for events, so that neither direction, and no
+//! One pass moves at most [`BUDGET`](crate::net::BUDGET) frames in each direction, then looks for events, so that neither direction, and no
 //! message, waits for the other. With nothing to do the thread sleeps, without a timeout unless a ring is to be polled.
 //!
 //! Rings and device are remembered as flags: a ring's `can_run` (it may have entries), the device's `readable` (it may
@@ -13,13 +13,12 @@
 
 use std::fmt::Display;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::EventSet;
 
-use crate::device::DeviceQueue;
+use crate::device::{DeviceQueue, Io};
 use crate::mailbox::{Inbox, Mailbox};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
@@ -34,8 +33,6 @@ use crate::running_ring::{Direction, RingChange, RingMode, RunningRing, RunsRing
 use crate::throttle::Throttle;
 use crate::virtqueue::SplitRing;
 
-/// Frames that one direction may move before the other has its turn: also how many completions are published at once.
-pub const BUDGET: usize = 64;
 /// How long a job may wait for its turn: a pass takes well under a millisecond.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a ring without a kick descriptor is looked at (vhost-user, `VHOST_USER_SET_VRING_KICK`, bit 8).
@@ -61,8 +58,9 @@ pub struct QueuePair {
     poll: Poll,
     rx: Option<(RunningRing, Rx)>,
     tx: Option<(RunningRing, Tx)>,
-    /// A frame that was read for a ring that stopped.
-    left: Option<HeldFrame>,
+    /// Frames that were read for a ring that stopped.
+    left: Vec<HeldFrame>,
+    io: Io,
     admission: Admission,
     /// Whether the device may have frames.
     readable: bool,
@@ -80,7 +78,7 @@ pub struct QueuePair {
 ///
 /// # Errors
 /// Where the kernel has no descriptor or thread for it.
-pub fn spawn(index: usize, device: DeviceQueue, counters: Arc<PairCounters>) -> io::Result<Mailbox<QueuePair>> {
+pub fn spawn(index: usize, device: DeviceQueue, io: Io, counters: Arc<PairCounters>) -> io::Result<Mailbox<QueuePair>> {
     let poll = Poll::new()?;
     poll.add(&device, Event::Device, READABLE)?;
     let pair = QueuePair {
@@ -90,7 +88,8 @@ pub fn spawn(index: usize, device: DeviceQueue, counters: Arc<PairCounters>) -> 
         poll,
         rx: None,
         tx: None,
-        left: None,
+        left: Vec::new(),
+        io,
         admission: Admission::default(),
         readable: true,
         retry: false,
@@ -110,11 +109,12 @@ impl RunsRings for QueuePair {
         match direction {
             Direction::Rx => {
                 let ring = RunningRing::start(start, &self.poll, Event::RxKick, &self.counters)?;
-                self.rx = Some((ring, Rx::new(mem, features, self.admission.clone(), self.left.take())));
+                let left = std::mem::take(&mut self.left);
+                self.rx = Some((ring, Rx::new(mem, features, self.admission.clone(), (&self.device, self.io), left)));
             }
             Direction::Tx => {
                 let ring = RunningRing::start(start, &self.poll, Event::TxKick, &self.counters)?;
-                self.tx = Some((ring, Tx::new(mem, features)));
+                self.tx = Some((ring, Tx::new(mem, features, &self.device, self.io)));
             }
         }
         self.look_again();
@@ -124,7 +124,7 @@ impl RunsRings for QueuePair {
     fn stop(&mut self, direction: Direction) -> Option<StoppedRing> {
         let ring = match direction {
             Direction::Rx => self.rx.take().map(|(ring, rx)| {
-                self.left = rx.into_held_frame();
+                self.left = rx.into_held_frames();
                 ring
             }),
             Direction::Tx => self.tx.take().map(|(ring, _)| ring),
@@ -310,8 +310,8 @@ impl QueuePair {
     fn pump_tx(&mut self) {
         let Some((ring, tx)) = &mut self.tx else { return };
         let passed = match ring.mode {
-            RingMode::Disabled => tx.discard(&mut ring.queue, &self.counters, BUDGET),
-            _ => tx.pump(&mut ring.queue, self.device.as_fd(), &self.counters, BUDGET),
+            RingMode::Disabled => tx.discard(&mut ring.queue, &self.counters),
+            _ => tx.pump(&mut ring.queue, &self.device, &self.counters),
         };
         ring.publish(&self.counters.tx_calls);
         let settled = passed.and_then(|pump| match pump {
@@ -329,7 +329,7 @@ impl QueuePair {
     /// One pass over the direction from the device.
     fn pump_rx(&mut self) {
         let Some((ring, rx)) = &mut self.rx else { return };
-        let passed = rx.pump(&mut ring.queue, self.device.as_fd(), &self.counters, BUDGET);
+        let passed = rx.pump(&mut ring.queue, &self.device, &self.counters);
         ring.publish(&self.counters.rx_calls);
         let settled = passed.and_then(|pump| match pump {
             Pump::NoBuffers => ring.sleep().map(|()| pump),

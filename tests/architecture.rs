@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 /// Lines of a screen, generously.
 const SCREEN: usize = 70;
 /// Files that a frame may pass through in one direction.
-const PATH_FILES: usize = 6;
+const PATH_FILES: usize = 7;
 /// The places that may hold unsafe code.
-const DOORS: [&str; 2] = ["src/virtqueue/iovec.rs", "src/device/ioctl.rs"];
+const DOORS: [&str; 3] = ["src/virtqueue/iovec.rs", "src/device/ioctl.rs", "src/device/uring.rs"];
 
 fn read(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
@@ -72,7 +72,7 @@ fn every_function_on_a_frames_path_exists_in_its_file() {
 }
 
 #[test]
-fn frames_path_has_at_most_six_files_each_way() {
+fn frames_path_has_at_most_seven_files_each_way() {
     for column in [1, 2] {
         let cells = path_column(&document(), column);
         let files: BTreeSet<_> = quoted(&cells).into_iter().filter(|word| word.starts_with("src/")).collect();

@@ -53,7 +53,7 @@ struct Bench {
 
 impl Bench {
     fn new(features: u64) -> Self {
-        let setup = NicSetup { mac: Some(GUEST_MAC), mtu: None, is_generic: true };
+        let setup = NicSetup { mac: Some(GUEST_MAC), is_generic: true, ..NicSetup::default() };
         let backend = InProcess::start_as(2, setup);
         let mem = Arc::new(GuestMemory::single(32 << 20));
         let features = features | feature::VERSION_1 | feature::PROTOCOL_FEATURES;

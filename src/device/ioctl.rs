@@ -64,6 +64,14 @@ pub(crate) fn tun_set_vnet_little_endian(fd: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETLE as _, &raw const on) })
 }
 
+/// `TUNGETSNDBUF`: how many bytes of frames may be on their way before the interface takes no more.
+pub(crate) fn tun_send_limit(fd: BorrowedFd<'_>) -> io::Result<c_int> {
+    let mut limit: c_int = 0;
+    // SAFETY: TUNGETSNDBUF writes one int at the given address, that of `limit`.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETSNDBUF as _, &raw mut limit) })?;
+    Ok(limit)
+}
+
 /// `TUNSETQUEUE`: whether the kernel gives this queue frames.
 pub(crate) fn tun_set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
     let mut request = ifreq_named("");

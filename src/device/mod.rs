@@ -6,7 +6,9 @@
 
 pub(crate) mod ioctl;
 pub(crate) mod netlink;
+pub mod stage;
 pub mod tap;
+mod uring;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,6 +17,7 @@ use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
 pub use ioctl_flags::*;
+pub use stage::Io;
 
 /// `TUN_F_` offload flags, under the names of linux/if_tun.h.
 mod ioctl_flags {
@@ -83,6 +86,8 @@ impl Device {
 pub struct DeviceQueue {
     fd: OwnedFd,
     steering: Steering,
+    /// Whether it may refuse a frame now and take it later.
+    may_block: bool,
 }
 
 /// Whether the kernel can be told to give a queue no frames.
@@ -97,7 +102,12 @@ enum Steering {
 impl DeviceQueue {
     fn always_attached(fd: OwnedFd) -> io::Result<DeviceQueue> {
         set_nonblocking(&fd)?;
-        Ok(DeviceQueue { fd, steering: Steering::Always })
+        Ok(DeviceQueue { fd, steering: Steering::Always, may_block: true })
+    }
+
+    /// Whether the queue may refuse a frame now and take it later.
+    pub fn may_block(&self) -> bool {
+        self.may_block
     }
 
     /// Whether the kernel gives this queue frames.

@@ -11,6 +11,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, c_int};
 use rustix::fs::{Mode, OFlags};
@@ -155,6 +157,21 @@ pub enum TapError {
     },
 }
 
+impl TapError {
+    /// Whether somebody else has the interface, who may be about to let go of it.
+    fn is_busy(&self) -> bool {
+        match self {
+            TapError::InUse { .. } => true,
+            TapError::Attach { cause, .. } => cause.raw_os_error() == Some(libc::EBUSY),
+            _ => false,
+        }
+    }
+}
+
+/// How long to wait for a TAP that is in use: the kernel ends the io_uring of a killed process, and lets go of the TAP
+/// with it, a while after the process.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+const BUSY_INTERVAL: Duration = Duration::from_millis(20);
 /// Bytes of the header before each frame: `struct virtio_net_hdr_v1`.
 const VNET_HEADER_LEN: c_int = 12;
 const TUN_PATH: &str = "/dev/net/tun";
@@ -198,16 +215,20 @@ fn hint_attach(name: &str, queue: u16, exists: bool, multi_queue: bool, cause: &
 /// [`TapError`], which says what to do about it.
 pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let name = how.name.as_str().to_owned();
+    let deadline = Instant::now() + BUSY_PATIENCE;
+    let mut attached = attach(how);
+    if attached.as_ref().is_err_and(TapError::is_busy) {
+        log::info!("TAP {name:?} is in use; waiting up to {} s for it", BUSY_PATIENCE.as_secs());
+    }
+    while attached.as_ref().is_err_and(TapError::is_busy) && Instant::now() < deadline {
+        thread::sleep(BUSY_INTERVAL);
+        attached = attach(how);
+    }
+    let Attached { existing, queues, multi_queue } = attached?;
     let lookup = |cause| TapError::Lookup { name: name.clone(), cause };
-    let existing = netlink::link_by_name(&name).map_err(lookup)?;
-    let multi_queue = match &existing {
-        Some(link) => check_existing(how, link)?,
-        None => how.queue_pairs > 1,
-    };
-    let queues = (0..how.queue_pairs)
-        .map(|queue| open_queue(&name, queue, existing.is_some(), multi_queue))
-        .collect::<Result<Vec<_>, _>>()?;
     let link = netlink::link_by_name(&name).map_err(lookup)?;
+    // One that went away meanwhile, with the process that had made it, was made anew by us.
+    let existing = existing.filter(|before| link.as_ref().is_none_or(|now| now.index == before.index));
     if let (None, Some(link)) = (&existing, &link) {
         bring_up(&name, link, how.mtu)?;
     }
@@ -220,7 +241,27 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     // An MTU that was asked for on creation was set there; netlink's answer may be from before.
     let mtu = if existing.is_none() { how.mtu.or(link.mtu) } else { link.mtu };
     let steering = if multi_queue { Steering::Attached } else { Steering::Always };
-    finish(name, mtu, queues.into_iter().map(|fd| DeviceQueue { fd, steering }).collect())
+    finish(name, mtu, queues.into_iter().map(|fd| DeviceQueue { fd, steering, may_block: true }).collect())
+}
+
+/// Queues of a TAP, and what it was like before they were opened.
+struct Attached {
+    existing: Option<Link>,
+    queues: Vec<OwnedFd>,
+    multi_queue: bool,
+}
+
+fn attach(how: &TapByName) -> Result<Attached, TapError> {
+    let name = how.name.as_str();
+    let existing = netlink::link_by_name(name).map_err(|cause| TapError::Lookup { name: name.to_owned(), cause })?;
+    let multi_queue = match &existing {
+        Some(link) => check_existing(how, link)?,
+        None => how.queue_pairs > 1,
+    };
+    let queues = (0..how.queue_pairs)
+        .map(|queue| open_queue(name, queue, existing.is_some(), multi_queue))
+        .collect::<Result<_, _>>()?;
+    Ok(Attached { existing, queues, multi_queue })
 }
 
 /// Whether an existing interface will do; tells whether it is a multi-queue one.
@@ -305,7 +346,7 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), TapError>
             flags if flags & IFF_MULTI_QUEUE != 0 => Steering::Detached,
             _ => Steering::Always,
         };
-        queues.push(DeviceQueue { fd, steering });
+        queues.push(DeviceQueue { fd, steering, may_block: true });
     }
     let (name, _) = first.unwrap_or_default();
     // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known,
@@ -337,6 +378,8 @@ fn finish(
         set_nonblocking(&queue.fd).map_err(set("O_NONBLOCK"))?;
         ioctl::tun_set_vnet_header_size(queue.as_fd(), VNET_HEADER_LEN).map_err(set("the header size"))?;
         ioctl::tun_set_vnet_little_endian(queue.as_fd()).map_err(set("the header's byte order"))?;
+        // A TAP that nobody gave a send limit takes every frame at once.
+        queue.may_block = ioctl::tun_send_limit(queue.as_fd()).map_err(set("(read) the send limit"))? != c_int::MAX;
         if control.is_none() {
             queue.attach().map_err(set("the first queue to be used"))?;
             offloads = probe_offloads(queue);

@@ -1,5 +1,6 @@
 //! The virtio-net device: features, headers, configuration space, frames each way. No sockets, threads or messages.
 
+mod backlog;
 pub mod checksum;
 pub mod config_space;
 pub mod control;
@@ -26,6 +27,9 @@ pub enum Pump {
     /// The device is gone.
     DeviceLost,
 }
+
+/// Frames that one direction may move before the other has its turn: also how many completions are published at once.
+pub const BUDGET: usize = 64;
 
 /// An Ethernet header.
 pub(crate) const ETH_HEADER: usize = 14;

@@ -1,39 +1,49 @@
 //! Frames from the device to the guest.
 //!
 //! Theory of operation. Buffers are popped ahead of frames into a window ([`Window`]), enough for the frames that come
-//! at present; a read scatters the frame straight into the window's buffers, its header into memory of ours before
-//! them, and what does not fit into a private buffer behind them (without it the kernel would cut the frame without a
-//! word). Buffers that a frame does not use stay in the window for the next one.
+//! at present. A frame takes one of two ways into them:
+//!
+//! * **direct**: a read scatters the frame straight into the window's buffers, its header into memory of ours before
+//!   them, and what does not fit into private memory behind them (without it the kernel would cut the frame without a
+//!   word). Buffers that a frame does not use stay in the window for the next one;
+//! * **staged**: several small frames are read into private memory in one batch, the [`Backlog`], and copied from there.
 //!
 //! ```text
-//!   readv:  [our header][buffer][buffer][buffer][ ... our private buffer ... ]
-//!             12 bytes   └────── window ───────┘  normally untouched
+//!   direct:  [our header][buffer][buffer][buffer][ ... our private memory ... ]
+//!              12 bytes   └────── window ───────┘  normally untouched
 //! ```
 //!
-//! A frame that reached into the private buffer is put together there ("held"), and from there copied into as many
-//! buffers as it needs once the guest has them; it is delivered before any other, so nothing is reordered or lost. It
-//! stays held over a restart of the ring.
+//! A direct frame that reached into the private memory is put together there and joins the backlog, too. The backlog is
+//! delivered before anything is read, as soon as the guest has buffers, so nothing is reordered or lost. It stays over a
+//! restart of the ring.
 //!
 //! A malformed chain is returned unused. In the middle of buffers that one frame needs it cannot be: a frame's used
 //! entries follow each other. Then the buffers before it are returned unused too, before anything is written.
 
-use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
+use super::backlog::{Backlog, after_read_error};
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
 use super::header::{HEADER_LEN, VnetHeader, check_rx};
 use super::window::{Filled, Need, Window};
-use super::{ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump};
+use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump};
+use crate::device::{DeviceQueue, Io};
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::{Queue, RingBroken};
+
+pub use super::backlog::HeldFrame;
 
 /// The window's bytes at the least: a frame of the usual MTU.
 const EXPECT_MIN: usize = HEADER_LEN + 2048;
 /// After how many frames the window is fitted to the largest of them.
 const EXPECT_PERIOD: u32 = 1024;
+/// Frames up to this length are cheaper to copy than to read one by one.
+const STAGED_MAX: usize = 4096;
 /// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
 const CHAIN_MIN: usize = HEADER_LEN + 60;
 
@@ -52,22 +62,11 @@ pub struct Rx {
     mergeable: bool,
     admission: Admission,
     expect: Expect,
-    /// Behind the window's buffers in each read; and where a held frame is.
-    private: Box<[u8]>,
-    held: Option<Held>,
-}
-
-/// A frame in `Rx::private` that waits for buffers.
-#[derive(Clone, Copy)]
-struct Held {
-    header: VnetHeader,
-    len: usize,
-}
-
-/// A frame that waited for buffers when its ring stopped, for the next start.
-pub struct HeldFrame {
-    header: VnetHeader,
-    frame: Vec<u8>,
+    backlog: Backlog,
+    /// How many frames the device seems to have ready.
+    ready: usize,
+    /// Whether the backlog's oldest frame is counted as held.
+    held: bool,
 }
 
 /// What a step of the pump came to.
@@ -81,29 +80,29 @@ enum Step {
 }
 
 impl Rx {
-    /// A direction for a guest that acknowledged `features`, whose memory is `mem`; `left` is delivered first.
-    pub fn new(mem: Arc<MemView>, features: u64, admission: Admission, left: Option<HeldFrame>) -> Rx {
-        // One byte more than any frame has: to fill it is to be cut.
-        let mut private = vec![0; FRAME_MAX + 1].into_boxed_slice();
-        let held = left.map(|HeldFrame { header, frame }| {
-            private.iter_mut().zip(&frame).for_each(|(to, from)| *to = *from);
-            Held { header, len: frame.len().min(FRAME_MAX) }
-        });
+    /// A direction from `device` for a guest that acknowledged `features`, whose memory is `mem`; `left` is delivered
+    /// first.
+    pub fn new(
+        mem: Arc<MemView>,
+        features: u64,
+        admission: Admission,
+        (device, io): (&DeviceQueue, Io),
+        left: Vec<HeldFrame>,
+    ) -> Rx {
         Rx {
             window: Window::new(mem),
             mergeable: features & MRG_RXBUF != 0,
             admission,
             expect: Expect::default(),
-            private,
-            held,
+            backlog: Backlog::new(device, io, left),
+            ready: 0,
+            held: false,
         }
     }
 
-    /// Ends this direction, with the frame that could not be delivered, if there is one.
-    pub fn into_held_frame(self) -> Option<HeldFrame> {
-        let held = self.held?;
-        let frame = self.private.get(..held.len)?.to_vec();
-        Some(HeldFrame { header: held.header, frame })
+    /// Ends this direction, with the frames that could not be delivered.
+    pub fn into_held_frames(self) -> Vec<HeldFrame> {
+        self.backlog.into_held()
     }
 
     /// Carries on with another view of memory; `queue` gets back the buffers that were popped ahead.
@@ -122,21 +121,25 @@ impl Rx {
         !self.window.is_empty()
     }
 
-    /// Delivers up to `budget` frames.
+    /// Delivers up to [`BUDGET`] frames.
     ///
     /// # Errors
     /// [`RingBroken`]; what was completed before is still to be published.
     pub fn pump(
         &mut self,
         queue: &mut Queue,
-        device: BorrowedFd<'_>,
+        device: &DeviceQueue,
         counters: &PairCounters,
-        budget: usize,
     ) -> Result<Pump, RingBroken> {
-        for _ in 0..budget {
-            let step = match self.held {
-                Some(held) => self.deliver_held(held, queue, counters)?,
-                None => self.receive(queue, device, counters)?,
+        // How the last batch ended. It holds for this pass alone: the device may say otherwise before the next.
+        let mut end = None;
+        for _ in 0..BUDGET {
+            let step = if !self.backlog.is_empty() {
+                self.deliver(queue, counters)?
+            } else if let Some(end) = end {
+                Step::End(end)
+            } else {
+                self.receive(queue, device, counters, &mut end)?
             };
             match step {
                 Step::Delivered | Step::Again => {}
@@ -147,12 +150,13 @@ impl Rx {
         Ok(Pump::BudgetSpent)
     }
 
-    /// Reads one frame into the window.
+    /// Reads from the device, by the way that fits.
     fn receive(
         &mut self,
         queue: &mut Queue,
-        device: BorrowedFd<'_>,
+        device: &DeviceQueue,
         counters: &PairCounters,
+        end: &mut Option<Pump>,
     ) -> Result<Step, RingBroken> {
         let need = self.need(self.expect.now);
         match self.window.fill(queue, need, counters)? {
@@ -160,28 +164,52 @@ impl Rx {
             Filled::Bytes(_) => {}
             Filled::ReturnedUnused => return Ok(Step::Again),
         }
+        // No more frames than there seem to be, and than there are buffers for.
+        let count = self.ready.min(self.window.chains() + queue.entries_seen()).min(self.backlog.slots());
+        if self.expect.now > STAGED_MAX || !self.backlog.batches(count) {
+            return Ok(self.receive_one(queue, device, counters));
+        }
+        let asked = count.max(1);
+        let (came, ended) = self.backlog.read(device, asked, counters);
+        self.ready = if came == asked { 2 * asked } else { came };
+        *end = ended;
+        Ok(Step::Again)
+    }
+
+    /// Reads one frame straight into the window.
+    fn receive_one(&mut self, queue: &mut Queue, device: &DeviceQueue, counters: &PairCounters) -> Step {
         let room = self.window.read_room() - HEADER_LEN;
         let mut header = [0; HEADER_LEN];
-        let len = match self.window.read(device, &mut header, &mut self.private) {
+        let len = match self.window.read(device.as_fd(), &mut header, self.backlog.spill()) {
             Ok(len) if len >= HEADER_LEN + ETH_HEADER => len - HEADER_LEN,
-            Ok(0) => return Ok(Step::End(Pump::DeviceLost)),
-            Ok(_) => return Ok(Step::Counted(|c| &c.rx_drop_short)),
-            Err(error) => return Ok(after_read_error(&error, counters)),
+            Ok(0) => return Step::End(Pump::DeviceLost),
+            Ok(_) => return Step::Counted(|c| &c.rx_drop_short),
+            Err(error) => {
+                self.ready = 0;
+                let error = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+                return after_read_error(error, counters).map_or(Step::Again, Step::End);
+            }
         };
+        self.ready = self.ready.saturating_add(1);
         let header = VnetHeader::from_bytes(&header);
         self.expect.note(HEADER_LEN + len);
+        if len > FRAME_MAX {
+            return Step::Counted(|c| &c.rx_drop_too_large);
+        }
         if len > room {
-            return Ok(self.hold(header, len, room));
+            self.backlog.put_together(header, len, room, |start| self.window.copy_frame_to(start));
+            self.held = true;
+            return Step::Counted(|c| &c.rx_held);
         }
         let Ok(header) = check_rx(header, self.admission.offloads) else {
-            return Ok(Step::Counted(|c| &c.rx_drop_not_negotiated));
+            return Step::Counted(|c| &c.rx_drop_not_negotiated);
         };
         if !self.admission.filter.passes_all() && !self.admission.filter.accepts(&self.window.start_of_frame()) {
-            return Ok(Step::Counted(|c| &c.rx_drop_filtered));
+            return Step::Counted(|c| &c.rx_drop_filtered);
         }
         self.window.complete(queue, header, len);
         count_delivered(counters, len);
-        Ok(Step::Delivered)
+        Step::Delivered
     }
 
     /// Which buffers a frame of `bytes` with its header needs.
@@ -193,62 +221,39 @@ impl Rx {
         }
     }
 
-    /// Puts together in private memory a frame of which `room` bytes went to the window's buffers.
-    fn hold(&mut self, header: VnetHeader, len: usize, room: usize) -> Step {
-        if len > FRAME_MAX {
-            return Step::Counted(|c| &c.rx_drop_too_large);
-        }
-        self.private.copy_within(..len - room, room);
-        if let Some(first) = self.private.get_mut(..room) {
-            self.window.copy_frame_to(first);
-        }
-        self.held = Some(Held { header, len });
-        Step::Counted(|c| &c.rx_held)
-    }
-
-    /// Copies the held frame into buffers, if there are enough by now.
-    fn deliver_held(&mut self, held: Held, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
-        let need = self.need(HEADER_LEN + held.len);
-        let frame = self.private.get(..held.len).unwrap_or_default();
+    /// Copies the backlog's oldest frame into buffers, if there are enough by now.
+    fn deliver(&mut self, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
+        let Some((header, frame)) = self.backlog.front() else { return Ok(Step::Again) };
+        let len = frame.len();
         let step = 'settled: {
-            let Ok(header) = check_rx(held.header, self.admission.offloads) else {
+            let Ok(header) = check_rx(header, self.admission.offloads) else {
                 break 'settled Step::Counted(|c| &c.rx_drop_not_negotiated);
             };
-            if !self.admission.filter.passes_all()
-                && frame.first_chunk().is_some_and(|start| !self.admission.filter.accepts(start))
-            {
+            let start = frame.get(HEADER_LEN..).and_then(<[u8]>::first_chunk);
+            if !self.admission.filter.passes_all() && start.is_some_and(|start| !self.admission.filter.accepts(start)) {
                 break 'settled Step::Counted(|c| &c.rx_drop_filtered);
             }
+            let need = self.need(len);
             let Filled::Bytes(room) = self.window.fill(queue, need, counters)? else { return Ok(Step::Again) };
-            if room >= need.bytes {
-                self.window.copy_frame_from(frame);
-                self.window.complete(queue, header, held.len);
-                count_delivered(counters, held.len);
+            if room >= len {
+                let Some((_, frame)) = self.backlog.front() else { return Ok(Step::Again) };
+                self.window.deliver(queue, header, [frame, &mut []]);
+                count_delivered(counters, len - HEADER_LEN);
                 break 'settled Step::Delivered;
             }
             // One chain is all that there can be, or all that the ring can hold is there: it never fits.
             if room > 0 && (!self.mergeable || self.window.holds_all_of(queue.size())) {
                 break 'settled Step::Counted(|c| &c.rx_drop_too_large);
             }
+            if !std::mem::replace(&mut self.held, true) {
+                counters.rx_held.add(1);
+            }
             return Ok(Step::End(Pump::NoBuffers));
         };
-        self.held = None;
+        self.held = false;
+        self.expect.note(len);
+        self.backlog.pop();
         Ok(step)
-    }
-}
-
-/// What follows from the kernel's refusal: the one place where that is decided.
-fn after_read_error(error: &io::Error, counters: &PairCounters) -> Step {
-    match error.raw_os_error() {
-        Some(libc::EAGAIN) => Step::End(Pump::Drained),
-        Some(libc::EBADFD | libc::ENXIO | libc::ECONNRESET) => Step::End(Pump::DeviceLost),
-        // The kernel takes a frame out of its queue before it finds that it cannot be handed over.
-        Some(libc::EINVAL | libc::EFAULT) => Step::Counted(|c| &c.rx_drop_refused),
-        // Short of memory, before a frame was touched.
-        _ => {
-            counters.rx_read_errors.add(1);
-            Step::End(Pump::TryLater)
-        }
     }
 }
 

@@ -68,6 +68,11 @@ impl Window {
         }
     }
 
+    /// How many buffers there are.
+    pub(super) fn chains(&self) -> usize {
+        self.chains.len()
+    }
+
     /// Whether there is no buffer.
     pub(super) fn is_empty(&self) -> bool {
         self.chains.is_empty()
@@ -168,17 +173,35 @@ impl Window {
         self.iovecs.copy_to(self.gone..self.iovecs.len(), HEADER_LEN, out);
     }
 
-    /// Copies a frame into the guest's buffers, behind the place of the header.
-    pub(super) fn copy_frame_from(&self, frame: &[u8]) {
-        self.iovecs.copy_from(self.gone..self.iovecs.len(), HEADER_LEN, frame);
+    /// Completes the chains that hold a frame of `len` bytes, which is in them already, and writes `header` before it.
+    #[inline]
+    pub(super) fn complete(&mut self, queue: &mut Queue, header: VnetHeader, len: usize) {
+        let (count, header) = self.take_up(header, HEADER_LEN + len);
+        self.iovecs.copy_from(self.gone..self.iovecs.len(), 0, &header.to_bytes());
+        self.push_used(queue, count, HEADER_LEN + len);
     }
 
-    /// Completes the chains that hold a frame of `len` bytes, which is in them already, and writes `header` before it.
-    ///
-    /// `num_buffers` is written before any used entry (VIRTIO 1.3, "Processing of Incoming Packets").
+    /// Copies a frame into the guest's buffers and completes them. `parts` are its bytes, the first with the place for
+    /// `header` before them.
     #[inline]
-    pub(super) fn complete(&mut self, queue: &mut Queue, mut header: VnetHeader, len: usize) {
-        let mut left = HEADER_LEN + len;
+    pub(super) fn deliver(&mut self, queue: &mut Queue, header: VnetHeader, parts: [&mut [u8]; 2]) {
+        let [start, rest] = parts;
+        let len = start.len() + rest.len();
+        let (count, header) = self.take_up(header, len);
+        if let Some(place) = start.first_chunk_mut() {
+            *place = header.to_bytes();
+        }
+        self.iovecs.copy_from(self.gone..self.iovecs.len(), 0, start);
+        if !rest.is_empty() {
+            self.iovecs.copy_from(self.gone..self.iovecs.len(), start.len(), rest);
+        }
+        self.push_used(queue, count, len);
+    }
+
+    /// How many chains `len` bytes take, and the header that says so.
+    #[inline]
+    fn take_up(&self, header: VnetHeader, len: usize) -> (usize, VnetHeader) {
+        let mut left = len;
         let mut count = 0;
         for buffer in &self.chains {
             count += 1;
@@ -188,9 +211,14 @@ impl Window {
             left -= buffer.len;
         }
         // A frame has at most 64 KiB and a chain at least 12 bytes: the count fits.
-        header.num_buffers = count as u16;
-        self.iovecs.copy_from(self.gone..self.iovecs.len(), 0, &header.to_bytes());
-        let mut left = HEADER_LEN + len;
+        (count, VnetHeader { num_buffers: count as u16, ..header })
+    }
+
+    /// Completes `count` chains with `len` bytes in them; `num_buffers` was written before (VIRTIO 1.3, "Processing of
+    /// Incoming Packets").
+    #[inline]
+    fn push_used(&mut self, queue: &mut Queue, count: usize, len: usize) {
+        let mut left = len;
         for buffer in self.chains.drain(..count) {
             let here = left.min(buffer.len);
             left -= here;

@@ -26,6 +26,16 @@ pub enum PushError {
     TooMany,
 }
 
+/// One part of what [`GuestIovecs::writev`] sends.
+pub struct Part<'a> {
+    /// Bytes of ours, first.
+    pub private: &'a [u8],
+    /// Pieces of the list, behind them.
+    pub pieces: Range<usize>,
+    /// How many of the pieces' first bytes are left out.
+    pub skip: usize,
+}
+
 /// A growing list of pieces of guest memory; a descriptor chain is a range of it.
 pub struct GuestIovecs {
     mem: Arc<MemView>,
@@ -109,17 +119,20 @@ impl GuestIovecs {
         done
     }
 
-    /// Sends `head` and then the pieces of `range`, without their first `skip` bytes, as one message or frame.
+    /// Sends all `parts` as one message or frame: of each its private bytes, and then its pieces without their first
+    /// bytes.
     ///
     /// # Errors
     /// What `writev(2)` says; `EINVAL` also where there are more than [`IOV_MAX`] pieces.
-    pub fn writev(&mut self, fd: BorrowedFd<'_>, head: &[u8], range: Range<usize>, skip: usize) -> io::Result<usize> {
+    pub fn writev<'a>(&mut self, fd: BorrowedFd<'_>, parts: impl IntoIterator<Item = Part<'a>>) -> io::Result<usize> {
         self.call.clear();
-        self.call.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
-        gather(&mut self.call, &self.list, range, skip);
-        // SAFETY: the first iovec is `head`, borrowed until the call returns and only read; each other one lies in a
-        // region of `self.mem` (`push` got it from there), which `self` keeps mapped. The guest may change those bytes
-        // meanwhile, which only the kernel reads.
+        for Part { private, pieces, skip } in parts {
+            self.call.push(libc::iovec { iov_base: private.as_ptr().cast_mut().cast(), iov_len: private.len() });
+            gather(&mut self.call, &self.list, pieces, skip);
+        }
+        // SAFETY: an iovec is a part's `private`, borrowed for longer than this call and only read, or it lies in a region
+        // of `self.mem` (`push` got it from there), which `self` keeps mapped. The guest may change those bytes meanwhile,
+        // which only the kernel reads.
         result(unsafe { libc::writev(fd.as_raw_fd(), self.call.as_ptr(), count(&self.call)) })
     }
 

@@ -173,6 +173,12 @@ impl Queue {
         Ok(self.avail_seen != self.next_avail)
     }
 
+    /// How many entries are known to wait; [`Queue::has_entries`] looks for more.
+    #[inline]
+    pub fn entries_seen(&self) -> usize {
+        usize::from(self.avail_seen.wrapping_sub(self.next_avail))
+    }
+
     /// Reads the avail index, once, and checks it.
     fn look(&mut self) -> Result<(), RingBroken> {
         let avail = self.ring.avail_idx();

@@ -16,7 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use vhost_user_net::daemon::{Daemon, Source};
-use vhost_user_net::device::Device;
+use vhost_user_net::device::{Device, Io};
 use vhost_user_net::nic::{Nic, NicSetup};
 use vhost_user_net::vhost_user::listener::{SocketAccess, SocketListener};
 use vhost_user_net::vhost_user::session::SessionOptions;
@@ -26,6 +26,16 @@ use vmm_sys_util::eventfd::EventFd;
 use super::PATIENCE;
 use super::netns::NetNs;
 use super::tap_double::TapDouble;
+
+/// `VHOST_USER_NET_TEST_IO`: the way to read and write frames that the tests are to go; all of them hold for each.
+fn io_under_test() -> Io {
+    match std::env::var("VHOST_USER_NET_TEST_IO").as_deref() {
+        Err(_) | Ok("auto") => Io::Auto,
+        Ok("uring") => Io::Uring,
+        Ok("syscall") => Io::Syscall,
+        Ok(other) => panic!("VHOST_USER_NET_TEST_IO={other} is not auto, uring or syscall"),
+    }
+}
 
 /// A back-end in a thread of this process, with a TAP double for each queue pair.
 pub struct InProcess {
@@ -39,7 +49,7 @@ pub struct InProcess {
 impl InProcess {
     /// A back-end as the command line's defaults make it.
     pub fn start(queue_pairs: usize) -> InProcess {
-        InProcess::start_as(queue_pairs, NicSetup { mac: None, mtu: None, is_generic: false })
+        InProcess::start_as(queue_pairs, NicSetup { io: io_under_test(), ..NicSetup::default() })
     }
 
     /// A back-end of another kind.

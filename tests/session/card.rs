@@ -15,7 +15,7 @@ const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const CONFIG_LEN: u32 = 24;
 
 fn with_mac_and_mtu() -> Bench {
-    let setup = NicSetup { mac: Some(MAC), mtu: Some(9000), is_generic: false };
+    let setup = NicSetup { mac: Some(MAC), mtu: Some(9000), ..NicSetup::default() };
     let bench = Bench::before(InProcess::start_as(2, setup), Guest::new(2, 0));
     bench.negotiate();
     bench
@@ -70,7 +70,7 @@ fn configuration_space_beyond_its_end_is_answered_with_nothing() {
 #[test]
 fn configuration_space_that_is_not_offered_is_not_read() {
     let options = SessionOptions { offers_config: false, queue_size_max: QueueSize::try_from(256).unwrap() };
-    let setup = NicSetup { mac: None, mtu: None, is_generic: false };
+    let setup = NicSetup::default();
     let mut bench = Bench::before(InProcess::start_with(1, setup, options), Guest::new(1, 0));
 
     let offered = bench.negotiate();
@@ -86,7 +86,7 @@ fn configuration_space_that_is_not_offered_is_not_read() {
 #[test]
 fn queue_larger_than_permitted_is_refused() {
     let options = SessionOptions { offers_config: true, queue_size_max: QueueSize::try_from(256).unwrap() };
-    let setup = NicSetup { mac: None, mtu: None, is_generic: false };
+    let setup = NicSetup::default();
     let mut bench = Bench::before(InProcess::start_with(1, setup, options), Guest::new(1, 0));
     bench.negotiate();
     assert_eq!(bench.ask(Message::set_mem_table(&bench.guest.mem)), Answer::Ack);

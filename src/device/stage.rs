@@ -1,0 +1,273 @@
+//! The stage: private memory of ours through which frames go to or come from a device queue, many at a time.
+//!
+//! Slots of equal length, and a list of jobs: which slot, how many bytes. [`Stage::write`] and [`Stage::read`] do the
+//! jobs in order, through one batch of io_uring where that is better, else by a system call each. What became of a job
+//! is told the same way for both, so those who use a stage do not know which it was.
+//!
+//! Order is kept exactly. A write that the device does not take now holds back those after it, which stay undone
+//! (`CANCELED`). On a device that takes every frame at once (a TAP without a send limit) a batch need not be told so,
+//! which costs a third less; should one refuse all the same while a later frame went, the refused one is lost for lack
+//! of memory, never late.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::io::Errno;
+use thiserror::Error;
+
+use super::DeviceQueue;
+use super::uring::{self, Operation, Uring};
+
+/// From how many frames on a batch is worth its setting up.
+const BATCH_MIN: usize = 4;
+
+/// How frames are read and written (`--io`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Io {
+    /// Through io_uring where there are several small frames at a time.
+    #[default]
+    Auto,
+    /// Through io_uring wherever frames go through private memory.
+    Uring,
+    /// One system call for each frame.
+    Syscall,
+}
+
+/// io_uring was asked for and cannot be used.
+#[derive(Debug, Error)]
+#[error(
+    "--io uring: this kernel does not let this process use io_uring; see 'sysctl kernel.io_uring_disabled', or use --io auto"
+)]
+pub struct NoUring {
+    #[source]
+    cause: io::Error,
+}
+
+impl Io {
+    /// What can be done of this on this host.
+    ///
+    /// # Errors
+    /// [`NoUring`] where nothing else will do.
+    pub fn usable(self) -> Result<Io, NoUring> {
+        let probed = if self == Io::Syscall { Ok(()) } else { uring::probe() };
+        match (self, probed) {
+            (_, Ok(())) => Ok(self),
+            (Io::Uring, Err(cause)) => Err(NoUring { cause }),
+            (_, Err(error)) => {
+                log::info!("io_uring cannot be used, each frame takes a system call: {error}");
+                Ok(Io::Syscall)
+            }
+        }
+    }
+
+    /// Whether `count` small frames, ready at the same time, are to go in one batch.
+    #[inline]
+    pub fn batches(self, count: usize) -> bool {
+        match self {
+            Io::Auto => count >= BATCH_MIN,
+            Io::Uring => true,
+            Io::Syscall => false,
+        }
+    }
+}
+
+/// One frame's transfer.
+#[derive(Clone, Copy, Debug)]
+pub struct Job {
+    pub(super) slot: usize,
+    pub(super) len: usize,
+    pub(super) result: Result<usize, Errno>,
+}
+
+/// See the file's head.
+pub struct Stage {
+    memory: Memory,
+    slot_len: usize,
+    io: Io,
+    /// Whether the device may refuse a frame now and take it later.
+    may_block: bool,
+    jobs: Vec<Job>,
+}
+
+enum Memory {
+    Plain(Box<[u8]>),
+    Ring(Uring),
+}
+
+impl Stage {
+    /// A stage of `slots` slots of `slot_len` bytes for `device`. Memory is taken as it is used.
+    pub fn new(device: &DeviceQueue, io: Io, slots: usize, slot_len: usize) -> Stage {
+        let memory = Memory::Plain(vec![0; slots * slot_len].into_boxed_slice());
+        Stage { memory, slot_len, io, may_block: device.may_block(), jobs: Vec::with_capacity(slots) }
+    }
+
+    /// How frames are moved.
+    pub fn io(&self) -> Io {
+        self.io
+    }
+
+    /// How many slots there are.
+    pub fn slots(&self) -> usize {
+        self.memory().len() / self.slot_len
+    }
+
+    fn memory(&self) -> &[u8] {
+        match &self.memory {
+            Memory::Plain(memory) => memory,
+            Memory::Ring(uring) => uring.memory(),
+        }
+    }
+
+    /// The bytes of slot `slot`; none where there is no such slot.
+    #[inline]
+    pub fn slot(&self, slot: usize) -> &[u8] {
+        let from = slot * self.slot_len;
+        self.memory().get(from..from + self.slot_len).unwrap_or_default()
+    }
+
+    /// The bytes of slot `slot`, to be written.
+    #[inline]
+    pub fn slot_mut(&mut self, slot: usize) -> &mut [u8] {
+        let from = slot * self.slot_len;
+        let memory = match &mut self.memory {
+            Memory::Plain(memory) => memory,
+            Memory::Ring(uring) => uring.memory_mut(),
+        };
+        memory.get_mut(from..from + self.slot_len).unwrap_or_default()
+    }
+
+    /// Forgets all jobs.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.jobs.clear();
+    }
+
+    /// Adds a job on the first `len` bytes of slot `slot`.
+    #[inline]
+    pub fn add(&mut self, slot: usize, len: usize) {
+        self.jobs.push(Job { slot, len: len.min(self.slot_len), result: Err(Errno::CANCELED) });
+    }
+
+    /// What became of the jobs, in order: the slot, and how many bytes were moved. `CANCELED` is one that was not tried.
+    pub fn results(&self) -> impl Iterator<Item = (usize, Result<usize, Errno>)> {
+        self.jobs.iter().map(|job| (job.slot, job.result))
+    }
+
+    /// Writes the jobs' bytes to `device`, each a frame, until one is refused that may be taken later.
+    pub fn write(&mut self, device: &DeviceQueue) {
+        let mut at = 0;
+        while at < self.jobs.len() {
+            if self.takes_batch(device, self.jobs.len() - at) {
+                self.write_batch(at);
+            } else {
+                self.write_singly(device.as_fd(), at);
+            }
+            let rest = self.jobs.get(at..).unwrap_or_default();
+            let settled = rest.iter().take_while(|job| job.result != Err(Errno::CANCELED)).count();
+            let stopped =
+                settled.checked_sub(1).and_then(|last| rest.get(last)).is_none_or(|job| ends_writing(job.result));
+            if stopped {
+                return;
+            }
+            at += settled;
+        }
+    }
+
+    fn write_singly(&mut self, device: BorrowedFd<'_>, first: usize) {
+        for at in first..self.jobs.len() {
+            let Some(job) = self.jobs.get(at).copied() else { return };
+            let frame = self.slot(job.slot).get(..job.len).unwrap_or_default();
+            let mut result = rustix::io::write(device, frame);
+            if matches!(result, Err(Errno::NOBUFS | Errno::NOMEM | Errno::INTR)) {
+                // Memory was short, or a signal came: it may work the next moment.
+                result = rustix::io::write(device, frame);
+            }
+            if let Some(job) = self.jobs.get_mut(at) {
+                job.result = result;
+            }
+            if ends_writing(result) {
+                return;
+            }
+        }
+    }
+
+    fn write_batch(&mut self, first: usize) {
+        let operation = if self.may_block { Operation::WriteLinked } else { Operation::Write };
+        self.transfer(operation, first);
+        if operation == Operation::Write {
+            self.settle_refused(first);
+        }
+    }
+
+    /// A refused frame that others have overtaken must not go after them.
+    fn settle_refused(&mut self, first: usize) {
+        let jobs = self.jobs.get_mut(first..).unwrap_or_default();
+        let overtaken = jobs.iter().rposition(|job| job.result.is_ok()).unwrap_or(0);
+        for job in jobs.iter_mut().take(overtaken).filter(|job| job.result == Err(Errno::AGAIN)) {
+            job.result = Err(Errno::NOBUFS);
+            self.may_block = true;
+        }
+    }
+
+    /// Reads a frame into each job's slot, for as long as `device` has some.
+    pub fn read(&mut self, device: &DeviceQueue) {
+        if self.takes_batch(device, self.jobs.len()) {
+            return self.transfer(Operation::Read, 0);
+        }
+        for at in 0..self.jobs.len() {
+            let Some(job) = self.jobs.get(at).copied() else { return };
+            let room = self.slot_mut(job.slot).get_mut(..job.len).unwrap_or_default();
+            let result = rustix::io::read(device, room);
+            if let Some(job) = self.jobs.get_mut(at) {
+                job.result = result;
+            }
+            if result.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Whether `count` jobs go in a batch. The ring is set up the first time they are to.
+    fn takes_batch(&mut self, device: &DeviceQueue, count: usize) -> bool {
+        if !self.io.batches(count) {
+            return false;
+        }
+        let Memory::Plain(memory) = &mut self.memory else { return true };
+        match Uring::new(device.as_fd(), std::mem::take(memory), self.slot_len) {
+            Ok(uring) => {
+                self.memory = Memory::Ring(uring);
+                true
+            }
+            Err((kept, error)) => {
+                self.memory = Memory::Plain(kept);
+                self.fall_back(&error);
+                false
+            }
+        }
+    }
+
+    fn transfer(&mut self, operation: Operation, first: usize) {
+        let Memory::Ring(uring) = &mut self.memory else { return };
+        let jobs = self.jobs.get_mut(first..).unwrap_or_default();
+        if let Err(error) = uring.transfer(operation, jobs) {
+            // Nobody knows which of these went.
+            jobs.iter_mut().filter(|job| job.result.is_err()).for_each(|job| job.result = Err(Errno::NOBUFS));
+            self.fall_back(&error);
+        }
+    }
+
+    fn fall_back(&mut self, error: &io::Error) {
+        self.io = Io::Syscall;
+        if let Memory::Ring(uring) = &self.memory
+            && !uring.is_idle()
+        {
+            self.memory = Memory::Plain(vec![0; uring.memory().len()].into_boxed_slice());
+        }
+        log::warn!("io_uring failed, going on with one system call for each frame: {error}");
+    }
+}
+
+/// Whether the frames after one that ended so have to wait.
+fn ends_writing(result: Result<usize, Errno>) -> bool {
+    matches!(result, Err(Errno::AGAIN | Errno::BADFD | Errno::NXIO | Errno::PIPE | Errno::CONNRESET | Errno::CANCELED))
+}

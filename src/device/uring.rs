@@ -1,0 +1,177 @@
+//! Reads and writes in batches through io_uring: unsafe door 3.
+//!
+//! A [`Uring`] owns the private memory that its operations work on, registered with the kernel, in slots of equal
+//! length. [`Uring::transfer`] submits a batch and returns when all of it has ended, so nothing is in flight between two
+//! calls: a ring that stops, or a thread that ends, has nothing to cancel. It cannot wait for the device either: each
+//! operation is asked not to (`RWF_NOWAIT`), and what finds nothing ends with `EAGAIN`.
+//!
+//! Guest memory is never registered: pinned pages would outlive what the guest gives back to its host.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
+use rustix::io::Errno;
+
+use super::stage::Job;
+
+/// The device, as it is registered.
+const DEVICE: types::Fixed = types::Fixed(0);
+/// The memory, as it is registered.
+const MEMORY: u16 = 0;
+
+/// What a batch does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Operation {
+    Read,
+    /// As many as there are, whatever becomes of those before.
+    Write,
+    /// None before the one before has succeeded; what follows a failed one ends with `ECANCELED`.
+    WriteLinked,
+}
+
+/// A ring on one device queue, with its memory.
+pub(super) struct Uring {
+    /// Dropped by hand, before the memory.
+    ring: Option<Box<IoUring>>,
+    memory: Box<[u8]>,
+    slot_len: usize,
+    /// Operations that have been submitted and not ended: none between two calls, unless the kernel failed us.
+    outstanding: usize,
+}
+
+/// Whether this process may use io_uring for what is needed here.
+///
+/// # Errors
+/// What the kernel says (`EPERM` with `kernel.io_uring_disabled`, `ENOSYS`), or `Unsupported` for an old one.
+pub(super) fn probe() -> io::Result<()> {
+    let ring = build(2)?;
+    let mut probe = Probe::new();
+    ring.submitter().register_probe(&mut probe)?;
+    let needed = [opcode::ReadFixed::CODE, opcode::WriteFixed::CODE];
+    if needed.iter().all(|code| probe.is_supported(*code)) { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
+}
+
+/// A ring for one thread. Without `DEFER_TASKRUN`: what ends at once costs less so.
+fn build(entries: u32) -> io::Result<IoUring> {
+    IoUring::builder().setup_single_issuer().setup_no_sqarray().build(entries).or_else(|error| {
+        // A kernel before 6.6 knows no such rings.
+        if error.raw_os_error() == Some(libc::EINVAL) { IoUring::new(entries) } else { Err(error) }
+    })
+}
+
+impl Uring {
+    /// Sets up a ring on `device`, with `memory` in slots of `slot_len` bytes.
+    ///
+    /// # Errors
+    /// What the kernel says, with the memory; `ENOMEM` where more memory may not be locked (`RLIMIT_MEMLOCK`).
+    pub(super) fn new(
+        device: BorrowedFd<'_>,
+        memory: Box<[u8]>,
+        slot_len: usize,
+    ) -> Result<Uring, (Box<[u8]>, io::Error)> {
+        let entries = u32::try_from(memory.len() / slot_len.max(1)).unwrap_or(u32::MAX);
+        let mut uring = Uring { ring: None, memory, slot_len, outstanding: 0 };
+        match uring.set_up(device, entries) {
+            Ok(ring) => uring.ring = Some(Box::new(ring)),
+            Err(error) => return Err((std::mem::take(&mut uring.memory), error)),
+        }
+        Ok(uring)
+    }
+
+    fn set_up(&mut self, device: BorrowedFd<'_>, entries: u32) -> io::Result<IoUring> {
+        let ring = build(entries)?;
+        ring.submitter().register_files(&[device.as_raw_fd()])?;
+        let iov_base = self.memory.as_mut_ptr().cast();
+        let whole = libc::iovec { iov_base, iov_len: self.memory.len() };
+        // SAFETY: `whole` is the memory that `self` owns, which goes only when the ring has gone (`drop`).
+        unsafe { ring.submitter().register_buffers(&[whole])? };
+        Ok(ring)
+    }
+
+    /// Whether nothing is in flight: only a kernel that failed us leaves something.
+    pub(super) fn is_idle(&self) -> bool {
+        self.outstanding == 0
+    }
+
+    /// All the slots, one behind the other.
+    pub(super) fn memory(&self) -> &[u8] {
+        &self.memory
+    }
+
+    /// The same, to be written.
+    pub(super) fn memory_mut(&mut self) -> &mut [u8] {
+        &mut self.memory
+    }
+
+    /// Does what `jobs` say, in their order, and notes in each what came of it.
+    ///
+    /// # Errors
+    /// Where the kernel did not take the batch or did not end it; what has no result then is unknown, and this is of no
+    /// more use.
+    pub(super) fn transfer(&mut self, operation: Operation, jobs: &mut [Job]) -> io::Result<()> {
+        let Uring { ring: Some(ring), memory, slot_len, outstanding } = self else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        if *outstanding > 0 {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        let last = jobs.len().saturating_sub(1);
+        for (index, job) in jobs.iter().enumerate() {
+            let from = job.slot * *slot_len;
+            let Some(bytes) = memory.get_mut(from..from + job.len.min(*slot_len)) else {
+                return Err(io::ErrorKind::InvalidInput.into());
+            };
+            let mut entry = entry(operation, bytes).user_data(index as u64);
+            if operation == Operation::WriteLinked && index < last {
+                entry = entry.flags(squeue::Flags::IO_LINK);
+            }
+            // SAFETY: the entry names bytes of `memory`, which is not touched until the operation has ended: that is
+            // waited for below, and where it cannot be, `outstanding` keeps the memory from use and from being freed.
+            unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)?;
+            *outstanding += 1;
+        }
+        while *outstanding > 0 {
+            match ring.submit_and_wait(*outstanding) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+            for completion in ring.completion() {
+                *outstanding = outstanding.saturating_sub(1);
+                note(jobs, &completion);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn entry(operation: Operation, bytes: &mut [u8]) -> squeue::Entry {
+    // A slot is at most a frame long, which fits 32 bits.
+    let (start, len) = (bytes.as_mut_ptr(), bytes.len() as u32);
+    if operation == Operation::Read {
+        opcode::ReadFixed::new(DEVICE, start, len, MEMORY).rw_flags(libc::RWF_NOWAIT).build()
+    } else {
+        opcode::WriteFixed::new(DEVICE, start, len, MEMORY).rw_flags(libc::RWF_NOWAIT).build()
+    }
+}
+
+fn note(jobs: &mut [Job], completion: &cqueue::Entry) {
+    if let Some(job) = jobs.get_mut(completion.user_data() as usize) {
+        let error = |_| Errno::from_raw_os_error(completion.result().wrapping_neg());
+        job.result = usize::try_from(completion.result()).map_err(error);
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        if let Some(ring) = self.ring.take() {
+            // Closing a ring ends later than the call; the device is to be free at once.
+            let _ = ring.submitter().unregister_files();
+        }
+        if self.outstanding > 0 {
+            // The kernel may still use it: better lost than given to somebody else.
+            std::mem::forget(std::mem::take(&mut self.memory));
+        }
+    }
+}

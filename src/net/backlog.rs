@@ -1,0 +1,148 @@
+//! The backlog of `rx`: frames that were read into private memory and wait to be copied to the guest, oldest first.
+//!
+//! Each is in a slot of the stage, its virtio-net header before it. A frame's slot is free again once it was delivered or
+//! dropped; new frames are read only into an empty backlog, so the slots' order is the frames' order.
+
+use std::collections::VecDeque;
+
+use rustix::io::Errno;
+
+use super::header::{HEADER_LEN, VnetHeader};
+use super::{ETH_HEADER, FRAME_MAX, Pump};
+use crate::device::stage::Stage;
+use crate::device::{DeviceQueue, Io};
+use crate::metrics::PairCounters;
+
+/// How many frames are read at a time at most.
+const SLOTS: usize = 16;
+/// The largest frame with its header, and one byte more: to fill that is to be cut.
+const SLOT_LEN: usize = HEADER_LEN + FRAME_MAX + 1;
+
+/// A frame that waited for buffers when its ring stopped, for the next start: header and all.
+pub struct HeldFrame(Vec<u8>);
+
+/// See the file's head.
+pub(super) struct Backlog {
+    stage: Stage,
+    /// Slot, and length with header.
+    waiting: VecDeque<(usize, usize)>,
+}
+
+impl Backlog {
+    /// The backlog of a ring that starts, with the frames that one before it left.
+    pub(super) fn new(device: &DeviceQueue, io: Io, left: Vec<HeldFrame>) -> Backlog {
+        let stage = Stage::new(device, io, SLOTS, SLOT_LEN);
+        let mut backlog = Backlog { stage, waiting: VecDeque::with_capacity(SLOTS) };
+        for (slot, HeldFrame(frame)) in left.into_iter().take(SLOTS).enumerate() {
+            backlog.stage.slot_mut(slot).iter_mut().zip(&frame).for_each(|(to, from)| *to = *from);
+            backlog.waiting.push_back((slot, frame.len()));
+        }
+        backlog
+    }
+
+    /// The frames that wait, for the next start of the ring.
+    pub(super) fn into_held(self) -> Vec<HeldFrame> {
+        let frame = |(slot, len)| Some(HeldFrame(self.stage.slot(slot).get(..len)?.to_vec()));
+        self.waiting.iter().copied().filter_map(frame).collect()
+    }
+
+    /// How many frames can be read at a time.
+    pub(super) fn slots(&self) -> usize {
+        SLOTS
+    }
+
+    /// Whether `count` small frames, ready at the same time, are to be read in one batch.
+    pub(super) fn batches(&self, count: usize) -> bool {
+        self.stage.io().batches(count)
+    }
+
+    /// Whether no frame waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// The oldest frame: its virtio-net header, and its bytes with room for a header before them.
+    pub(super) fn front(&mut self) -> Option<(VnetHeader, &mut [u8])> {
+        let (slot, len) = *self.waiting.front()?;
+        let bytes = self.stage.slot_mut(slot).get_mut(..len)?;
+        let header = VnetHeader::from_bytes(bytes.first_chunk()?);
+        Some((header, bytes))
+    }
+
+    /// Forgets the oldest frame.
+    pub(super) fn pop(&mut self) {
+        self.waiting.pop_front();
+    }
+
+    /// Room for what of a frame does not fit the guest's buffers; only an empty backlog has it.
+    pub(super) fn spill(&mut self) -> &mut [u8] {
+        self.stage.slot_mut(0).get_mut(HEADER_LEN..).unwrap_or_default()
+    }
+
+    /// Puts a frame together here of which `room` bytes went to the guest's buffers, from where `first` copies them, and
+    /// the others are in [`Backlog::spill`].
+    pub(super) fn put_together(&mut self, header: VnetHeader, len: usize, room: usize, first: impl FnOnce(&mut [u8])) {
+        let spill = self.spill();
+        let room = room.min(len);
+        spill.copy_within(..len - room, room);
+        if let Some(start) = spill.get_mut(..room) {
+            first(start);
+        }
+        if let Some(place) = self.stage.slot_mut(0).first_chunk_mut() {
+            *place = header.to_bytes();
+        }
+        self.waiting.push_back((0, HEADER_LEN + len));
+    }
+
+    /// Reads up to `count` frames; tells how many came, and how it ended, if not only because there were so many.
+    pub(super) fn read(
+        &mut self,
+        device: &DeviceQueue,
+        count: usize,
+        counters: &PairCounters,
+    ) -> (usize, Option<Pump>) {
+        self.stage.clear();
+        (0..count.min(SLOTS)).for_each(|slot| self.stage.add(slot, SLOT_LEN));
+        self.stage.read(device);
+        // A frame may come between two reads: what ended the last read counts, not one before it.
+        let mut end = None;
+        for (slot, result) in self.stage.results() {
+            end = match result {
+                Ok(0) => Some(Pump::DeviceLost),
+                Ok(len) if len < HEADER_LEN + ETH_HEADER => {
+                    counters.rx_drop_short.add(1);
+                    None
+                }
+                Ok(SLOT_LEN) => {
+                    counters.rx_drop_too_large.add(1);
+                    None
+                }
+                Ok(len) => {
+                    self.waiting.push_back((slot, len));
+                    None
+                }
+                Err(Errno::CANCELED) => end,
+                Err(error) => after_read_error(error, counters),
+            };
+        }
+        (self.waiting.len(), end)
+    }
+}
+
+/// What follows from the kernel's refusal, if not that there is to be read again: the one place where that is decided.
+pub(super) fn after_read_error(error: Errno, counters: &PairCounters) -> Option<Pump> {
+    match error {
+        Errno::AGAIN => Some(Pump::Drained),
+        Errno::BADFD | Errno::NXIO | Errno::CONNRESET => Some(Pump::DeviceLost),
+        // The kernel takes a frame out of its queue before it finds that it cannot be handed over.
+        Errno::INVAL | Errno::FAULT => {
+            counters.rx_drop_refused.add(1);
+            None
+        }
+        // Short of memory, before a frame was touched.
+        _ => {
+            counters.rx_read_errors.add(1);
+            Some(Pump::TryLater)
+        }
+    }
+}
