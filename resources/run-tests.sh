@@ -22,7 +22,7 @@ Installs what the tests need (apt) and runs these stages, in this order, up to t
   vm           launch-vm.sh --check passes, with one and with two queue pairs
   build-tests  the tests compile
   doctests     the examples in the documentation
-  engines      the data path's tests with each way to read and write frames
+  engines      the data path's tests with each way to read and write frames, and with polling
   tests        all other tests
 
   --only STAGE  this stage only; may be given several times. tests takes guest along
@@ -52,10 +52,12 @@ stage_build-tests() { run_rust cargo test --lib --bins --tests --no-run; }
 stage_doctests() { run_rust cargo test --doc; }
 # The default way to read and write frames is the one of the tests themselves.
 stage_engines() {
-    local io
-    for io in uring syscall; do
-        VHOST_USER_NET_TEST_IO=$io run_rust cargo test --test datapath --test differential --test rx_buffers \
+    local way
+    for way in IO=uring IO=syscall POLL_US=100; do
+        export "VHOST_USER_NET_TEST_$way"
+        run_rust cargo test --test datapath --test differential --test rx_buffers \
             --test tx_faults --test chain_faults --test mutation --test control_queue
+        unset "VHOST_USER_NET_TEST_${way%%=*}"
     done
 }
 stage_tests() {

@@ -1,11 +1,13 @@
 //! What was typed. What it means is `config`'s business.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 
 use crate::device::tap::InterfaceName;
 use crate::net::filter::Mac;
+use crate::polling::Polling;
 
 /// End a virtual machine's network card on a TAP, in a process of its own.
 ///
@@ -91,6 +93,16 @@ pub struct Cli {
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub io: IoEngine,
 
+    /// Look for more frames for N microseconds before sleeping, or as long as it pays ('auto'); 0 to sleep at once
+    ///
+    /// It saves the guest kicks and both sides waking up, at the cost of CPU time that a busy host gets back at once.
+    #[arg(long, value_name = "N|auto", default_value = "0", value_parser = parse_polling)]
+    pub poll_us: Polling,
+
+    /// Bind the worker threads of the queue pairs to these CPUs, in turn
+    #[arg(long, value_name = "CPU,…", value_delimiter = ',')]
+    pub cpu_affinity: Vec<usize>,
+
     /// Do not offer the configuration space: QEMU warns about it once for each queue pair
     #[arg(long)]
     pub no_config: bool,
@@ -169,6 +181,17 @@ fn parse_mac(text: &str) -> Result<Mac, String> {
         Some(mac) if mac == [0; 6] => Err("the address of all zeros is none".to_owned()),
         Some(mac) => Ok(mac),
     }
+}
+
+fn parse_polling(text: &str) -> Result<Polling, String> {
+    /// Longer would be no wait for the next frame, but a CPU given away.
+    const LONGEST_US: u64 = 1000;
+    if text == "auto" {
+        return Ok(Polling::Auto);
+    }
+    let micros = text.parse().ok().filter(|micros| *micros <= LONGEST_US);
+    let polling = micros.map(|micros| Polling::Fixed(Duration::from_micros(micros)));
+    polling.ok_or_else(|| format!("'auto' or a number from 0 to {LONGEST_US} is expected"))
 }
 
 fn parse_mode(text: &str) -> Result<u32, String> {

@@ -11,6 +11,7 @@ use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
 use crate::vhost_user::listener::SocketAccess;
 use crate::vhost_user::session::SessionOptions;
 use crate::virtqueue::{QueueSize, RingError};
+use crate::worker::Tuning;
 
 /// Where front-ends come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,8 +89,8 @@ impl TryFrom<Cli> for Config {
         check_fds(&cli)?;
         let queue_pairs = queue_pairs(&cli)?;
         let queue_size_max = QueueSize::try_from(cli.queue_size).map_err(ConfigError::QueueSize)?;
-        let nic =
-            NicSetup { mac: cli.mac, mtu: cli.mtu, is_generic: cli.front_end == FrontEndKind::Generic, io: io(cli.io) };
+        let tuning = Tuning { io: io(cli.io), polling: cli.poll_us, cpus: cli.cpu_affinity };
+        let nic = NicSetup { mac: cli.mac, mtu: cli.mtu, is_generic: cli.front_end == FrontEndKind::Generic, tuning };
         let access =
             SocketAccess { mode: cli.socket_mode, group: cli.socket_group.as_deref().map(group_number).transpose()? };
         let front_ends = match (cli.socket_path, cli.fd) {

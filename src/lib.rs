@@ -32,6 +32,7 @@ pub mod net;
 pub mod nic;
 pub mod notify;
 mod poll;
+pub mod polling;
 pub mod running_ring;
 mod throttle;
 pub mod vhost_user;

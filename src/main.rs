@@ -36,7 +36,7 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     env_logger::Builder::new().filter_level(config.log_level).format(log_line).init();
     daemon::block_signals()?;
     daemon::raise_descriptor_limit();
-    config.nic.io = config.nic.io.usable()?;
+    config.nic.tuning.io = config.nic.tuning.io.usable()?;
     let connected = match &config.front_ends {
         FrontEnds::Descriptor(fd) => Some(UnixStream::from(device::connected_socket(*fd)?)),
         FrontEnds::Socket { .. } => None,

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 
 use crate::control_queue::{self, ControlQueue, Surroundings};
-use crate::device::{Device, DeviceQueue, Io};
+use crate::device::{Device, DeviceQueue};
 use crate::mailbox::{Mailbox, Stuck};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
@@ -19,7 +19,7 @@ use crate::net::filter::Mac;
 use crate::net::header::HEADER_LEN;
 use crate::running_ring::{Direction, RingChange, RunsRings, StartRing, StoppedRing};
 use crate::virtqueue::SplitRing;
-use crate::worker::{self, QueuePair};
+use crate::worker::{self, QueuePair, Tuning};
 
 /// The usual MTU, where neither the operator nor the interface says one.
 const MTU_DEFAULT: u16 = 1500;
@@ -37,8 +37,8 @@ pub struct NicSetup {
     pub mtu: Option<u16>,
     /// Whether the front-end hands over the control queue.
     pub is_generic: bool,
-    /// How frames are read and written.
-    pub io: Io,
+    /// How the workers go about it.
+    pub tuning: Tuning,
 }
 
 /// What could not be done.
@@ -109,15 +109,16 @@ impl Nic {
     /// Starts the threads of a card on `device`, whose `queues` are the queue pairs'.
     ///
     /// # Errors
-    /// Where the kernel has no descriptors or threads for it.
+    /// Where the kernel has no descriptors or threads for it, or no CPU that a worker is to be bound to.
     pub fn new(device: Device, queues: Vec<DeviceQueue>, setup: NicSetup) -> io::Result<Nic> {
         let device = Arc::new(device);
         let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
         let spawned = queues.into_iter().zip(&counters).enumerate();
         let pairs: Arc<[_]> = spawned
-            .map(|(index, (queue, counters))| worker::spawn(index, queue, setup.io, Arc::clone(counters)))
+            .map(|(index, (queue, counters))| worker::spawn(index, queue, &setup.tuning, Arc::clone(counters)))
             .collect::<io::Result<Vec<_>>>()?
             .into();
+        bind(&pairs, &setup.tuning.cpus)?;
         let initial_config = ConfigSpace {
             mac: setup.mac.unwrap_or_default(),
             max_queue_pairs: u16::try_from(pairs.len()).unwrap_or(QUEUE_PAIRS_MAX),
@@ -345,6 +346,21 @@ impl Nic {
         let none = || Stuck { name: format!("pair-{pair}") };
         self.pairs.get(pair).ok_or_else(none)?.call(job)
     }
+}
+
+/// Binds the workers to `cpus`, in turn.
+fn bind(pairs: &[Mailbox<QueuePair>], cpus: &[usize]) -> io::Result<()> {
+    for (index, (pair, &cpu)) in pairs.iter().zip(cpus.iter().cycle()).enumerate() {
+        let bound = pair.call(move |pair| pair.bind_to_cpu(cpu)).map_err(io::Error::other)?;
+        bound.map_err(|cause| {
+            let what = format!(
+                "cannot bind the worker of queue pair {index} to CPU {cpu} (--cpu-affinity; 'taskset -cp $$' shows those \
+                 that a process may use): {cause}"
+            );
+            io::Error::new(cause.kind(), what)
+        })?;
+    }
+    Ok(())
 }
 
 /// A "request reverse" for `mac` itself, to everybody, behind an empty virtio-net header.

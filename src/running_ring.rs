@@ -114,6 +114,8 @@ pub(crate) struct RunningRing {
     pub(crate) mode: RingMode,
     /// Whether there may be entries that were not looked at.
     pub(crate) can_run: bool,
+    /// Whether the driver was told to kick.
+    asleep: bool,
     /// Whether it is parked until it is set up anew.
     broken: bool,
     event: Event,
@@ -137,7 +139,7 @@ impl RunningRing {
         if let Some(call) = &call {
             call.signal();
         }
-        Ok(RunningRing { queue, kick, call, err, mode, can_run: true, broken: false, event })
+        Ok(RunningRing { queue, kick, call, err, mode, can_run: true, asleep: false, broken: false, event })
     }
 
     pub(crate) fn stop(self, poll: &Poll) -> StoppedRing {
@@ -197,6 +199,7 @@ impl RunningRing {
         let state = self.kick.as_ref().map_or(KickState::Open, Kick::drain);
         if state == KickState::Open {
             self.can_run = true;
+            self.asleep = false;
             self.queue.disable_kicks();
         }
         state
@@ -215,9 +218,26 @@ impl RunningRing {
     /// Goes to sleep on this ring, unless entries came meanwhile.
     pub(crate) fn sleep(&mut self) -> Result<(), RingBroken> {
         self.can_run = self.queue.enable_kicks()?;
+        self.asleep = !self.can_run;
         if self.can_run {
             self.queue.disable_kicks();
         }
+        Ok(())
+    }
+
+    /// There is nothing to do, but it is looked at again soon ([`RunningRing::look`]): no kicks are needed.
+    pub(crate) fn rest(&mut self) {
+        self.can_run = false;
+    }
+
+    /// Whether nothing was there, and no kick will tell when something is.
+    pub(crate) fn is_resting(&self) -> bool {
+        !self.can_run && !self.asleep && !self.broken
+    }
+
+    /// Looks for entries, without a kick.
+    pub(crate) fn look(&mut self) -> Result<(), RingBroken> {
+        self.can_run = self.queue.has_entries()?;
         Ok(())
     }
 

@@ -16,6 +16,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::thread::{CpuSet, sched_setaffinity};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::device::{DeviceQueue, Io};
@@ -29,9 +30,10 @@ use crate::net::rx::{Admission, HeldFrame, Rx};
 use crate::net::tx::Tx;
 use crate::notify::KickState;
 use crate::poll::{Event, Poll, Wait};
+use crate::polling::{Poller, Polling};
 use crate::running_ring::{Direction, RingChange, RingMode, RunningRing, RunsRings, StartRing, StoppedRing};
 use crate::throttle::Throttle;
-use crate::virtqueue::SplitRing;
+use crate::virtqueue::{RingBroken, SplitRing};
 
 /// How long a job may wait for its turn: a pass takes well under a millisecond.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -50,6 +52,17 @@ pub struct Usage {
     pub attached: bool,
 }
 
+/// How the workers go about it.
+#[derive(Clone, Debug, Default)]
+pub struct Tuning {
+    /// How frames are read and written.
+    pub io: Io,
+    /// How long to look again before sleeping.
+    pub polling: Polling,
+    /// The CPUs that the workers are bound to, in turn; none for any.
+    pub cpus: Vec<usize>,
+}
+
 /// All that one worker thread owns.
 pub struct QueuePair {
     index: usize,
@@ -61,6 +74,7 @@ pub struct QueuePair {
     /// Frames that were read for a ring that stopped.
     left: Vec<HeldFrame>,
     io: Io,
+    poller: Poller,
     admission: Admission,
     /// Whether the device may have frames.
     readable: bool,
@@ -78,7 +92,12 @@ pub struct QueuePair {
 ///
 /// # Errors
 /// Where the kernel has no descriptor or thread for it.
-pub fn spawn(index: usize, device: DeviceQueue, io: Io, counters: Arc<PairCounters>) -> io::Result<Mailbox<QueuePair>> {
+pub fn spawn(
+    index: usize,
+    device: DeviceQueue,
+    how: &Tuning,
+    counters: Arc<PairCounters>,
+) -> io::Result<Mailbox<QueuePair>> {
     let poll = Poll::new()?;
     poll.add(&device, Event::Device, READABLE)?;
     let pair = QueuePair {
@@ -89,7 +108,8 @@ pub fn spawn(index: usize, device: DeviceQueue, io: Io, counters: Arc<PairCounte
         rx: None,
         tx: None,
         left: Vec::new(),
-        io,
+        io: how.io,
+        poller: Poller::new(how.polling),
         admission: Admission::default(),
         readable: true,
         retry: false,
@@ -161,6 +181,19 @@ impl RunsRings for QueuePair {
 
 /// What else the control threads may ask for, through the mailbox.
 impl QueuePair {
+    /// Binds the thread to one CPU.
+    ///
+    /// # Errors
+    /// What `sched_setaffinity(2)` says: `EINVAL` where this process has no such CPU.
+    pub fn bind_to_cpu(&mut self, cpu: usize) -> io::Result<()> {
+        let mut cpus = CpuSet::new();
+        if cpu >= CpuSet::MAX_CPU {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        cpus.set(cpu);
+        Ok(sched_setaffinity(None, &cpus)?)
+    }
+
     /// Changes which frames reach the guest.
     pub fn set_filter(&mut self, filter: Arc<RxFilter>) {
         self.admission.filter = filter;
@@ -222,8 +255,13 @@ impl QueuePair {
             return log::error!("Queue pair {}: cannot watch its mailbox: {e}", self.index);
         }
         while inbox.run_jobs(&mut self) {
-            let wait = self.wait();
-            let events = match self.poll.wait(wait) {
+            let wait = self.next_wait();
+            let poll = &mut self.poll;
+            let woken = match wait {
+                Wait::Forever => self.poller.sleep(|| poll.wait(wait)),
+                Wait::No | Wait::Millis(_) => poll.wait(wait),
+            };
+            let events = match woken {
                 Ok(events) => events,
                 Err(e) => return log::error!("Queue pair {}: cannot wait for events: {e}", self.index),
             };
@@ -232,6 +270,7 @@ impl QueuePair {
             }
             self.readable |= std::mem::take(&mut self.retry);
             self.look_at_polled();
+            self.look_at_resting();
             if self.tx_ready() {
                 self.pump_tx();
             }
@@ -239,6 +278,33 @@ impl QueuePair {
                 self.pump_rx();
             }
         }
+    }
+
+    /// How to wait; rings that no kick would tell of are looked at soon, or asked for kicks.
+    fn next_wait(&mut self) -> Wait {
+        if self.tx_ready() || self.rx_ready() {
+            self.poller.found_work();
+            return Wait::No;
+        }
+        if self.poller.goes_on() {
+            return Wait::No;
+        }
+        self.for_resting(RunningRing::sleep);
+        self.wait()
+    }
+
+    /// Does `act` with each ring of which no kick would tell that it has entries.
+    fn for_resting(&mut self, act: impl Fn(&mut RunningRing) -> Result<(), RingBroken>) {
+        for direction in [Direction::Rx, Direction::Tx] {
+            let resting = self.ring(direction).filter(|ring| ring.is_resting());
+            if let Some(Err(broken)) = resting.map(&act) {
+                self.park(direction, &broken);
+            }
+        }
+    }
+
+    fn look_at_resting(&mut self) {
+        self.for_resting(RunningRing::look);
     }
 
     fn wait(&self) -> Wait {
@@ -315,7 +381,7 @@ impl QueuePair {
         };
         ring.publish(&self.counters.tx_calls);
         let settled = passed.and_then(|pump| match pump {
-            Pump::Drained => ring.sleep().map(|()| pump),
+            Pump::Drained => settle(ring, &self.poller).map(|()| pump),
             _ => Ok(pump),
         });
         match settled {
@@ -332,7 +398,7 @@ impl QueuePair {
         let passed = rx.pump(&mut ring.queue, &self.device, &self.counters);
         ring.publish(&self.counters.rx_calls);
         let settled = passed.and_then(|pump| match pump {
-            Pump::NoBuffers => ring.sleep().map(|()| pump),
+            Pump::NoBuffers => settle(ring, &self.poller).map(|()| pump),
             _ => Ok(pump),
         });
         match settled {
@@ -402,6 +468,16 @@ impl QueuePair {
             let why = format_args!("queue pair {}: {why}", self.index);
             ring.park(&self.poll, &self.counters.broken_rings, &mut self.throttle, &why);
         }
+    }
+}
+
+/// A ring on which there is nothing to do is asked for kicks, at once or after it was polled.
+fn settle(ring: &mut RunningRing, poller: &Poller) -> Result<(), RingBroken> {
+    if poller.is_on() {
+        ring.rest();
+        Ok(())
+    } else {
+        ring.sleep()
     }
 }
 

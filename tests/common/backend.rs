@@ -18,23 +18,28 @@ use tempfile::TempDir;
 use vhost_user_net::daemon::{Daemon, Source};
 use vhost_user_net::device::{Device, Io};
 use vhost_user_net::nic::{Nic, NicSetup};
+use vhost_user_net::polling::Polling;
 use vhost_user_net::vhost_user::listener::{SocketAccess, SocketListener};
 use vhost_user_net::vhost_user::session::SessionOptions;
 use vhost_user_net::virtqueue::QueueSize;
+use vhost_user_net::worker::Tuning;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::PATIENCE;
 use super::netns::NetNs;
 use super::tap_double::TapDouble;
 
-/// `VHOST_USER_NET_TEST_IO`: the way to read and write frames that the tests are to go; all of them hold for each.
-fn io_under_test() -> Io {
-    match std::env::var("VHOST_USER_NET_TEST_IO").as_deref() {
+/// The tests of the data path hold however the workers go about it: `VHOST_USER_NET_TEST_IO` says how frames are read and
+/// written, `VHOST_USER_NET_TEST_POLL_US` for how long workers poll.
+fn tuning_under_test() -> Tuning {
+    let io = match std::env::var("VHOST_USER_NET_TEST_IO").as_deref() {
         Err(_) | Ok("auto") => Io::Auto,
         Ok("uring") => Io::Uring,
         Ok("syscall") => Io::Syscall,
         Ok(other) => panic!("VHOST_USER_NET_TEST_IO={other} is not auto, uring or syscall"),
-    }
+    };
+    let micros = std::env::var("VHOST_USER_NET_TEST_POLL_US").map_or(0, |text| text.parse().unwrap());
+    Tuning { io, polling: Polling::Fixed(Duration::from_micros(micros)), ..Tuning::default() }
 }
 
 /// A back-end in a thread of this process, with a TAP double for each queue pair.
@@ -49,7 +54,7 @@ pub struct InProcess {
 impl InProcess {
     /// A back-end as the command line's defaults make it.
     pub fn start(queue_pairs: usize) -> InProcess {
-        InProcess::start_as(queue_pairs, NicSetup { io: io_under_test(), ..NicSetup::default() })
+        InProcess::start_as(queue_pairs, NicSetup { tuning: tuning_under_test(), ..NicSetup::default() })
     }
 
     /// A back-end of another kind.
@@ -213,6 +218,21 @@ impl Spawned {
     pub fn counters(&mut self, queue_pairs: usize) -> Vec<BTreeMap<String, u64>> {
         self.signal(Signal::SIGUSR1);
         (0..queue_pairs).map(|pair| parse_counters(&self.wait_line(&format!("pair={pair} ")))).collect()
+    }
+}
+
+impl Spawned {
+    /// Waits until a counter of the only queue pair has a value: a frame is seen on the TAP a moment before it is
+    /// counted. Counters of trouble are shown only above 0.
+    pub fn wait_counter(&mut self, name: &str, value: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let is = self.counters(1)[0].get(name).copied().unwrap_or(0);
+            if is == value {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{name} is {is}, not {value}");
+        }
     }
 }
 
