@@ -1,6 +1,7 @@
 //! The virtio-net device: features, headers, configuration space, frames each way. No sockets, threads or messages.
 
 pub mod checksum;
+pub mod coalesce;
 pub mod config_space;
 pub mod control;
 pub mod features;
