@@ -237,8 +237,8 @@ impl TxRules {
     }
 }
 
-const IPPROTO_TCP: u8 = 6;
-const IPPROTO_UDP: u8 = 17;
+pub(super) const IPPROTO_TCP: u8 = 6;
+pub(super) const IPPROTO_UDP: u8 = 17;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum IpVersions {
@@ -292,14 +292,14 @@ struct Found {
     offset: usize,
 }
 
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
+pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
+pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// 802.1Q and 802.1ad.
 const ETHERTYPES_VLAN: [u16; 2] = [0x8100, 0x88a8];
 const VLAN_TAGS_MAX: usize = 2;
 
 /// The network header's ethertype and offset, behind up to two VLAN tags.
-fn find_l3(frame: &[u8]) -> Option<(u16, usize)> {
+pub(super) fn find_l3(frame: &[u8]) -> Option<(u16, usize)> {
     let mut at = 12;
     for _ in 0..=VLAN_TAGS_MAX {
         let ethertype = u16::from_be_bytes(*frame.get(at..)?.first_chunk()?);

@@ -2,6 +2,7 @@
 
 mod backlog;
 pub mod checksum;
+pub mod coalesce;
 pub mod config_space;
 pub mod control;
 pub mod features;

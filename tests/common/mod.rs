@@ -2,8 +2,8 @@
 //!
 //! Rings as a driver writes them ([`split_ring`] and [`driver`] on [`memory`]), messages as a front-end sends them
 //! ([`message`], [`frontend`], [`crate_frontend`]), a SEQPACKET pair as the TAP ([`tap_double`]),
-//! frames that tell loss from corruption ([`frames`]). For what a double cannot show: kernel
-//! devices in a namespace ([`netns`]), a stock QEMU ([`qtest`]), Linux guests ([`guest`], [`transfer`]). [`reference`] is a back-end
+//! frames that tell loss from corruption ([`frames`]), what a segmentation request stands for ([`split`]). For what a
+//! double cannot show: kernel devices in a namespace ([`netns`]), a stock QEMU ([`qtest`]), Linux guests ([`guest`], [`transfer`]). [`reference`] is a back-end
 //! that we did not design, for a second opinion; [`qemu_shim`] lets QEMU talk to it, and
 //! [`recorder`] shows a front-end's message order.
 //!
@@ -33,6 +33,7 @@ pub mod qemu_shim;
 pub mod qtest;
 pub mod recorder;
 pub mod reference;
+pub mod split;
 pub mod split_ring;
 pub mod tap_double;
 pub mod transfer;

@@ -1,0 +1,463 @@
+//! Coalescing on tx: consecutive frames of one flow become one frame that asks to be segmented (VIRTIO 1.3, "Network
+//! Device", "Packet Transmission"), so that the kernel's stack is walked once for all of them.
+//!
+//! `tx` calls this with private copies of the frames' first bytes. [`Segment::of`] judges a frame alone, [`Run::join`] a
+//! frame behind others, [`Run::merge`] writes the headers of the whole. The caller sends
+//! `[virtio-net header][merged headers][payload of frame 1][payload of frame 2]…`. Nothing here does I/O or allocates.
+//!
+//! **The rule.** A frame joins only if cutting the whole again gives the guest's frames, byte for byte with completed
+//! checksums. So what follows must be known of the one that cuts, Linux (`inet_gso_segment`, `ipv6_gso_segment`,
+//! `tcp_gso_segment`, `__udp_gso_segment`) or a guest that gets the frame whole:
+//! * It copies the headers of the whole to each segment, so what it does not write must be equal in all of them.
+//! * It writes lengths and checksums as they should be. A frame with wrong ones is sent as it is, alone.
+//! * It counts the IPv4 identification up by one. With DF set the identification means nothing (RFC 6864, "4.1 IPv4 ID
+//!   Used Only for Fragmentation") and may be any; without it the guest must have counted so too.
+//! * It counts the TCP sequence number up by the payload and leaves PSH and FIN to the last segment. CWR stays on the
+//!   first, SYN, RST and URG on all: none of these is merged.
+//! * It cuts at the first frame's payload length, so only the last frame may be shorter, and none longer.
+//! * It fills in the TCP or UDP checksum: each frame must have asked for that, with the sum of the pseudo-header exactly.
+//!   A UDP checksum of none (0) or one that is complete already would not come back.
+
+use super::checksum::{Sum, pseudo_header};
+use super::header::{
+    ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IPPROTO_TCP, IPPROTO_UDP,
+    VnetHeader, find_l3,
+};
+
+/// Longest frame that is put together. From 65536 bytes on, the usual `gso_max_size`, Linux cuts a frame itself however
+/// able the device is; and an IP packet in a frame of this length never exceeds its length field.
+pub const MERGED_FRAME_MAX: usize = 65_535;
+/// Most UDP datagrams in one frame: Linux before 6.10 puts no more into one itself (`UDP_MAX_SEGMENTS`).
+pub const UDP_FRAMES_MAX: usize = 64;
+
+const IPV4_HEADER: usize = 20;
+const IPV6_HEADER: usize = 40;
+const UDP_HEADER: usize = 8;
+const TCP_HEADER: usize = 20;
+
+const TCP_FIN: u8 = 0x01;
+const TCP_PSH: u8 = 0x08;
+const TCP_ACK: u8 = 0x10;
+const TCP_ECE: u8 = 0x40;
+/// Flags that end a run.
+const TCP_LAST_ONLY: u8 = TCP_FIN | TCP_PSH;
+
+/// Which protocols may be merged: those whose segmentation the device takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Coalesce {
+    /// TCP, over IPv4 and IPv6.
+    pub tcp: bool,
+    /// UDP, over IPv4 and IPv6.
+    pub udp: bool,
+}
+
+/// What a frame carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Tcp4,
+    Tcp6,
+    Udp4,
+    Udp6,
+}
+
+impl Kind {
+    fn is_tcp(self) -> bool {
+        matches!(self, Kind::Tcp4 | Kind::Tcp6)
+    }
+
+    fn ip_header(self) -> usize {
+        if matches!(self, Kind::Tcp4 | Kind::Udp4) { IPV4_HEADER } else { IPV6_HEADER }
+    }
+
+    /// Where the checksum stands in the transport header.
+    fn checksum_offset(self) -> u16 {
+        if self.is_tcp() { 16 } else { 6 }
+    }
+
+    fn gso_type(self) -> u8 {
+        match self {
+            Kind::Tcp4 => GSO_TCPV4,
+            Kind::Tcp6 => GSO_TCPV6,
+            Kind::Udp4 | Kind::Udp6 => GSO_UDP_L4,
+        }
+    }
+}
+
+/// Where a frame's headers are: equal in all frames of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Layout {
+    kind: Kind,
+    /// Where the IP header begins.
+    l3: u8,
+    /// Where the TCP or UDP header begins.
+    l4: u8,
+    /// Where the payload begins.
+    end: u8,
+}
+
+/// A frame that may be part of a run: what has to be known of it besides its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    layout: Layout,
+    /// [`TCP_LAST_ONLY`] flags that are set.
+    last_flags: u8,
+    identification: Identification,
+    payload: u16,
+    /// TCP's sequence number.
+    sequence: u32,
+}
+
+/// An IPv4 identification, where it means something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Identification {
+    Counts(u16),
+    /// DF is set, or there is none (IPv6).
+    Any,
+}
+
+impl Identification {
+    fn may_precede(self, next: Identification) -> bool {
+        match (self, next) {
+            (Identification::Counts(id), Identification::Counts(next)) => id.wrapping_add(1) == next,
+            (Identification::Any, Identification::Any) => true,
+            _ => false,
+        }
+    }
+}
+
+impl Segment {
+    /// Judges a frame of `len` bytes alone: `header` is its checked header, `start` a private copy of its first bytes, up
+    /// to [`PROTOCOL_HEADERS_MAX`](super::header::PROTOCOL_HEADERS_MAX). `None` if it has to be sent as it is.
+    #[inline]
+    pub fn of(allowed: Coalesce, header: VnetHeader, start: &[u8], len: usize) -> Option<Segment> {
+        if header.flags != F_NEEDS_CSUM || header.is_gso() {
+            return None;
+        }
+        let (ethertype, l3) = find_l3(start)?;
+        let ip = Ip::parse(ethertype, start.get(l3..)?, len.checked_sub(l3)?)?;
+        let l4 = l3 + ip.header_len;
+        let transport = match ip.protocol {
+            IPPROTO_TCP if allowed.tcp => Transport::tcp(start.get(l4..)?.first_chunk()?)?,
+            IPPROTO_UDP if allowed.udp => Transport::udp(start.get(l4..)?.first_chunk()?, ip.payload)?,
+            _ => return None,
+        };
+        let kind = transport.kind(ip.header_len);
+        let end = l4 + transport.header_len;
+        let payload = ip.payload.checked_sub(transport.header_len as u16)?;
+        let completes = usize::from(header.csum_start) == l4 && header.csum_offset == kind.checksum_offset();
+        let as_kernel_wants = completes && transport.checksum == ip.pseudo.fold();
+        if payload == 0 || end > start.len() || !as_kernel_wants {
+            return None;
+        }
+        Some(Segment {
+            // Two VLAN tags, IPv6 and TCP with all options are 122 bytes.
+            layout: Layout { kind, l3: l3 as u8, l4: l4 as u8, end: end as u8 },
+            last_flags: transport.last_flags,
+            identification: ip.identification,
+            payload,
+            sequence: transport.sequence,
+        })
+    }
+
+    /// How many bytes of protocol headers the frame begins with.
+    #[inline]
+    pub fn headers_len(&self) -> usize {
+        usize::from(self.layout.end)
+    }
+
+    /// How many bytes of payload follow them; never 0.
+    #[inline]
+    pub fn payload_len(&self) -> usize {
+        usize::from(self.payload)
+    }
+
+    /// The sequence number that follows this frame's.
+    fn next_sequence(&self) -> u32 {
+        self.sequence.wrapping_add(u32::from(self.payload))
+    }
+}
+
+/// What an IP header says, if it is one that segmentation gives back.
+struct Ip {
+    header_len: usize,
+    protocol: u8,
+    /// Bytes behind the IP header.
+    payload: u16,
+    identification: Identification,
+    /// The pseudo-header's sum, its length included.
+    pseudo: Sum,
+}
+
+impl Ip {
+    /// `bytes` begin with the IP header of a packet that has `len` bytes to the frame's end.
+    #[inline]
+    fn parse(ethertype: u16, bytes: &[u8], len: usize) -> Option<Ip> {
+        match ethertype {
+            ETHERTYPE_IPV4 => Ip::v4(bytes.first_chunk()?, len),
+            ETHERTYPE_IPV6 => Ip::v6(bytes.first_chunk()?, len),
+            _ => None,
+        }
+    }
+
+    /// No options, no fragment, nothing reserved, no padding behind it, and the checksum that the kernel would write:
+    /// not just one that verifies, of which there are two where it is 0.
+    #[inline]
+    fn v4(ip: &[u8; IPV4_HEADER], len: usize) -> Option<Ip> {
+        const VERSION_AND_LENGTH: u8 = 0x45;
+        const DF: u16 = 0x4000;
+        let fragment = u16::from_be_bytes([ip[6], ip[7]]);
+        let total = u16::from_be_bytes([ip[2], ip[3]]);
+        let stored = u16::from_be_bytes([ip[10], ip[11]]);
+        // Subtracting is adding the complement (RFC 1624).
+        let right = Sum::of(ip).plus_word(!stored).complement();
+        if ip[0] != VERSION_AND_LENGTH || fragment & !DF != 0 || usize::from(total) != len || stored != right {
+            return None;
+        }
+        let payload = total.checked_sub(IPV4_HEADER as u16)?;
+        let id = u16::from_be_bytes([ip[4], ip[5]]);
+        Some(Ip {
+            header_len: IPV4_HEADER,
+            protocol: ip[9],
+            payload,
+            identification: if fragment == DF { Identification::Any } else { Identification::Counts(id) },
+            pseudo: pseudo_header(ip.last_chunk::<8>()?, ip[9]).plus_word(payload),
+        })
+    }
+
+    /// No extension headers (the caller takes TCP and UDP only), no padding behind it.
+    #[inline]
+    fn v6(ip: &[u8; IPV6_HEADER], len: usize) -> Option<Ip> {
+        let payload = u16::from_be_bytes([ip[4], ip[5]]);
+        if ip[0] >> 4 != 6 || len.checked_sub(IPV6_HEADER) != Some(usize::from(payload)) {
+            return None;
+        }
+        Some(Ip {
+            header_len: IPV6_HEADER,
+            protocol: ip[6],
+            payload,
+            identification: Identification::Any,
+            pseudo: pseudo_header(ip.last_chunk::<32>()?, ip[6]).plus_word(payload),
+        })
+    }
+}
+
+/// What a TCP or UDP header says, if it is one that segmentation gives back.
+struct Transport {
+    is_tcp: bool,
+    header_len: usize,
+    checksum: u16,
+    last_flags: u8,
+    sequence: u32,
+}
+
+impl Transport {
+    /// ACK, and no flag beside it but those in the run's head; reserved bits and the urgent pointer are 0.
+    #[inline]
+    fn tcp(tcp: &[u8; TCP_HEADER]) -> Option<Transport> {
+        let header_len = usize::from(tcp[12] >> 4) * 4;
+        let reserved = tcp[12] & 0x0f;
+        let flags = tcp[13];
+        let urgent = u16::from_be_bytes([tcp[18], tcp[19]]);
+        let plain = flags & !(TCP_LAST_ONLY | TCP_ECE) == TCP_ACK;
+        if header_len < TCP_HEADER || reserved != 0 || !plain || urgent != 0 {
+            return None;
+        }
+        Some(Transport {
+            is_tcp: true,
+            header_len,
+            checksum: u16::from_be_bytes([tcp[16], tcp[17]]),
+            last_flags: flags & TCP_LAST_ONLY,
+            sequence: u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]),
+        })
+    }
+
+    /// Its length is that of the packet.
+    #[inline]
+    fn udp(udp: &[u8; UDP_HEADER], len: u16) -> Option<Transport> {
+        if u16::from_be_bytes([udp[4], udp[5]]) != len {
+            return None;
+        }
+        Some(Transport {
+            is_tcp: false,
+            header_len: UDP_HEADER,
+            checksum: u16::from_be_bytes([udp[6], udp[7]]),
+            last_flags: 0,
+            sequence: 0,
+        })
+    }
+
+    fn kind(&self, ip_header: usize) -> Kind {
+        match (self.is_tcp, ip_header) {
+            (true, IPV4_HEADER) => Kind::Tcp4,
+            (true, _) => Kind::Tcp6,
+            (false, IPV4_HEADER) => Kind::Udp4,
+            (false, _) => Kind::Udp6,
+        }
+    }
+}
+
+/// Bits of headers that must be equal, as a mask: all but those at `holes` (offset, length), which segmentation writes.
+const fn all_but<const N: usize>(holes: &[(usize, usize)]) -> [u8; N] {
+    let mut mask = [0xff; N];
+    let mut hole = 0;
+    while hole < holes.len() {
+        let (mut at, end) = (holes[hole].0, holes[hole].0 + holes[hole].1);
+        while at < end {
+            mask[at] = 0;
+            at += 1;
+        }
+        hole += 1;
+    }
+    mask
+}
+
+/// IPv4: total length, identification, checksum. UDP: length, checksum.
+const UDP4_EQUAL: [u8; IPV4_HEADER + UDP_HEADER] = all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4)]);
+/// IPv6: payload length. UDP as above.
+const UDP6_EQUAL: [u8; IPV6_HEADER + UDP_HEADER] = all_but(&[(4, 2), (IPV6_HEADER + 4, 4)]);
+/// IPv4 as above. TCP: sequence number, flags that the last may have, checksum.
+const TCP4_EQUAL: [u8; IPV4_HEADER + TCP_HEADER] =
+    but_last_flags(all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4), (IPV4_HEADER + 16, 2)]), IPV4_HEADER);
+/// IPv6 and TCP as above.
+const TCP6_EQUAL: [u8; IPV6_HEADER + TCP_HEADER] =
+    but_last_flags(all_but(&[(4, 2), (IPV6_HEADER + 4, 4), (IPV6_HEADER + 16, 2)]), IPV6_HEADER);
+
+const fn but_last_flags<const N: usize>(mut mask: [u8; N], tcp: usize) -> [u8; N] {
+    mask[tcp + 13] = !TCP_LAST_ONLY;
+    mask
+}
+
+/// Whether the headers are equal wherever segmentation copies them.
+#[inline]
+fn same_headers(layout: Layout, first: &[u8], next: &[u8]) -> Option<bool> {
+    let end = usize::from(layout.end);
+    let (first_link, first) = first.get(..end)?.split_at_checked(layout.l3.into())?;
+    let (next_link, next) = next.get(..end)?.split_at_checked(layout.l3.into())?;
+    let same_packet = match layout.kind {
+        Kind::Tcp4 => same_under(&TCP4_EQUAL, first, next),
+        Kind::Tcp6 => same_under(&TCP6_EQUAL, first, next),
+        Kind::Udp4 => same_under(&UDP4_EQUAL, first, next),
+        Kind::Udp6 => same_under(&UDP6_EQUAL, first, next),
+    };
+    Some(first_link == next_link && same_packet?)
+}
+
+/// Whether `N` bytes are equal under the mask, and the rest (TCP options) wholly.
+#[inline]
+fn same_under<const N: usize>(mask: &[u8; N], first: &[u8], next: &[u8]) -> Option<bool> {
+    let (first, first_options) = first.split_first_chunk::<N>()?;
+    let (next, next_options) = next.split_first_chunk::<N>()?;
+    // No way out of the loop before its end: so it becomes a few wide instructions.
+    let pairs = first.iter().zip(next).zip(mask);
+    let different = pairs.fold(0, |different, ((a, b), mask)| different | ((a ^ b) & mask));
+    Some(different == 0 && first_options == next_options)
+}
+
+/// Frames that go as one.
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    first: Segment,
+    last: Segment,
+    frames: usize,
+    /// Bytes of all payloads.
+    payload: usize,
+}
+
+impl Run {
+    /// A run of one frame.
+    #[inline]
+    pub fn begin(first: Segment) -> Run {
+        Run { first, last: first, frames: 1, payload: first.payload_len() }
+    }
+
+    /// Adds `next` if the run, cut again, gives exactly these frames. `first_start` is the copy that the first frame's
+    /// segment was made of, `next_start` that of `next`. If false, the run is as it was, and `next` may begin another.
+    #[inline]
+    pub fn join(&mut self, first_start: &[u8], next: Segment, next_start: &[u8]) -> bool {
+        let joins = self.may_precede(next) && same_headers(self.first.layout, first_start, next_start) == Some(true);
+        if joins {
+            self.last = next;
+            self.frames += 1;
+            self.payload += next.payload_len();
+        }
+        joins
+    }
+
+    /// Everything but the bytes that must be equal.
+    #[inline]
+    fn may_precede(&self, next: Segment) -> bool {
+        let Run { first, last, frames, payload } = *self;
+        let open = last.last_flags == 0 && last.payload == first.payload;
+        let fits = first.headers_len() + payload + next.payload_len() <= MERGED_FRAME_MAX;
+        let follows = last.identification.may_precede(next.identification)
+            && if first.layout.kind.is_tcp() { last.next_sequence() == next.sequence } else { frames < UDP_FRAMES_MAX };
+        open && fits && follows && next.layout == first.layout && next.payload <= first.payload
+    }
+
+    /// How many frames it has.
+    #[inline]
+    pub fn frames(&self) -> usize {
+        self.frames
+    }
+
+    /// Makes the first frame's headers, in the copy that its segment was made of, those of the whole; returns the header
+    /// to send before them. A run of one frame stays as it is. `None` if `first_start` is shorter than that copy was.
+    #[inline]
+    pub fn merge(&self, first_start: &mut [u8]) -> Option<VnetHeader> {
+        let Layout { kind, l3, l4, .. } = self.first.layout;
+        let alone = VnetHeader {
+            flags: F_NEEDS_CSUM,
+            csum_start: l4.into(),
+            csum_offset: kind.checksum_offset(),
+            ..VnetHeader::default()
+        };
+        if self.frames == 1 {
+            return Some(alone);
+        }
+        let headers = first_start.get_mut(..self.first.headers_len())?;
+        let (_, packet) = headers.split_at_mut_checked(l3.into())?;
+        self.write_packet(packet)?;
+        Some(VnetHeader {
+            gso_type: kind.gso_type(),
+            hdr_len: self.first.layout.end.into(),
+            gso_size: self.first.payload,
+            ..alone
+        })
+    }
+
+    /// Lengths, checksums and flags of the whole, in the headers from IP's on.
+    fn write_packet(&self, packet: &mut [u8]) -> Option<()> {
+        let kind = self.first.layout.kind;
+        let (ip, l4) = packet.split_at_mut_checked(kind.ip_header())?;
+        // MERGED_FRAME_MAX bounds both lengths.
+        let l4_len = (l4.len() + self.payload) as u16;
+        let pseudo = match kind {
+            Kind::Tcp4 | Kind::Udp4 => write_ipv4(ip.first_chunk_mut()?, l4_len)?,
+            Kind::Tcp6 | Kind::Udp6 => write_ipv6(ip.first_chunk_mut()?, l4_len)?,
+        };
+        if kind.is_tcp() {
+            let tcp: &mut [u8; TCP_HEADER] = l4.first_chunk_mut()?;
+            tcp[13] |= self.last.last_flags;
+            [tcp[16], tcp[17]] = pseudo.to_be_bytes();
+        } else {
+            let udp: &mut [u8; UDP_HEADER] = l4.first_chunk_mut()?;
+            [udp[4], udp[5]] = l4_len.to_be_bytes();
+            [udp[6], udp[7]] = pseudo.to_be_bytes();
+        }
+        Some(())
+    }
+}
+
+/// Gives the packet behind this header `payload` bytes; returns the sum of its pseudo-header.
+fn write_ipv4(ip: &mut [u8; IPV4_HEADER], payload: u16) -> Option<u16> {
+    [ip[2], ip[3]] = payload.wrapping_add(IPV4_HEADER as u16).to_be_bytes();
+    [ip[10], ip[11]] = [0, 0];
+    [ip[10], ip[11]] = Sum::of(ip).complement().to_be_bytes();
+    Some(pseudo_header(ip.last_chunk::<8>()?, ip[9]).plus_word(payload).fold())
+}
+
+/// As [`write_ipv4`].
+fn write_ipv6(ip: &mut [u8; IPV6_HEADER], payload: u16) -> Option<u16> {
+    [ip[4], ip[5]] = payload.to_be_bytes();
+    Some(pseudo_header(ip.last_chunk::<32>()?, ip[6]).plus_word(payload).fold())
+}
