@@ -93,6 +93,13 @@ pub struct Cli {
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub io: IoEngine,
 
+    /// Whether consecutive frames of one flow go to the TAP as one frame, which the kernel cuts again where it must
+    ///
+    /// The host's stack is walked once for all of them. What comes out is what the guest sent, byte for byte, but for the
+    /// IPv4 identification of packets that must not be fragmented.
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub coalesce: CoalesceChoice,
+
     /// Look for more frames for N microseconds before sleeping, or as long as it pays ('auto'); 0 to sleep at once
     ///
     /// It saves the guest kicks and both sides waking up, at the cost of CPU time that a busy host gets back at once.
@@ -133,6 +140,17 @@ pub enum IoEngine {
     Uring,
     /// A system call for each frame
     Syscall,
+}
+
+/// When frames are coalesced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CoalesceChoice {
+    /// TCP, and UDP where the kernel can segment it (Linux 6.2)
+    Auto,
+    /// The same, with a warning where UDP cannot be
+    On,
+    /// Never
+    Off,
 }
 
 /// How much to log.

@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::cli::{Cli, FrontEndKind, IoEngine, LogLevel};
+use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LogLevel};
 use crate::device::Io;
 use crate::device::tap::TapByName;
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
 use crate::vhost_user::listener::SocketAccess;
 use crate::vhost_user::session::SessionOptions;
 use crate::virtqueue::{QueueSize, RingError};
-use crate::worker::Tuning;
+use crate::worker::{Coalescing, Tuning};
 
 /// Where front-ends come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,7 +89,12 @@ impl TryFrom<Cli> for Config {
         check_fds(&cli)?;
         let queue_pairs = queue_pairs(&cli)?;
         let queue_size_max = QueueSize::try_from(cli.queue_size).map_err(ConfigError::QueueSize)?;
-        let tuning = Tuning { io: io(cli.io), polling: cli.poll_us, cpus: cli.cpu_affinity };
+        let tuning = Tuning {
+            io: io(cli.io),
+            coalescing: coalescing(cli.coalesce),
+            polling: cli.poll_us,
+            cpus: cli.cpu_affinity,
+        };
         let nic = NicSetup { mac: cli.mac, mtu: cli.mtu, is_generic: cli.front_end == FrontEndKind::Generic, tuning };
         let access =
             SocketAccess { mode: cli.socket_mode, group: cli.socket_group.as_deref().map(group_number).transpose()? };
@@ -147,6 +152,14 @@ fn io(io: IoEngine) -> Io {
         IoEngine::Auto => Io::Auto,
         IoEngine::Uring => Io::Uring,
         IoEngine::Syscall => Io::Syscall,
+    }
+}
+
+fn coalescing(choice: CoalesceChoice) -> Coalescing {
+    match choice {
+        CoalesceChoice::Auto => Coalescing::Auto,
+        CoalesceChoice::On => Coalescing::On,
+        CoalesceChoice::Off => Coalescing::Off,
     }
 }
 

@@ -55,6 +55,10 @@ counters! {
     tx_bytes,
     /// Those longer than 1514 bytes.
     tx_large_frames,
+    /// Frames of the guest that went to the device together with others of their flow, as one frame.
+    tx_coalesced_frames,
+    /// Those frames: each is one write.
+    tx_coalesced_runs,
     /// Wake-ups by the rx ring's kick.
     rx_kicks,
     /// Calls for the rx ring.

@@ -9,17 +9,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 
 use crate::control_queue::{self, ControlQueue, Surroundings};
-use crate::device::{Device, DeviceQueue};
+use crate::device::{Device, DeviceQueue, TUN_F_USO4, TUN_F_USO6};
 use crate::mailbox::{Mailbox, Stuck};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
+use crate::net::coalesce::Coalesce;
 use crate::net::config_space::{ConfigSpace, MTU_MIN};
 use crate::net::features::{self, Circumstances, GuestOffloads, MQ};
 use crate::net::filter::Mac;
 use crate::net::header::HEADER_LEN;
 use crate::running_ring::{Direction, RingChange, RunsRings, StartRing, StoppedRing};
 use crate::virtqueue::SplitRing;
-use crate::worker::{self, QueuePair, Tuning};
+use crate::worker::{self, Coalescing, QueuePair, Tuning};
 
 /// The usual MTU, where neither the operator nor the interface says one.
 const MTU_DEFAULT: u16 = 1500;
@@ -113,9 +114,12 @@ impl Nic {
     pub fn new(device: Device, queues: Vec<DeviceQueue>, setup: NicSetup) -> io::Result<Nic> {
         let device = Arc::new(device);
         let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
+        let coalesce = coalesce(&device, setup.tuning.coalescing);
         let spawned = queues.into_iter().zip(&counters).enumerate();
         let pairs: Arc<[_]> = spawned
-            .map(|(index, (queue, counters))| worker::spawn(index, queue, &setup.tuning, Arc::clone(counters)))
+            .map(|(index, (queue, counters))| {
+                worker::spawn(index, queue, &setup.tuning, coalesce, Arc::clone(counters))
+            })
             .collect::<io::Result<Vec<_>>>()?
             .into();
         bind(&pairs, &setup.tuning.cpus)?;
@@ -346,6 +350,20 @@ impl Nic {
         let none = || Stuck { name: format!("pair-{pair}") };
         self.pairs.get(pair).ok_or_else(none)?.call(job)
     }
+}
+
+/// Which frames to put together, as far as the device can cut them again. Every TAP cuts TCP.
+fn coalesce(device: &Device, wanted: Coalescing) -> Coalesce {
+    if wanted == Coalescing::Off {
+        return Coalesce::default();
+    }
+    let uso = TUN_F_USO4 | TUN_F_USO6;
+    let udp = device.supported_offloads() & uso == uso;
+    if !udp {
+        let level = if wanted == Coalescing::On { log::Level::Warn } else { log::Level::Info };
+        log::log!(level, "Only TCP frames are coalesced: {:?} cannot segment UDP, which Linux 6.2 can", device.name());
+    }
+    Coalesce { tcp: true, udp }
 }
 
 /// Binds the workers to `cpus`, in turn.

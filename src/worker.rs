@@ -24,6 +24,7 @@ use crate::mailbox::{Inbox, Mailbox};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
 use crate::net::Pump;
+use crate::net::coalesce::Coalesce;
 use crate::net::features::GuestOffloads;
 use crate::net::filter::RxFilter;
 use crate::net::rx::{Admission, HeldFrame, Rx};
@@ -52,11 +53,25 @@ pub struct Usage {
     pub attached: bool,
 }
 
+/// Whether frames of one flow go to the device as one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Coalescing {
+    /// Those that the device can cut again.
+    #[default]
+    Auto,
+    /// The same, with a warning where it cannot cut all kinds.
+    On,
+    /// Each frame goes by itself.
+    Off,
+}
+
 /// How the workers go about it.
 #[derive(Clone, Debug, Default)]
 pub struct Tuning {
     /// How frames are read and written.
     pub io: Io,
+    /// Whether frames of one flow go to the device as one.
+    pub coalescing: Coalescing,
     /// How long to look again before sleeping.
     pub polling: Polling,
     /// The CPUs that the workers are bound to, in turn; none for any.
@@ -74,6 +89,7 @@ pub struct QueuePair {
     /// Frames that were read for a ring that stopped.
     left: Vec<HeldFrame>,
     io: Io,
+    coalesce: Coalesce,
     poller: Poller,
     admission: Admission,
     /// Whether the device may have frames.
@@ -96,6 +112,7 @@ pub fn spawn(
     index: usize,
     device: DeviceQueue,
     how: &Tuning,
+    coalesce: Coalesce,
     counters: Arc<PairCounters>,
 ) -> io::Result<Mailbox<QueuePair>> {
     let poll = Poll::new()?;
@@ -109,6 +126,7 @@ pub fn spawn(
         tx: None,
         left: Vec::new(),
         io: how.io,
+        coalesce,
         poller: Poller::new(how.polling),
         admission: Admission::default(),
         readable: true,
@@ -134,7 +152,7 @@ impl RunsRings for QueuePair {
             }
             Direction::Tx => {
                 let ring = RunningRing::start(start, &self.poll, Event::TxKick, &self.counters)?;
-                self.tx = Some((ring, Tx::new(mem, features, &self.device, self.io)));
+                self.tx = Some((ring, Tx::new(mem, features, &self.device, (self.io, self.coalesce))));
             }
         }
         self.look_again();

@@ -3,9 +3,10 @@
 //! One pass, in three steps over up to a budget of frames:
 //!
 //! * **gather**: pop a chain, copy its first bytes to a slot of the stage, check the virtio-net header (and what it says
-//!   about the protocol headers) there. A small frame is copied as a whole;
-//! * **send**: frames that are wholly on the stage go together, in one batch where that is better; of a large frame the
-//!   checked copy and the rest of the chain go in one `writev`, straight from guest memory;
+//!   about the protocol headers) there. Frames of one flow become a run, which is sent as one frame (`coalesce`); any
+//!   other small frame is copied as a whole;
+//! * **send**: frames that are wholly on the stage go together, in one batch where that is better; of a large frame, or
+//!   of a run, what is on the stage and the rest of the chains go in one `writev`, straight from guest memory;
 //! * **settle**: complete the chains in their order, or put back those that the device does not take now.
 //!
 //! What the kernel acts on is our checked copy. Nothing is reordered and nothing is skipped silently: a frame is sent, or
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::coalesce::{Coalesce, Run, Segment};
 use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump};
 use crate::device::stage::Stage;
@@ -40,6 +42,9 @@ pub struct Tx {
     stage: Stage,
     /// The frames of this pass, oldest first.
     frames: Vec<Frame>,
+    coalesce: Coalesce,
+    /// The run that the newest frame belongs to, and where it begins.
+    run: Option<(usize, Run)>,
     /// For a frame in more pieces than one call takes.
     bounce: Box<[u8]>,
 }
@@ -52,6 +57,10 @@ struct Frame {
     /// How many of them are on the stage.
     staged: usize,
     pieces: Range<usize>,
+    /// What it is as part of a run, if it can be that.
+    segment: Option<Segment>,
+    /// How many frames, from this one on, go as one; none where it goes with one before it.
+    run: usize,
     fate: Fate,
 }
 
@@ -67,12 +76,14 @@ type Reason = fn(&PairCounters) -> &Counter;
 
 impl Tx {
     /// A direction to `device` for a guest that acknowledged `features`, whose memory is `mem`.
-    pub fn new(mem: Arc<MemView>, features: u64, device: &DeviceQueue, io: Io) -> Tx {
+    pub fn new(mem: Arc<MemView>, features: u64, device: &DeviceQueue, (io, coalesce): (Io, Coalesce)) -> Tx {
         Tx {
             iovecs: iovecs(mem),
             rules: TxRules::of(features),
             stage: Stage::new(device, io, BUDGET, SLOT_LEN),
             frames: Vec::with_capacity(BUDGET),
+            coalesce,
+            run: None,
             bounce: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
         }
     }
@@ -93,6 +104,7 @@ impl Tx {
         counters: &PairCounters,
     ) -> Result<Pump, RingBroken> {
         let gathered = self.gather(queue);
+        self.close_run();
         let stopped = self.send(device);
         self.settle(queue, counters);
         let end = gathered?;
@@ -126,7 +138,9 @@ impl Tx {
         while self.frames.len() < BUDGET && self.iovecs.len() < IOV_MAX {
             let Some(popped) = queue.pop(&mut self.iovecs)? else { return Ok(Pump::Drained) };
             let frame = self.examine(popped);
+            let segment = frame.segment;
             self.frames.push(frame);
+            self.join_run(segment);
         }
         Ok(Pump::BudgetSpent)
     }
@@ -134,7 +148,15 @@ impl Tx {
     /// Checks one chain, its start on the stage.
     #[inline]
     fn examine(&mut self, Popped { head, chain }: Popped) -> Frame {
-        let dropped = |head, reason| Frame { head, len: 0, staged: 0, pieces: 0..0, fate: Fate::Dropped(reason) };
+        let dropped = |head, reason| Frame {
+            head,
+            len: 0,
+            staged: 0,
+            pieces: 0..0,
+            segment: None,
+            run: 1,
+            fate: Fate::Dropped(reason),
+        };
         let Ok(chain) = chain.and_then(Shape::only_readable) else {
             return dropped(head, |c| &c.tx_drop_bad_chain);
         };
@@ -142,25 +164,65 @@ impl Tx {
         if !(HEADER_LEN + ETH_HEADER..=HEADER_LEN + FRAME_MAX).contains(&len) {
             return dropped(head, |c| &c.tx_drop_bad_length);
         }
-        let Some(staged) = self.stage_start(chain, len) else {
+        let Some((staged, segment)) = self.stage_start(chain, len) else {
             return dropped(head, |c| &c.tx_drop_bad_header);
         };
-        Frame { head, len, staged, pieces: chain.readable(), fate: Fate::ToSend }
+        Frame { head, len, staged, pieces: chain.readable(), segment, run: 1, fate: Fate::ToSend }
     }
 
-    /// Copies the start of a frame to its slot, or all of a small one, and checks the header there; tells how much is
-    /// there now. `None` if the header asks for what it may not.
+    /// Copies the start of a frame to its slot and checks the header there; a small frame that cannot be part of a run is
+    /// copied as a whole. Tells how much is on the stage. `None` if the header asks for what it may not.
     #[inline]
-    fn stage_start(&mut self, chain: Shape, len: usize) -> Option<usize> {
-        let wanted = if len <= SLOT_LEN { len } else { START_LEN };
-        let slot = self.stage.slot_mut(self.frames.len()).get_mut(..wanted)?;
-        let staged = self.iovecs.copy_to(chain.readable(), 0, slot);
+    fn stage_start(&mut self, chain: Shape, len: usize) -> Option<(usize, Option<Segment>)> {
+        let slot = self.stage.slot_mut(self.frames.len());
+        let staged = self.iovecs.copy_to(chain.readable(), 0, slot.get_mut(..len.min(START_LEN))?);
         let (head, frame) = slot.split_first_chunk_mut::<HEADER_LEN>()?;
-        let start = frame.get(..staged.checked_sub(HEADER_LEN)?.min(PROTOCOL_HEADERS_MAX))?;
+        let start = frame.get(..staged.checked_sub(HEADER_LEN)?)?;
         let checked = self.rules.check(VnetHeader::from_bytes(head), len - HEADER_LEN, start).ok()?;
         *head = checked.header.to_bytes();
-        Some(staged)
+        let segment = Segment::of(self.coalesce, checked.header, start, len - HEADER_LEN);
+        if segment.is_some() || staged == len || len > SLOT_LEN {
+            return Some((staged, segment));
+        }
+        Some((staged + self.iovecs.copy_to(chain.readable(), staged, slot.get_mut(staged..len)?), None))
     }
+
+    /// Has the newest frame join the run before it, or begin one.
+    #[inline]
+    fn join_run(&mut self, segment: Option<Segment>) {
+        let newest = self.frames.len() - 1;
+        if let (Some((first, run)), Some(segment)) = (&mut self.run, segment)
+            && run.join(frame_start(&self.stage, *first), segment, frame_start(&self.stage, newest))
+        {
+            self.frames.get_mut(*first).into_iter().for_each(|frame| frame.run = run.frames());
+            self.frames.get_mut(newest).into_iter().for_each(|frame| frame.run = 0);
+            return;
+        }
+        self.close_run();
+        self.run = segment.map(|segment| (newest, Run::begin(segment)));
+    }
+
+    /// Makes one frame of a run; one that stayed alone is what it was, and is copied as a whole if it is small.
+    fn close_run(&mut self) {
+        let Some((first, run)) = self.run.take() else { return };
+        let slot = self.stage.slot_mut(first);
+        if run.frames() == 1 {
+            if let Some(frame) = self.frames.get_mut(first).filter(|frame| frame.len <= SLOT_LEN)
+                && let Some(rest) = slot.get_mut(frame.staged..frame.len)
+            {
+                frame.staged += self.iovecs.copy_to(frame.pieces.clone(), frame.staged, rest);
+            }
+        } else if let Some((head, start)) = slot.split_first_chunk_mut::<HEADER_LEN>()
+            && let Some(header) = run.merge(start)
+        {
+            *head = header.to_bytes();
+        }
+    }
+}
+
+/// A slot without the place of the virtio-net header.
+fn frame_start(stage: &Stage, slot: usize) -> &[u8] {
+    stage.slot(slot).get(HEADER_LEN..).unwrap_or_default()
 }
 
 /// Sending.
@@ -170,7 +232,7 @@ impl Tx {
         let mut at = 0;
         while let Some(frame) = self.frames.get(at) {
             let stopped = match frame.fate {
-                Fate::ToSend if frame.staged < frame.len => self.send_gathered(&mut at, device),
+                Fate::ToSend if frame.is_gathered() => self.send_gathered(&mut at, device),
                 _ => self.send_staged(&mut at, device),
             };
             if stopped.is_some() {
@@ -185,7 +247,7 @@ impl Tx {
         self.stage.clear();
         for frame in self.frames.get(*at..).unwrap_or_default() {
             match frame.fate {
-                Fate::ToSend if frame.staged < frame.len => break,
+                Fate::ToSend if frame.is_gathered() => break,
                 Fate::ToSend => self.stage.add(*at, frame.len),
                 Fate::Sent | Fate::Dropped(_) => {}
             }
@@ -201,33 +263,59 @@ impl Tx {
         None
     }
 
-    /// Sends frame `at` from the stage and from guest memory.
+    /// Sends the frame or run that begins at `at` from the stage and from guest memory.
     fn send_gathered(&mut self, at: &mut usize, device: &DeviceQueue) -> Option<Pump> {
         let mut sent = self.write(*at, device);
         if sent.is_err_and(is_passing) {
             sent = self.write(*at, device);
         }
-        match fate(sent) {
-            Ok(fate) => self.frames.get_mut(*at).into_iter().for_each(|frame| frame.fate = fate),
+        let fate = match fate(sent) {
+            Ok(fate) => fate,
             Err(stopped) => return Some(stopped),
-        }
-        *at += 1;
+        };
+        let count = self.run_at(*at).len();
+        self.frames.iter_mut().skip(*at).take(count).for_each(|frame| frame.fate = fate);
+        *at += count;
         None
     }
 
-    /// Writes what is on the stage of frame `at` and the rest of its chain.
+    /// The frames that go with the one at `at`, and that one.
+    fn run_at(&self, at: usize) -> &[Frame] {
+        let count = self.frames.get(at).map_or(0, |frame| frame.run.max(1));
+        self.frames.get(at..at + count).unwrap_or_default()
+    }
+
+    /// Writes the frame or run that begins at `at`: of each frame what is on the stage and the rest of its chain.
     fn write(&mut self, at: usize, device: &DeviceQueue) -> Result<usize, Errno> {
-        let Some(Frame { pieces, staged, .. }) = self.frames.get(at) else { return Err(Errno::INVAL) };
-        let start = self.stage.slot(at).get(..*staged).unwrap_or_default();
-        let part = if pieces.len() < IOV_MAX {
-            Part { private: start, pieces: pieces.clone(), skip: *staged }
-        } else {
-            let (head, rest) = self.bounce.split_at_mut_checked(start.len()).ok_or(Errno::INVAL)?;
-            head.copy_from_slice(start);
-            let copied = self.iovecs.copy_to(pieces.clone(), start.len(), rest);
-            Part { private: self.bounce.get(..start.len() + copied).unwrap_or_default(), pieces: 0..0, skip: 0 }
-        };
-        self.iovecs.writev(device.as_fd(), [part]).map_err(errno)
+        let count = self.frames.get(at).map_or(1, |frame| frame.run.max(1));
+        let Tx { iovecs, stage, frames, bounce, .. } = self;
+        let frames = frames.get(at..at + count).unwrap_or_default();
+        let parts = frames.iter().enumerate().map(|(index, frame)| {
+            // The headers of the first are those of the whole.
+            let headers = frame.segment.filter(|_| index > 0).map_or(0, |segment| HEADER_LEN + segment.headers_len());
+            let private = stage.slot(at + index).get(headers..frame.staged).unwrap_or_default();
+            Part { private, pieces: frame.pieces.clone(), skip: frame.staged }
+        });
+        if frames.iter().map(|frame| 1 + frame.pieces.len()).sum::<usize>() <= IOV_MAX {
+            return iovecs.writev(device.as_fd(), parts).map_err(errno);
+        }
+        let mut len = 0;
+        for Part { private, pieces, skip } in parts {
+            let (start, rest) = bounce
+                .get_mut(len..)
+                .and_then(|room| room.split_at_mut_checked(private.len()))
+                .ok_or(Errno::MSGSIZE)?;
+            start.copy_from_slice(private);
+            len += private.len() + iovecs.copy_to(pieces, skip, rest);
+        }
+        rustix::io::write(device, bounce.get(..len).unwrap_or_default())
+    }
+}
+
+impl Frame {
+    /// Whether not all of what is to be sent is on the stage, in one slot.
+    fn is_gathered(&self) -> bool {
+        self.staged < self.len || self.run > 1
     }
 }
 
@@ -237,7 +325,7 @@ impl Tx {
     fn settle(&mut self, queue: &mut Queue, counters: &PairCounters) {
         let done = self.frames.iter().take_while(|frame| !matches!(frame.fate, Fate::ToSend)).count();
         self.frames.drain(done..).rev().for_each(|frame| queue.rewind(frame.head));
-        let (mut sent, mut bytes, mut large) = (0, 0, 0);
+        let (mut sent, mut bytes, mut large, mut runs, mut coalesced) = (0, 0, 0, 0, 0);
         for frame in self.frames.drain(..) {
             match frame.fate {
                 Fate::Dropped(reason) => reason(counters).add(1),
@@ -246,6 +334,10 @@ impl Tx {
                     sent += 1;
                     bytes += len as u64;
                     large += u64::from(len > LARGE_FRAME);
+                    if frame.run > 1 {
+                        runs += 1;
+                        coalesced += frame.run as u64;
+                    }
                 }
             }
             queue.push_used(frame.head, 0);
@@ -253,6 +345,8 @@ impl Tx {
         counters.tx_frames.add(sent);
         counters.tx_bytes.add(bytes);
         counters.tx_large_frames.add(large);
+        counters.tx_coalesced_frames.add(coalesced);
+        counters.tx_coalesced_runs.add(runs);
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! * [`attach`]: attaching to a TAP, creating one, and each way in which that cannot be;
 //! * [`descriptors`]: TAP queues and front-ends that are passed as descriptors;
+//! * [`coalescing`]: a stream of datagrams that goes as few frames;
+//! * [`engines`]: io_uring batches, and without io_uring;
 //! * [`lifetime`]: the socket, signals, the counters, the end;
 //! * [`link`]: queues that come and go with the guest's, the link, a TAP that is deleted;
 //! * [`offloads`]: unfinished frames both ways, as negotiated;
@@ -16,7 +18,9 @@
 mod common;
 
 mod attach;
+mod coalescing;
 mod descriptors;
+mod engines;
 mod lifetime;
 mod link;
 mod offloads;

@@ -1,0 +1,206 @@
+//! Frames in io_uring batches on a real TAP: their order, what happens without io_uring, and a killed process's ring.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::common::backend::{Spawned, arg, inherit};
+use crate::common::bench::Guest;
+use crate::common::frames::{Checker, Ends, Stamp, test_frame};
+use crate::common::netns::{TapSpec, require_root};
+use crate::common::virtio::{VnetHdr, feature};
+use crate::common::{PATIENCE, say};
+use crate::{Place, TAP, assert_frames_pass, wait_until};
+
+fn tx_frame(seq: u32) -> Vec<u8> {
+    test_frame(&Ends::TX, Stamp { stream: 1, seq }, 100)
+}
+
+fn rx_frame(seq: u32) -> Vec<u8> {
+    test_frame(&Ends::RX, Stamp { stream: 2, seq }, 100)
+}
+
+/// Frames come one by one while a batch of reads goes on, so one may come between a read that finds nothing and the next:
+/// none is lost and none comes late.
+#[test]
+fn frame_that_comes_between_two_reads_of_a_batch_leaves_no_hole() {
+    const FRAMES: u32 = 20_000;
+    if !require_root("frame_that_comes_between_two_reads_of_a_batch_leaves_no_hole") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec::new(TAP));
+    place.namespace.ip("link set dev tap0 txqueuelen 30000");
+    let _backend = place.start(&["--io", "uring"]);
+    let mut guest = Guest::new(1, feature::MRG_RXBUF | feature::EVENT_IDX);
+    guest.pairs[0].post_rx(200, 2048);
+    let _front_end = place.connect(&guest);
+    let host = place.host();
+    let mut checker = Checker::new(2);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for seq in 0..FRAMES {
+                host.send(&rx_frame(seq));
+                // Pauses of all lengths, so that batches end everywhere.
+                (0..seq % 97 * 7).for_each(|_| std::hint::spin_loop());
+            }
+        });
+        for _ in 0..FRAMES {
+            let (_, frame) = guest.pairs[0].recv(PATIENCE).expect("all frames come");
+            checker.see(&frame);
+        }
+    });
+    checker.assert_perfect(FRAMES);
+}
+
+/// A TAP with a send limit refuses frames in the middle of a batch: they go later, and none before them.
+#[test]
+fn frame_that_the_tap_refuses_for_now_is_not_overtaken() {
+    const FRAMES: u32 = 3000;
+    if !require_root("frame_that_the_tap_refuses_for_now_is_not_overtaken") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec::new(TAP));
+    let queue = place.namespace.open_tap(TAP, false);
+    let limit: libc::c_int = 6000;
+    // SAFETY: TUNSETSNDBUF reads one int, which outlives the call.
+    let set = unsafe { libc::ioctl(queue.fd.as_raw_fd(), libc::TUNSETSNDBUF, &raw const limit) };
+    assert_eq!(set, 0, "TUNSETSNDBUF: {}", std::io::Error::last_os_error());
+    let socket = place.socket();
+    let mut command = Command::new(crate::BINARY);
+    command.args(["--socket-path", arg(&socket), "--tap-fd", "7", "--io", "uring"]);
+    inherit(&mut command, std::os::fd::AsFd::as_fd(&queue.fd), 7);
+    let mut backend = Spawned::run(&mut command);
+    backend.wait_line("Listening on");
+    let mut guest = Guest::new(1, feature::EVENT_IDX);
+    let _front_end = place.connect(&guest);
+    let host = place.host();
+    let driver = &mut guest.pairs[0];
+    let mut checker = Checker::new(1);
+    let mut seq = 0;
+    while seq < FRAMES {
+        // More than the limit lets out at once; what the host does not take stands in the way of the rest.
+        for _ in 0..100 {
+            driver.queue(&VnetHdr::default(), &tx_frame(seq));
+            seq += 1;
+        }
+        driver.tx.publish_and_kick();
+        for _ in 0..100 {
+            checker.see(&host.recv(PATIENCE).expect("all frames come out"));
+        }
+        assert!(driver.wait_tx_done(PATIENCE), "every head comes back");
+    }
+    checker.assert_perfect(FRAMES);
+}
+
+/// The kernel ends the ring of a killed process later than the process: the next one waits for the TAP.
+#[test]
+fn process_killed_in_the_middle_of_batches_can_be_started_again_at_once() {
+    const KILLS: u32 = 15;
+    if !require_root("process_killed_in_the_middle_of_batches_can_be_started_again_at_once") {
+        return;
+    }
+    // A TAP that stays, and one that goes with its process.
+    for is_kept in [true, false] {
+        let place = Place::new();
+        if is_kept {
+            place.namespace.add_tap(&TapSpec::new(TAP));
+        }
+        let mut waited = 0;
+        for _ in 0..KILLS {
+            let mut guest = Guest::new(1, feature::MRG_RXBUF | feature::EVENT_IDX);
+            guest.pairs[0].post_rx(64, 2048);
+            let mut backend = place.start(&["--io", "uring"]);
+            waited += u32::from(backend.log().contains("is in use; waiting"));
+            let front_end = place.connect(&guest);
+            let host = place.host();
+            assert_frames_pass(&mut guest, &host);
+            for seq in 0..100 {
+                guest.pairs[0].queue(&VnetHdr::default(), &tx_frame(seq));
+                host.send(&rx_frame(seq));
+            }
+            guest.pairs[0].tx.publish_and_kick();
+            backend.signal(Signal::SIGKILL);
+            backend.wait_end(PATIENCE);
+            drop(front_end);
+        }
+        say(&format!("Killed {KILLS} times, {waited} times the next one had to wait for the TAP"));
+    }
+}
+
+/// Makes the kernel refuse `io_uring_setup` to this process, as a container's filter does.
+fn forbid_io_uring() -> std::io::Result<()> {
+    let deny = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+    let step = |code: u32, k, jf| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let mut program = [
+        // The system call's number is the first word.
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_io_uring_setup as u32, 1),
+        step(libc::BPF_RET | libc::BPF_K, deny, 0),
+        step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: PR_SET_NO_NEW_PRIVS takes numbers only.
+    let unprivileged = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    // SAFETY: `filter` names `program`; both outlive the call.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) };
+    if unprivileged == 0 && set == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+fn without_io_uring(place: &Place, more: &[&str]) -> Command {
+    let mut command = place.command(&[&["--tap", TAP], more].concat());
+    // SAFETY: between fork and exec the filter is set by system calls alone.
+    unsafe { command.pre_exec(forbid_io_uring) };
+    command
+}
+
+#[test]
+fn frames_pass_with_system_calls_where_io_uring_is_forbidden() {
+    if !require_root("frames_pass_with_system_calls_where_io_uring_is_forbidden") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec::new(TAP));
+    let mut backend = Spawned::run(&mut without_io_uring(&place, &[]));
+    backend.wait_line("Listening on");
+    assert_eq!(backend.log().matches("io_uring").count(), 1, "{}", backend.log());
+    let mut guest = Guest::new(1, feature::MRG_RXBUF);
+    let _front_end = place.connect(&guest);
+    assert_frames_pass(&mut guest, &place.host());
+    drop(backend);
+
+    wait_until("the TAP is free", || place.namespace.ip("-d link show dev tap0").contains("NO-CARRIER"));
+    let (code, log) = Spawned::refusal(&mut without_io_uring(&place, &["--io", "uring"]));
+    assert_eq!(code, Some(1), "{log}");
+    assert!(log.contains("--io uring") && log.contains("io_uring_disabled") && log.contains("not permitted"), "{log}");
+}
+
+/// Where little memory may be locked the frames' memory cannot be registered: said once, and frames pass.
+#[test]
+fn frames_pass_where_little_memory_may_be_locked() {
+    if !require_root("frames_pass_where_little_memory_may_be_locked") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec::new(TAP));
+    let socket = place.socket();
+    let mut command = place.namespace.command("setpriv");
+    command.args(["--bounding-set", "-ipc_lock", "prlimit", "--memlock=65536", crate::BINARY]);
+    command.args(["--socket-path", arg(&socket), "--tap", TAP, "--io", "uring"]);
+    let mut backend = Spawned::run(&mut command);
+    backend.wait_line("Listening on");
+    let mut guest = Guest::new(1, feature::MRG_RXBUF);
+    let _front_end = place.connect(&guest);
+    let host = place.host();
+    for _ in 0..3 {
+        assert_frames_pass(&mut guest, &host);
+    }
+    backend.wait_line("going on with one system call for each frame");
+    std::thread::sleep(Duration::from_millis(10));
+    // Once for each direction.
+    assert!(backend.log().matches("going on with one system call").count() <= 2, "{}", backend.log());
+}
