@@ -29,8 +29,9 @@ use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::iovec::{IOV_MAX, Part};
 use crate::virtqueue::{GuestIovecs, Head, Popped, Queue, RingBroken, Shape};
 
-/// A frame that fits with its header is copied as a whole: of the usual MTU, with room for tags.
-const SLOT_LEN: usize = 2048;
+/// A frame that fits with its header is copied as a whole: of the usual MTU, with room for tags. Not a power of two: slots
+/// would share few lines of the cache.
+const SLOT_LEN: usize = 2048 + 64;
 /// What is copied of a larger one.
 const START_LEN: usize = HEADER_LEN + PROTOCOL_HEADERS_MAX;
 
