@@ -83,7 +83,7 @@ impl Kind {
     }
 }
 
-/// Where a frame's headers are: equal in all frames of a run.
+/// What a frame's headers are, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Layout {
     kind: Kind,
@@ -327,7 +327,8 @@ const fn but_last_flags<const N: usize>(mut mask: [u8; N], tcp: usize) -> [u8; N
     mask
 }
 
-/// Whether the headers are equal wherever segmentation copies them.
+/// Whether the headers are equal wherever segmentation copies them. If so, `next` has this layout too: what tells layouts
+/// apart (ethertypes, protocol, TCP's header length) is among what is compared.
 #[inline]
 fn same_headers(layout: Layout, first: &[u8], next: &[u8]) -> Option<bool> {
     let end = usize::from(layout.end);
@@ -391,7 +392,7 @@ impl Run {
         let fits = first.headers_len() + payload + next.payload_len() <= MERGED_FRAME_MAX;
         let follows = last.identification.may_precede(next.identification)
             && if first.layout.kind.is_tcp() { last.next_sequence() == next.sequence } else { frames < UDP_FRAMES_MAX };
-        open && fits && follows && next.layout == first.layout && next.payload <= first.payload
+        open && fits && follows && next.payload <= first.payload
     }
 
     /// How many frames it has.
