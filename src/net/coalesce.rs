@@ -1,8 +1,8 @@
 //! Coalescing on tx: consecutive frames of one flow become one frame that asks to be segmented (VIRTIO 1.3, "Network
 //! Device", "Packet Transmission"), so that the kernel's stack is walked once for all of them.
 //!
-//! `tx` calls this with private copies of the frames' first bytes. [`Segment::of`] judges a frame alone, [`Run::join`] a
-//! frame behind others, [`Run::merge`] writes the headers of the whole. The caller sends
+//! `tx` calls this with private copies of the frames' first bytes. [`Segment::of`] judges a frame alone, [`Run::join`]
+//! a frame behind others, [`Run::merge`] writes the headers of the whole. The caller sends
 //! `[virtio-net header][merged headers][payload of frame 1][payload of frame 2]…`. Nothing here does I/O or allocates.
 //!
 //! **The rule.** A frame joins only if cutting the whole again gives the guest's frames, byte for byte with completed
@@ -15,7 +15,7 @@
 //! * It counts the TCP sequence number up by the payload and leaves PSH and FIN to the last segment. CWR stays on the
 //!   first, SYN, RST and URG on all: none of these is merged.
 //! * It cuts at the first frame's payload length, so only the last frame may be shorter, and none longer.
-//! * It fills in the TCP or UDP checksum: each frame must have asked for that, with the sum of the pseudo-header exactly.
+//! * It fills in the TCP or UDP checksum: each frame must have asked for that, with exactly the pseudo-header's sum.
 //!   A UDP checksum of none (0) or one that is complete already would not come back.
 
 use super::checksum::{Sum, pseudo_header};
@@ -83,7 +83,7 @@ impl Kind {
     }
 }
 
-/// Where a frame's headers are: equal in all frames of a run.
+/// What a frame's headers are, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Layout {
     kind: Kind,
@@ -126,8 +126,8 @@ impl Identification {
 }
 
 impl Segment {
-    /// Judges a frame of `len` bytes alone: `header` is its checked header, `start` a private copy of its first bytes, up
-    /// to [`PROTOCOL_HEADERS_MAX`](super::header::PROTOCOL_HEADERS_MAX). `None` if it has to be sent as it is.
+    /// Judges a frame of `len` bytes alone: `header` is its checked header, `start` a private copy of its first bytes,
+    /// up to [`PROTOCOL_HEADERS_MAX`](super::header::PROTOCOL_HEADERS_MAX). `None` if it has to be sent as it is.
     #[inline]
     pub fn of(allowed: Coalesce, header: VnetHeader, start: &[u8], len: usize) -> Option<Segment> {
         if header.flags != F_NEEDS_CSUM || header.is_gso() {
@@ -327,7 +327,8 @@ const fn but_last_flags<const N: usize>(mut mask: [u8; N], tcp: usize) -> [u8; N
     mask
 }
 
-/// Whether the headers are equal wherever segmentation copies them.
+/// Whether the headers are equal wherever segmentation copies them. If so, `next` has this layout too: what tells
+/// layouts apart (ethertypes, protocol, TCP's header length) is among what is compared.
 #[inline]
 fn same_headers(layout: Layout, first: &[u8], next: &[u8]) -> Option<bool> {
     let end = usize::from(layout.end);
@@ -391,7 +392,7 @@ impl Run {
         let fits = first.headers_len() + payload + next.payload_len() <= MERGED_FRAME_MAX;
         let follows = last.identification.may_precede(next.identification)
             && if first.layout.kind.is_tcp() { last.next_sequence() == next.sequence } else { frames < UDP_FRAMES_MAX };
-        open && fits && follows && next.layout == first.layout && next.payload <= first.payload
+        open && fits && follows && next.payload <= first.payload
     }
 
     /// How many frames it has.
@@ -400,8 +401,9 @@ impl Run {
         self.frames
     }
 
-    /// Makes the first frame's headers, in the copy that its segment was made of, those of the whole; returns the header
-    /// to send before them. A run of one frame stays as it is. `None` if `first_start` is shorter than that copy was.
+    /// Makes the first frame's headers, in the copy that its segment was made of, those of the whole; returns the
+    /// header to send before them. A run of one frame stays as it is. `None` if `first_start` is shorter than
+    /// that copy was.
     #[inline]
     pub fn merge(&self, first_start: &mut [u8]) -> Option<VnetHeader> {
         let Layout { kind, l3, l4, .. } = self.first.layout;

@@ -3,9 +3,9 @@
 //! Rings as a driver writes them ([`split_ring`] and [`driver`] on [`memory`]), messages as a front-end sends them
 //! ([`message`], [`frontend`], [`crate_frontend`]), a SEQPACKET pair as the TAP ([`tap_double`]),
 //! frames that tell loss from corruption ([`frames`]), what a segmentation request stands for ([`split`]). For what a
-//! double cannot show: kernel devices in a namespace ([`netns`]), a stock QEMU ([`qtest`]), Linux guests ([`guest`], [`transfer`]). [`reference`] is a back-end
-//! that we did not design, for a second opinion; [`qemu_shim`] lets QEMU talk to it, and
-//! [`recorder`] shows a front-end's message order.
+//! double cannot show: kernel devices in a namespace ([`netns`]), a stock QEMU ([`qtest`]), Linux guests ([`guest`],
+//! [`transfer`]). [`reference`] is a back-end that we did not design, for a second opinion; [`qemu_shim`] lets QEMU
+//! talk to it, and [`recorder`] shows a front-end's message order.
 //!
 //! Nothing but [`backend`], which starts it, and [`device_side`], which runs its rings alone, uses the library under
 //! test; [`bench`] and [`path_bench`] put a guest and a front-end before it. Nothing sleeps, or waits without a bound: [`PATIENCE`] says
