@@ -1,0 +1,429 @@
+//! What is measured: each case once, for one contender.
+
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use crate::common::frames::{self, Ends, L4Csum, Stamp, payload};
+use crate::common::netns::PacketSocket;
+use crate::common::virtio::{VnetHdr, gso, net_flag};
+use crate::common::{fd_of, wait_readable};
+use crate::guest::{FEATURES, Guest, RING_SIZE};
+use crate::place::{Contender, Place, TAP, thread_cpu};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Payload of a frame that asks to be segmented.
+const LARGE: usize = 64_000;
+const MSS: u16 = 1448;
+/// Flows of the mixed cases.
+const FLOWS: u16 = 16;
+
+/// How many chains the conventional back-end has to pop for the largest frame of the case.
+const CHAINS: &str = "VHOST_USER_NET_BENCH_CHAINS";
+
+pub fn baseline_chains() -> usize {
+    std::env::var(CHAINS).ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// What to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// From the guest, flows mixed: frames of so many bytes, to nobody.
+    Tx(usize),
+    /// The same on two queue pairs.
+    TxPairs(usize),
+    /// From the guest: super-frames.
+    TxLarge,
+    /// From the guest, one stream of datagrams of so many bytes into a socket of the host.
+    UdpToSocket(usize),
+    /// The same, across a bridge to a veth end where nobody has to cut them.
+    UdpToVeth(usize),
+    /// To the guest: frames of so many bytes.
+    Rx(usize),
+    /// To the guest: super-frames.
+    RxLarge,
+    /// To a guest that cannot take them whole: datagrams of a socket with UDP segmentation; the sender's time counts, too.
+    UdpFromSocket,
+    /// One frame there and back at a time: time of each.
+    PingPong,
+}
+
+/// One measurement.
+#[derive(Clone, Debug, Default)]
+pub struct Sample {
+    /// Nanoseconds of the back-end's processor time for each frame (of the guest's: datagrams, super-frames).
+    pub cpu_ns: f64,
+    /// Frames in a second.
+    pub rate: f64,
+    /// Round trips in nanoseconds, sorted.
+    pub trips: Vec<u64>,
+}
+
+impl Sample {
+    fn new(frames: u64, cpu: Duration, wall: Duration) -> Sample {
+        Sample {
+            cpu_ns: cpu.as_nanos() as f64 / frames as f64,
+            rate: frames as f64 / wall.as_secs_f64(),
+            trips: Vec::new(),
+        }
+    }
+}
+
+fn partial_udp() -> VnetHdr {
+    VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 6, ..VnetHdr::default() }
+}
+
+fn large_header() -> VnetHdr {
+    VnetHdr {
+        flags: net_flag::NEEDS_CSUM,
+        gso_type: gso::TCPV4,
+        hdr_len: 54,
+        gso_size: MSS,
+        csum_start: 34,
+        csum_offset: 16,
+        num_buffers: 0,
+    }
+}
+
+/// A datagram of the guest in a frame of `len` bytes.
+fn datagram(ends: &Ends, len: usize) -> (VnetHdr, Vec<u8>) {
+    let bytes = payload(Stamp { stream: 1, seq: 0 }, len - 42);
+    (partial_udp(), frames::udp4(ends, &bytes, L4Csum::Partial))
+}
+
+/// Frames that no one takes, of flows in turn.
+fn mixed(len: usize) -> Vec<(VnetHdr, Vec<u8>)> {
+    let ends = |flow| Ends { dst_mac: [2, 0, 0, 0, 0, 9], src_port: 4000 + flow, ..Ends::TX };
+    (0..FLOWS).map(|flow| datagram(&ends(flow), len)).collect()
+}
+
+fn large() -> Vec<(VnetHdr, Vec<u8>)> {
+    let ends = Ends { dst_mac: [2, 0, 0, 0, 0, 9], ..Ends::TX };
+    let bytes = payload(Stamp { stream: 1, seq: 0 }, LARGE);
+    vec![(large_header(), frames::tcp4(&ends, 1, &bytes, L4Csum::Partial))]
+}
+
+/// Measures one contender in one case; `scale` frames for each thousand.
+pub fn measure(kind: Kind, contender: &Contender, scale: u64) -> Sample {
+    match kind {
+        Kind::Tx(len) => transmit(contender, 1, &mixed(len), 150 * scale),
+        Kind::TxPairs(len) => transmit(contender, 2, &mixed(len), 100 * scale),
+        Kind::TxLarge => transmit(contender, 1, &large(), 10 * scale),
+        Kind::UdpToSocket(len) => to_socket(contender, len, 20 * scale),
+        Kind::UdpToVeth(len) => to_veth(contender, len, 100 * scale),
+        Kind::Rx(len) => receive(contender, len, 12 * scale),
+        Kind::RxLarge => receive_large(contender, scale),
+        Kind::UdpFromSocket => from_socket(contender, 9 * scale),
+        Kind::PingPong => ping_pong(contender, 5 * scale),
+    }
+}
+
+fn transmit(contender: &Contender, pairs: usize, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> Sample {
+    transmit_in(&Place::new(pairs > 1), contender, pairs, frames, count)
+}
+
+fn transmit_in(
+    place: &Place,
+    contender: &Contender,
+    pairs: usize,
+    frames: &[(VnetHdr, Vec<u8>)],
+    count: u64,
+) -> Sample {
+    if *contender == Contender::Floor {
+        return floor_transmit(place, frames, count);
+    }
+    let mut guest = Guest::new(pairs, frames, FEATURES);
+    let process = place.start(contender, &mut guest, &[]);
+    let pass = |guest: &mut Guest, count: u64| {
+        std::thread::scope(|scope| {
+            for pair in &mut guest.pairs {
+                scope.spawn(move || pair.tx.pass(count / pairs as u64));
+            }
+        });
+    };
+    pass(&mut guest, 2000);
+    let (cpu, begun) = (process.cpu(), Instant::now());
+    pass(&mut guest, count);
+    Sample::new(count, process.cpu() - cpu, begun.elapsed())
+}
+
+fn floor_transmit(place: &Place, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> Sample {
+    let queue = place.floor();
+    // As many frames as the rings have, so that as much memory is gone through.
+    let frames: Vec<_> = frames
+        .iter()
+        .cycle()
+        .take(RING_SIZE.into())
+        .map(|(header, frame)| (header.to_bytes(), frame.clone()))
+        .collect();
+    let send = |count: u64| {
+        for (header, frame) in frames.iter().cycle().take(count as usize) {
+            let iovecs = [std::io::IoSlice::new(header), std::io::IoSlice::new(frame)];
+            let sent = rustix::io::writev(&queue.fd, &iovecs).expect("the TAP takes it");
+            assert_eq!(sent, header.len() + frame.len());
+        }
+    };
+    send(2000.min(count));
+    let (cpu, begun) = (thread_cpu(), Instant::now());
+    send(count);
+    Sample::new(count, thread_cpu() - cpu, begun.elapsed())
+}
+
+/// Room for all datagrams: nobody reads them while it is measured.
+fn deep_socket(place: &Place) -> UdpSocket {
+    let socket = place.namespace.within(|| UdpSocket::bind("10.99.0.1:5000").expect("a socket"));
+    set_option(&socket.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 1 << 29);
+    socket
+}
+
+fn set_option(fd: &BorrowedFd<'_>, level: i32, option: i32, value: i32) {
+    let len = size_of_val(&value) as u32;
+    // SAFETY: `value` is an int of the length given, and outlives the call.
+    let set = unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const value).cast(), len) };
+    assert_eq!(set, 0, "setsockopt: {}", std::io::Error::last_os_error());
+}
+
+fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
+    let place = Place::new(false);
+    let socket = deep_socket(&place);
+    let sample = transmit_in(&place, contender, 1, &[datagram(&Ends::TX, len + 42)], count);
+    socket.set_nonblocking(true).expect("a socket");
+    let mut bytes = [0; 2048];
+    let mut came = 0;
+    while let Ok(got) = socket.recv(&mut bytes) {
+        assert_eq!(got, len);
+        came += 1;
+    }
+    assert_eq!(came, count + 2000, "{} delivered all datagrams", contender.name());
+    sample
+}
+
+fn to_veth(contender: &Contender, len: usize, count: u64) -> Sample {
+    let place = Place::new(false);
+    for command in [
+        "link add br0 type bridge",
+        "link add veth0 type veth peer name veth1",
+        "link set tap0 master br0",
+        "link set veth0 master br0",
+        "link set veth0 up",
+        "link set veth1 up",
+        "link set br0 up",
+    ] {
+        place.namespace.ip(command);
+    }
+    // A bridge listens before it forwards; and it floods what it has not seen.
+    std::thread::sleep(Duration::from_millis(50));
+    let ends = Ends { dst_mac: [2, 0, 0, 0, 0, 9], ..Ends::TX };
+    transmit_in(&place, contender, 1, &[datagram(&ends, len + 42)], count)
+}
+
+/// A host's side whose frames wait in the TAP's queue until the guest has buffers.
+fn sender(place: &Place, vnet_hdr: bool) -> PacketSocket {
+    let socket = if vnet_hdr {
+        PacketSocket::open_vnet_hdr(&place.namespace, TAP)
+    } else {
+        PacketSocket::open(&place.namespace, TAP)
+    };
+    set_option(&socket.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, 1 << 29);
+    socket
+}
+
+fn receive(contender: &Contender, len: usize, count: u64) -> Sample {
+    let (_, frame) = datagram(&Ends::RX, len);
+    receive_with(contender, count, 1, |place| {
+        let socket = sender(place, false);
+        (0..count).for_each(|_| socket.send(&frame));
+    })
+}
+
+fn receive_large(contender: &Contender, count: u64) -> Sample {
+    let frame = frames::tcp4(&Ends::RX, 1, &payload(Stamp { stream: 2, seq: 0 }, LARGE), L4Csum::Partial);
+    let header = large_header();
+    receive_with(contender, count, LARGE.div_ceil(1500) as u64, |place| {
+        let socket = sender(place, true);
+        (0..count).for_each(|_| socket.send_vnet(&header, &frame).expect("the TAP's queue has room"));
+    })
+}
+
+/// Fills the TAP, then gives the guest's buffers and times how they come back.
+fn receive_with(contender: &Contender, count: u64, chains: u64, fill: impl Fn(&Place)) -> Sample {
+    let place = Place::new(false);
+    if *contender == Contender::Floor {
+        let queue = place.floor();
+        fill(&place);
+        let (mut header, mut frame) = ([0; 12], vec![0; 66_000]);
+        let (cpu, begun) = (thread_cpu(), Instant::now());
+        for _ in 0..count {
+            let mut iovecs = [std::io::IoSliceMut::new(&mut header), std::io::IoSliceMut::new(&mut frame)];
+            rustix::io::readv(&queue.fd, &mut iovecs).expect("a frame");
+        }
+        return Sample::new(count, thread_cpu() - cpu, begun.elapsed());
+    }
+    let mut guest = Guest::new(1, &[datagram(&Ends::TX, 64)], FEATURES);
+    let process = place.start(contender, &mut guest, &[(CHAINS, chains.to_string())]);
+    fill(&place);
+    std::thread::sleep(Duration::from_millis(20));
+    let (cpu, begun) = (process.cpu(), Instant::now());
+    drain(&mut guest, count * if chains == 1 { 1 } else { chains_of_large() });
+    Sample::new(count, process.cpu() - cpu, begun.elapsed())
+}
+
+/// Buffers that a super-frame takes.
+fn chains_of_large() -> u64 {
+    (12 + 54 + LARGE).div_ceil(1536) as u64
+}
+
+/// Gives buffers, all the time, until `count` came back.
+fn drain(guest: &mut Guest, count: u64) {
+    let rx = &mut guest.pairs[0].rx;
+    rx.give(RING_SIZE);
+    let deadline = Instant::now() + PATIENCE;
+    let (mut came, mut free) = (0, 0);
+    while came < count {
+        let back = rx.take();
+        came += u64::from(back);
+        free += back;
+        if free >= RING_SIZE / 4 {
+            rx.give(std::mem::take(&mut free));
+        }
+        if back == 0 {
+            assert!(Instant::now() < deadline, "only {came} of {count} came");
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn from_socket(contender: &Contender, count: u64) -> Sample {
+    const DATAGRAM: usize = 1400;
+    const TOGETHER: u64 = 45;
+    let place = Place::new(false);
+    let mut guest = Guest::new(1, &[datagram(&Ends::TX, 64)], FEATURES);
+    let process = (*contender != Contender::Floor).then(|| place.start(contender, &mut guest, &[]));
+    let queue = process.is_none().then(|| place.floor());
+    let socket = place.namespace.within(|| UdpSocket::bind("10.99.0.1:0").expect("a socket"));
+    socket.connect("10.99.0.2:5000").expect("a route");
+    set_option(&socket.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, 1 << 29);
+    set_option(&socket.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, DATAGRAM as i32);
+    let bytes = vec![7; DATAGRAM * TOGETHER as usize];
+    let sends = count / TOGETHER;
+    let (backend, sender) = (process.as_ref().map(|process| process.cpu()), thread_cpu());
+    let begun = Instant::now();
+    (0..sends).for_each(|_| assert_eq!(socket.send(&bytes).expect("the TAP's queue has room"), bytes.len()));
+    let mut cpu = thread_cpu() - sender;
+    if let Some(queue) = queue {
+        let mut frame = vec![0; 66_000];
+        let before = thread_cpu();
+        (0..sends * TOGETHER).for_each(|_| drop(rustix::io::read(&queue.fd, &mut frame).expect("a frame")));
+        cpu += thread_cpu() - before;
+    } else {
+        drain(&mut guest, sends * TOGETHER);
+    }
+    if let (Some(process), Some(before)) = (process, backend) {
+        cpu += process.cpu() - before;
+    }
+    Sample::new(sends * TOGETHER, cpu, begun.elapsed())
+}
+
+fn ping_pong(contender: &Contender, count: u64) -> Sample {
+    let place = Place::new(false);
+    let (header, frame) = datagram(&Ends { dst_mac: [2, 0, 0, 0, 0, 9], ..Ends::TX }, 64);
+    let (_, back) = datagram(&Ends::RX, 64);
+    let mut trips = Vec::new();
+    if *contender == Contender::Floor {
+        let queue = place.floor();
+        let host = PacketSocket::open(&place.namespace, TAP);
+        floor_ping_pong(&queue.fd, &host, &[&header.to_bytes()[..], &frame].concat(), &back, count, &mut trips);
+    } else {
+        let mut guest = Guest::new(1, &[(header, frame)], FEATURES);
+        let _process = place.start(contender, &mut guest, &[]);
+        let host = PacketSocket::open(&place.namespace, TAP);
+        let pair = &mut guest.pairs[0];
+        pair.rx.give(RING_SIZE);
+        for _ in 0..count {
+            let begun = Instant::now();
+            pair.rx.ask_for_call();
+            pair.tx.give(1);
+            host.recv(PATIENCE).expect("a frame on the host");
+            host.send(&back);
+            let came = pair.rx.wait();
+            trips.push(begun.elapsed().as_nanos() as u64);
+            pair.rx.give(came);
+            pair.tx.take();
+        }
+    }
+    trips.sort_unstable();
+    Sample { trips, ..Sample::default() }
+}
+
+/// The same path without a virtqueue: an eventfd for the kick, one for the call, a thread that reads and writes the TAP.
+fn floor_ping_pong(
+    tap: &(impl AsFd + Sync),
+    host: &PacketSocket,
+    frame: &[u8],
+    back: &[u8],
+    count: u64,
+    trips: &mut Vec<u64>,
+) {
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+    let (kick, call) =
+        (EventFd::new(EFD_NONBLOCK).expect("an eventfd"), EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+    let (kick_fd, call_fd) = (fd_of(&kick), fd_of(&call));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut room = [0; 2048];
+            for _ in 0..count {
+                assert!(wait_readable(kick_fd, PATIENCE));
+                let _ = kick.read();
+                rustix::io::write(tap, frame).expect("the TAP takes it");
+                assert!(wait_readable(tap, PATIENCE));
+                rustix::io::read(tap, &mut room).expect("a frame");
+                call.write(1).expect("an eventfd");
+            }
+        });
+        for _ in 0..count {
+            let begun = Instant::now();
+            kick.write(1).expect("an eventfd");
+            host.recv(PATIENCE).expect("a frame on the host");
+            host.send(back);
+            assert!(wait_readable(call_fd, PATIENCE));
+            let _ = call.read();
+            trips.push(begun.elapsed().as_nanos() as u64);
+        }
+    });
+}
+
+/// What an idle back-end costs.
+#[derive(Clone, Copy, Debug)]
+pub struct Idle {
+    pub wakeups_per_s: f64,
+    pub memory_kib: [u64; 2],
+    pub until_listening: Duration,
+    pub until_first_frame: Duration,
+}
+
+pub fn idle(seconds: u64) -> Idle {
+    let ours = Contender::Ours(&[]);
+    let run = |pairs: usize| {
+        let place = Place::new(pairs > 1);
+        let mut guest = Guest::new(pairs, &mixed(64), FEATURES);
+        let begun = Instant::now();
+        let process = place.launch(&ours, pairs, &[]);
+        let listening = process.until_listening;
+        guest.connect(&place.socket());
+        guest.pairs[0].tx.pass(1);
+        let first = begun.elapsed();
+        // The second after the start is for what is put off.
+        std::thread::sleep(Duration::from_millis(1500));
+        let before = process.wakeups();
+        std::thread::sleep(Duration::from_secs(seconds));
+        let wakeups = (process.wakeups() - before) as f64 / seconds as f64;
+        (wakeups, process.memory_kib(), listening, first)
+    };
+    let (one, two) = (run(1), run(2));
+    Idle {
+        wakeups_per_s: one.0.max(two.0),
+        memory_kib: [one.1, two.1],
+        until_listening: one.2,
+        until_first_frame: one.3,
+    }
+}

@@ -1,0 +1,143 @@
+//! The data path, measured without a guest: `cargo bench --bench datapath`, as root.
+//!
+//! A driver of our own ([`guest`]) with real rings in a memfd, a real vhost-user session, the real binary, a real TAP in a
+//! namespace of its own ([`place`]). Side by side, round by round, so that what disturbs one disturbs all:
+//! * the floor: a bare loop of `writev` or `readv` on the same TAP, without a virtqueue;
+//! * the baseline: a conventional back-end ([`baseline`]) of the crates that most are made of;
+//! * ours, with its options.
+//!
+//! The figure that counts is the back-end's processor time for each frame. Ratios above 1 mean that ours needs less.
+#![allow(clippy::unwrap_used, clippy::panic, unreachable_pub)]
+
+mod baseline;
+mod cases;
+#[path = "../../tests/common/mod.rs"]
+mod common;
+mod guest;
+mod place;
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use cases::{Kind, Sample};
+use clap::Parser;
+use place::Contender;
+
+/// Measure the data path beside a bare loop of system calls and a conventional back-end
+#[derive(Parser)]
+struct Args {
+    /// Fewer rounds and fewer frames: about a minute
+    #[arg(long)]
+    quick: bool,
+    /// Rounds [default: 5, quick: 3]
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Only cases whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Where the figures go as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where the ratios go as a picture
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Serve as the conventional back-end on this socket (the benchmark starts itself so)
+    #[arg(long, value_name = "SOCKET", hide = true)]
+    as_baseline: Option<PathBuf>,
+    /// What cargo passes
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// A case: its name, what to measure, and who takes part besides the default.
+struct Case {
+    name: &'static str,
+    kind: Kind,
+    contenders: Vec<Contender>,
+}
+
+/// A case's samples: for each contender one a round.
+struct Measured {
+    case: Case,
+    samples: Vec<Vec<Sample>>,
+}
+
+fn cases() -> Vec<Case> {
+    const OURS: Contender = Contender::Ours(&[]);
+    const SYSCALL: Contender = Contender::Ours(&["--io", "syscall"]);
+    const URING: Contender = Contender::Ours(&["--io", "uring"]);
+    const ALONE: Contender = Contender::Ours(&["--coalesce", "off"]);
+    const POLLING: Contender = Contender::Ours(&["--poll-us", "50"]);
+    const ADAPTIVE: Contender = Contender::Ours(&["--poll-us", "auto"]);
+    let with = |name, kind, more: &[Contender]| {
+        let mut contenders = vec![Contender::Floor, Contender::Baseline, OURS];
+        contenders.extend_from_slice(more);
+        Case { name, kind, contenders }
+    };
+    vec![
+        with("tx 64 B, mixed flows", Kind::Tx(64), &[SYSCALL, URING]),
+        with("tx 512 B, mixed flows", Kind::Tx(512), &[]),
+        with("tx 1500 B, mixed flows", Kind::Tx(1500), &[SYSCALL, URING]),
+        Case {
+            name: "tx 64 B, mixed flows, 2 pairs",
+            kind: Kind::TxPairs(64),
+            contenders: vec![Contender::Floor, OURS],
+        },
+        with("tx 64 KiB super-frames", Kind::TxLarge, &[]),
+        with("udp 1400 B to a socket", Kind::UdpToSocket(1400), &[ALONE]),
+        with("udp 200 B to a socket", Kind::UdpToSocket(200), &[ALONE]),
+        with("udp 1400 B to a veth", Kind::UdpToVeth(1400), &[ALONE]),
+        with("rx 64 B", Kind::Rx(64), &[SYSCALL, URING]),
+        with("rx 512 B", Kind::Rx(512), &[]),
+        with("rx 1500 B", Kind::Rx(1500), &[SYSCALL, URING]),
+        with("rx 64 KiB super-frames", Kind::RxLarge, &[]),
+        with("udp 1400 B from a socket, sender's time too", Kind::UdpFromSocket, &[]),
+        with("round trip", Kind::PingPong, &[POLLING, ADAPTIVE]),
+    ]
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Some(socket) = &args.as_baseline {
+        baseline::serve(socket, place::TAP);
+        return ExitCode::SUCCESS;
+    }
+    if !common::netns::require_root("the data-path benchmark") {
+        return ExitCode::FAILURE;
+    }
+    let rounds = args.rounds.unwrap_or(if args.quick { 3 } else { 5 });
+    let scale = if args.quick { 300 } else { 1000 };
+    println!("{}", place::machine());
+    println!("{rounds} rounds, all contenders in turn in each\n");
+    let wanted = |case: &Case| args.only.as_ref().is_none_or(|text| case.name.contains(text.as_str()));
+    let mut all = Vec::new();
+    for case in cases().into_iter().filter(wanted) {
+        let measured = run(case, rounds, scale);
+        report::print(&measured);
+        all.push(measured);
+    }
+    let idle = args.only.as_ref().is_none_or(|text| "idle".contains(text.as_str())).then(|| cases::idle(3));
+    if let Some(idle) = &idle {
+        report::print_idle(idle);
+    }
+    let json = args.json.unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("datapath.json"));
+    std::fs::write(&json, report::json(&all, idle.as_ref())).expect("the JSON can be written");
+    eprintln!("Figures: {}", json.display());
+    if let Some(svg) = args.svg {
+        std::fs::write(&svg, report::svg(&all)).expect("the picture can be written");
+    }
+    ExitCode::SUCCESS
+}
+
+fn run(case: Case, rounds: usize, scale: u64) -> Measured {
+    let mut samples = vec![Vec::new(); case.contenders.len()];
+    for round in 1..=rounds {
+        for (contender, samples) in case.contenders.iter().zip(&mut samples) {
+            eprint!("\r\x1b[K{}: round {round} of {rounds}, {}", case.name, contender.name());
+            samples.push(cases::measure(case.kind, contender, scale));
+        }
+    }
+    eprint!("\r\x1b[K");
+    Measured { case, samples }
+}

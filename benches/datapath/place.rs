@@ -1,0 +1,198 @@
+//! Where it is measured: a TAP in a namespace of its own, the back-ends on it, and clocks.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::common::frames::HOST_MAC;
+use crate::common::netns::{NetNs, TapSpec};
+use crate::guest::Guest;
+
+pub const TAP: &str = "tap0";
+
+/// A contender: what runs on the TAP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Contender {
+    /// A bare loop of system calls on the TAP, in this process, without a virtqueue.
+    Floor,
+    /// The conventional back-end.
+    Baseline,
+    /// This project's, with these options.
+    Ours(&'static [&'static str]),
+}
+
+impl Contender {
+    pub fn name(&self) -> String {
+        match self {
+            Contender::Floor => "floor".to_owned(),
+            Contender::Baseline => "baseline".to_owned(),
+            Contender::Ours([]) => "ours".to_owned(),
+            Contender::Ours(options) => format!("ours {}", options.join(" ")),
+        }
+    }
+}
+
+/// A namespace with a TAP.
+pub struct Place {
+    pub namespace: NetNs,
+    dir: TempDir,
+    multi_queue: bool,
+}
+
+impl Place {
+    pub fn new(multi_queue: bool) -> Place {
+        let namespace = NetNs::new();
+        let mac = HOST_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        let spec = TapSpec { mac: Some(&mac), addr: Some("10.99.0.1/24"), multi_queue, ..TapSpec::new(TAP) };
+        namespace.add_tap(&spec);
+        namespace.ip("link set dev tap0 txqueuelen 20000");
+        namespace.ip("neigh add 10.99.0.2 lladdr 52:54:00:aa:00:01 dev tap0");
+        Place { namespace, dir: TempDir::new().expect("a folder"), multi_queue }
+    }
+
+    pub fn socket(&self) -> std::path::PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    /// Starts a back-end, and connects the guest to it.
+    pub fn start(&self, contender: &Contender, guest: &mut Guest, more: &[(&str, String)]) -> Process {
+        let process = self.launch(contender, guest.pairs.len(), more);
+        guest.connect(&self.dir.path().join("socket"));
+        self.wait_operational();
+        process
+    }
+
+    /// Starts a back-end, and waits until it listens.
+    pub fn launch(&self, contender: &Contender, pairs: usize, more: &[(&str, String)]) -> Process {
+        let socket = self.dir.path().join("socket");
+        // What the one before left; ours replaces it by itself.
+        let _ = fs::remove_file(&socket);
+        let path = socket.to_str().expect("a path").to_owned();
+        let pairs = pairs.to_string();
+        let mut command = match contender {
+            Contender::Floor => panic!("the floor is no process"),
+            Contender::Baseline => {
+                let this = std::env::current_exe().expect("this program");
+                let mut command = self.namespace.command(this.to_str().expect("a path"));
+                command.args(["--as-baseline", &path]);
+                command
+            }
+            Contender::Ours(options) => {
+                let mut command = self.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
+                command.args(["--socket-path", &path, "--tap", TAP, "--queue-pairs", &pairs, "--log-level", "warn"]);
+                command.args(*options);
+                command
+            }
+        };
+        command.envs(more.iter().map(|(name, value)| (*name, value)));
+        let begun = Instant::now();
+        let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("a process");
+        let mut process = Process { child, until_listening: Duration::ZERO };
+        while !socket.exists() {
+            assert!(begun.elapsed() < Duration::from_secs(10), "{contender:?} does not listen");
+            assert!(matches!(process.child.try_wait(), Ok(None)), "{contender:?} ended");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        process.until_listening = begun.elapsed();
+        process
+    }
+
+    /// For a moment after a TAP got its carrier the kernel drops what is sent to it.
+    fn wait_operational(&self) {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while self.namespace.ip("link show dev tap0").contains("state DOWN") {
+            assert!(Instant::now() < deadline, "the TAP does not come up");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+
+    /// A queue of the TAP for the floor.
+    pub fn floor(&self) -> crate::common::netns::TapQueue {
+        let queue = self.namespace.open_tap(TAP, self.multi_queue);
+        // The offloads that the back-ends set.
+        let flags = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        let set = unsafe { libc::ioctl(queue.fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
+        assert_eq!(set, 0, "TUNSETOFFLOAD: {}", std::io::Error::last_os_error());
+        self.wait_operational();
+        queue
+    }
+}
+
+/// A back-end's process; killed and reaped when dropped.
+pub struct Process {
+    child: Child,
+    pub until_listening: Duration,
+}
+
+impl Process {
+    /// Processor time of all its threads.
+    pub fn cpu(&self) -> Duration {
+        let mut clock = 0;
+        // SAFETY: writes one clock id, that of `clock`.
+        let found = unsafe { libc::clock_getcpuclockid(self.child.id() as libc::pid_t, &raw mut clock) };
+        assert_eq!(found, 0, "the back-end is gone");
+        read_clock(clock)
+    }
+
+    /// Wake-ups so far: times that a thread gave up its CPU to wait.
+    pub fn wakeups(&self) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("a process");
+        let of =
+            |task: std::io::Result<fs::DirEntry>| field(&task.ok()?.path().join("status"), "voluntary_ctxt_switches:");
+        tasks.filter_map(of).sum()
+    }
+
+    /// Its memory in KiB, without what it shares with the guest.
+    pub fn memory_kib(&self) -> u64 {
+        let status = std::path::PathBuf::from(format!("/proc/{}/status", self.child.id()));
+        ["RssAnon:", "RssFile:"].iter().filter_map(|name| field(&status, name)).sum()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn field(path: &std::path::Path, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|line| line.starts_with(name))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn read_clock(clock: libc::clockid_t) -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec, that of `time`.
+    let read = unsafe { libc::clock_gettime(clock, &raw mut time) };
+    assert_eq!(read, 0, "clock_gettime: {}", std::io::Error::last_os_error());
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Processor time of this thread.
+pub fn thread_cpu() -> Duration {
+    read_clock(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+/// What this program runs on.
+pub fn machine() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model =
+        cpuinfo.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("").trim_matches([' ', '\t', ':']);
+    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
+    let kernel =
+        Command::new("uname").arg("-sr").output().map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned());
+    format!("{model}, {cpus} CPUs, {}", kernel.unwrap_or_default())
+}
