@@ -5,11 +5,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::common::frames::{self, Ends, L4Csum, Stamp, payload};
+use crate::common::memory::GuestMemory;
 use crate::common::netns::PacketSocket;
 use crate::common::virtio::{VnetHdr, gso, net_flag};
 use crate::common::{fd_of, wait_readable};
 use crate::guest::{FEATURES, Guest, RING_SIZE};
-use crate::place::{Contender, Place, TAP, thread_cpu};
+use crate::place::{BACKEND_CPU, Contender, Place, TAP, bind_to, on_backend_cpu, thread_cpu};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Payload of a frame that asks to be segmented.
@@ -144,29 +145,44 @@ fn transmit_in(
     pass(&mut guest, 2000);
     let (cpu, begun) = (process.cpu(), Instant::now());
     pass(&mut guest, count);
-    Sample::new(count, process.cpu() - cpu, begun.elapsed())
+    let wall = begun.elapsed();
+    Sample::new(count, process.cpu() - cpu, wall)
 }
 
 fn floor_transmit(place: &Place, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> Sample {
     let queue = place.floor();
-    // As many frames as the rings have, so that as much memory is gone through.
+    // As many frames as the rings have, in such memory as a guest's: as many pages are gone through.
+    let mem = GuestMemory::single(256 << 20);
     let frames: Vec<_> = frames
         .iter()
         .cycle()
         .take(RING_SIZE.into())
-        .map(|(header, frame)| (header.to_bytes(), frame.clone()))
+        .map(|(header, frame)| {
+            let at = mem.alloc(VnetHdr::LEN + frame.len(), 64);
+            mem.write(at, &[&header.to_bytes()[..], frame].concat());
+            [mem.iovec(at, VnetHdr::LEN), mem.iovec(at + VnetHdr::LEN as u64, frame.len())]
+        })
         .collect();
     let send = |count: u64| {
-        for (header, frame) in frames.iter().cycle().take(count as usize) {
-            let iovecs = [std::io::IoSlice::new(header), std::io::IoSlice::new(frame)];
-            let sent = rustix::io::writev(&queue.fd, &iovecs).expect("the TAP takes it");
-            assert_eq!(sent, header.len() + frame.len());
+        for iovecs in frames.iter().cycle().take(count as usize) {
+            vectored(&queue.fd, iovecs, libc::writev);
         }
     };
-    send(2000.min(count));
-    let (cpu, begun) = (thread_cpu(), Instant::now());
-    send(count);
-    Sample::new(count, thread_cpu() - cpu, begun.elapsed())
+    on_backend_cpu(|| {
+        send(2000.min(count));
+        let (cpu, begun) = (thread_cpu(), Instant::now());
+        send(count);
+        Sample::new(count, thread_cpu() - cpu, begun.elapsed())
+    })
+}
+
+type Vectored = unsafe extern "C" fn(i32, *const libc::iovec, i32) -> isize;
+
+/// One frame by one system call.
+fn vectored(fd: &impl AsFd, iovecs: &[libc::iovec], call: Vectored) {
+    // SAFETY: the iovecs are in guest memory that the caller keeps mapped, or in buffers that it borrows meanwhile.
+    let len = unsafe { call(fd.as_fd().as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) };
+    assert!(len > 0, "{}", std::io::Error::last_os_error());
 }
 
 /// Room for all datagrams: nobody reads them while it is measured.
@@ -184,18 +200,49 @@ fn set_option(fd: &BorrowedFd<'_>, level: i32, option: i32, value: i32) {
 }
 
 fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
+    const AT_ONCE: u64 = 1000;
     let place = Place::new(false);
     let socket = deep_socket(&place);
-    let sample = transmit_in(&place, contender, 1, &[datagram(&Ends::TX, len + 42)], count);
     socket.set_nonblocking(true).expect("a socket");
     let mut bytes = [0; 2048];
-    let mut came = 0;
-    while let Ok(got) = socket.recv(&mut bytes) {
-        assert_eq!(got, len);
-        came += 1;
+    // Between two measurements, so that the reader's time does not count and the kernel's memory is used again.
+    let mut read = || {
+        let mut came = 0;
+        while let Ok(got) = socket.recv(&mut bytes) {
+            assert_eq!(got, len);
+            came += 1;
+        }
+        assert_eq!(came, AT_ONCE, "{} delivers all datagrams", contender.name());
+    };
+    let frames = [datagram(&Ends::TX, len + 42)];
+    let (mut cpu, mut wall) = (Duration::ZERO, Duration::ZERO);
+    if *contender == Contender::Floor {
+        let queue = place.floor();
+        let mem = GuestMemory::single(1 << 20);
+        let at = mem.alloc(2048, 64);
+        mem.write(at, &[&frames[0].0.to_bytes()[..], &frames[0].1].concat());
+        let iovecs = [mem.iovec(at, VnetHdr::LEN), mem.iovec(at + VnetHdr::LEN as u64, frames[0].1.len())];
+        for _ in 0..count / AT_ONCE {
+            let (spent, took) = on_backend_cpu(|| {
+                let (cpu, begun) = (thread_cpu(), Instant::now());
+                (0..AT_ONCE).for_each(|_| vectored(&queue.fd, &iovecs, libc::writev));
+                (thread_cpu() - cpu, begun.elapsed())
+            });
+            (cpu, wall) = (cpu + spent, wall + took);
+            read();
+        }
+    } else {
+        let mut guest = Guest::new(1, &frames, FEATURES);
+        let process = place.start(contender, &mut guest, &[]);
+        for _ in 0..count / AT_ONCE {
+            let (before, begun) = (process.cpu(), Instant::now());
+            guest.pairs[0].tx.pass(AT_ONCE);
+            wall += begun.elapsed();
+            cpu += process.cpu() - before;
+            read();
+        }
     }
-    assert_eq!(came, count + 2000, "{} delivered all datagrams", contender.name());
-    sample
+    Sample::new(count / AT_ONCE * AT_ONCE, cpu, wall)
 }
 
 fn to_veth(contender: &Contender, len: usize, count: u64) -> Sample {
@@ -251,13 +298,22 @@ fn receive_with(contender: &Contender, count: u64, chains: u64, fill: impl Fn(&P
     if *contender == Contender::Floor {
         let queue = place.floor();
         fill(&place);
-        let (mut header, mut frame) = ([0; 12], vec![0; 66_000]);
-        let (cpu, begun) = (thread_cpu(), Instant::now());
-        for _ in 0..count {
-            let mut iovecs = [std::io::IoSliceMut::new(&mut header), std::io::IoSliceMut::new(&mut frame)];
-            rustix::io::readv(&queue.fd, &mut iovecs).expect("a frame");
-        }
-        return Sample::new(count, thread_cpu() - cpu, begun.elapsed());
+        // Buffers as a guest's: the header apart, and so many for a super-frame.
+        let mem = GuestMemory::single(1 << 20);
+        let buffers: Vec<_> = (0..RING_SIZE).map(|_| mem.iovec(mem.alloc(1536, 64), 1536)).collect();
+        let header = mem.iovec(mem.alloc(VnetHdr::LEN, 64), VnetHdr::LEN);
+        return on_backend_cpu(|| {
+            let (cpu, begun) = (thread_cpu(), Instant::now());
+            let mut iovecs = Vec::new();
+            for frame in 0..count as usize {
+                iovecs.clear();
+                iovecs.push(header);
+                let first = frame * chains as usize;
+                iovecs.extend((first..first + chains as usize).map(|at| buffers[at % buffers.len()]));
+                vectored(&queue.fd, &iovecs, libc::readv);
+            }
+            Sample::new(count, thread_cpu() - cpu, begun.elapsed())
+        });
     }
     let mut guest = Guest::new(1, &[datagram(&Ends::TX, 64)], FEATURES);
     let process = place.start(contender, &mut guest, &[(CHAINS, chains.to_string())]);
@@ -265,7 +321,8 @@ fn receive_with(contender: &Contender, count: u64, chains: u64, fill: impl Fn(&P
     std::thread::sleep(Duration::from_millis(20));
     let (cpu, begun) = (process.cpu(), Instant::now());
     drain(&mut guest, count * if chains == 1 { 1 } else { chains_of_large() });
-    Sample::new(count, process.cpu() - cpu, begun.elapsed())
+    let wall = begun.elapsed();
+    Sample::new(count, process.cpu() - cpu, wall)
 }
 
 /// Buffers that a super-frame takes.
@@ -312,16 +369,19 @@ fn from_socket(contender: &Contender, count: u64) -> Sample {
     let mut cpu = thread_cpu() - sender;
     if let Some(queue) = queue {
         let mut frame = vec![0; 66_000];
-        let before = thread_cpu();
-        (0..sends * TOGETHER).for_each(|_| drop(rustix::io::read(&queue.fd, &mut frame).expect("a frame")));
-        cpu += thread_cpu() - before;
+        cpu += on_backend_cpu(|| {
+            let before = thread_cpu();
+            (0..sends * TOGETHER).for_each(|_| assert!(rustix::io::read(&queue.fd, &mut frame).expect("a frame") > 0));
+            thread_cpu() - before
+        });
     } else {
         drain(&mut guest, sends * TOGETHER);
     }
+    let wall = begun.elapsed();
     if let (Some(process), Some(before)) = (process, backend) {
         cpu += process.cpu() - before;
     }
-    Sample::new(sends * TOGETHER, cpu, begun.elapsed())
+    Sample::new(sends * TOGETHER, cpu, wall)
 }
 
 fn ping_pong(contender: &Contender, count: u64) -> Sample {
@@ -370,6 +430,7 @@ fn floor_ping_pong(
     let (kick_fd, call_fd) = (fd_of(&kick), fd_of(&call));
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            bind_to(BACKEND_CPU);
             let mut room = [0; 2048];
             for _ in 0..count {
                 assert!(wait_readable(kick_fd, PATIENCE));

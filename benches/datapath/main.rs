@@ -106,6 +106,7 @@ fn main() -> ExitCode {
     if !common::netns::require_root("the data-path benchmark") {
         return ExitCode::FAILURE;
     }
+    place::bind_to(place::DRIVER_CPU);
     let rounds = args.rounds.unwrap_or(if args.quick { 3 } else { 5 });
     let scale = if args.quick { 300 } else { 1000 };
     println!("{}", place::machine());

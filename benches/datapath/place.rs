@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::thread::{CpuSet, sched_setaffinity};
 use tempfile::TempDir;
 
 use crate::common::frames::HOST_MAC;
@@ -12,6 +13,35 @@ use crate::common::netns::{NetNs, TapSpec};
 use crate::guest::Guest;
 
 pub const TAP: &str = "tap0";
+/// The back-ends have a CPU of their own, and so has the floor: the same.
+pub const BACKEND_CPU: usize = 0;
+/// The driver, and what sends from the host.
+pub const DRIVER_CPU: usize = 1;
+
+/// Binds this thread to a CPU; what it starts inherits that.
+pub fn bind_to(cpu: usize) {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu);
+    sched_setaffinity(None, &cpus).expect("two CPUs at least");
+}
+
+/// Does `act` on the back-ends' CPU.
+pub fn on_backend_cpu<R>(act: impl FnOnce() -> R) -> R {
+    bind_to(BACKEND_CPU);
+    let result = act();
+    bind_to(DRIVER_CPU);
+    result
+}
+
+/// Does `act` on either.
+fn on_any_cpu<R>(act: impl FnOnce() -> R) -> R {
+    let mut cpus = CpuSet::new();
+    [BACKEND_CPU, DRIVER_CPU].iter().for_each(|cpu| cpus.set(*cpu));
+    sched_setaffinity(None, &cpus).expect("two CPUs at least");
+    let result = act();
+    bind_to(DRIVER_CPU);
+    result
+}
 
 /// A contender: what runs on the TAP.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,7 +101,7 @@ impl Place {
         // What the one before left; ours replaces it by itself.
         let _ = fs::remove_file(&socket);
         let path = socket.to_str().expect("a path").to_owned();
-        let pairs = pairs.to_string();
+        let pair_count = pairs.to_string();
         let mut command = match contender {
             Contender::Floor => panic!("the floor is no process"),
             Contender::Baseline => {
@@ -82,14 +112,25 @@ impl Place {
             }
             Contender::Ours(options) => {
                 let mut command = self.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
-                command.args(["--socket-path", &path, "--tap", TAP, "--queue-pairs", &pairs, "--log-level", "warn"]);
+                command.args([
+                    "--socket-path",
+                    &path,
+                    "--tap",
+                    TAP,
+                    "--queue-pairs",
+                    &pair_count,
+                    "--log-level",
+                    "warn",
+                ]);
                 command.args(*options);
                 command
             }
         };
         command.envs(more.iter().map(|(name, value)| (*name, value)));
         let begun = Instant::now();
-        let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("a process");
+        // Two pairs share nothing, least of all a CPU.
+        let mut spawn = || command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("a process");
+        let child = if pairs == 1 { on_backend_cpu(&mut spawn) } else { on_any_cpu(&mut spawn) };
         let mut process = Process { child, until_listening: Duration::ZERO };
         while !socket.exists() {
             assert!(begun.elapsed() < Duration::from_secs(10), "{contender:?} does not listen");
@@ -130,8 +171,9 @@ pub struct Process {
 }
 
 impl Process {
-    /// Processor time of all its threads.
+    /// Processor time of all its threads, once they sleep: before, the kernel knows it only to the last tick.
     pub fn cpu(&self) -> Duration {
+        std::thread::sleep(Duration::from_millis(3));
         let mut clock = 0;
         // SAFETY: writes one clock id, that of `clock`.
         let found = unsafe { libc::clock_getcpuclockid(self.child.id() as libc::pid_t, &raw mut clock) };

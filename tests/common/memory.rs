@@ -121,6 +121,13 @@ impl GuestMemory {
         region.info.user + (guest - region.info.guest)
     }
 
+    /// Where `len` bytes of guest memory are in this process, as an iovec; for loops without a back-end.
+    pub fn iovec(&self, addr: u64, len: usize) -> libc::iovec {
+        let (region, at, _) = self.locate(addr);
+        let slice = region.map.get_slice(at, len).unwrap();
+        libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: len }
+    }
+
     /// Takes `len` bytes that nothing else uses, from the first region with room. There is no free.
     pub fn alloc(&self, len: usize, align: u64) -> u64 {
         let mut next = self.next.lock().unwrap();
