@@ -213,16 +213,18 @@ impl ControlQueue {
                 let filter = self.state.filter();
                 self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter)))
             }
-            // Frames that came before and do not fit are dropped and counted.
-            Effect::Offloads(offloads) => match self.around.device.set_offloads(offloads.tun_flags()) {
-                Ok(()) => self.tell_pairs(move |_, pair| pair.set_offloads(offloads)),
-                Err(e) => {
-                    if self.throttle.allows() {
-                        log::error!("Cannot set offloads of {:?}: {e}", self.around.device.name());
+            Effect::Offloads(offloads) => {
+                let flags = offloads.device_flags(self.around.device.supported_offloads());
+                match self.around.device.set_offloads(flags) {
+                    Ok(()) => self.tell_pairs(move |_, pair| pair.set_offloads(offloads)),
+                    Err(e) => {
+                        if self.throttle.allows() {
+                            log::error!("Cannot set offloads of {:?}: {e}", self.around.device.name());
+                        }
+                        false
                     }
-                    false
                 }
-            },
+            }
         }
     }
 

@@ -81,6 +81,10 @@ counters! {
     rx_bad_chains,
     /// Frames that were read before the guest had enough buffers, and had to be kept and copied.
     rx_held,
+    /// Frames of the host that were cut here for the guest; each of their segments counts as a frame given to the guest.
+    rx_segmented_frames,
+    /// Those segments.
+    rx_segments,
     /// Reads that failed for a passing reason.
     rx_read_errors,
     /// Dropped: malformed descriptor chain.

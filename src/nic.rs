@@ -221,7 +221,7 @@ impl Nic {
     /// [`NicError`].
     pub fn set_features(&self, acked: u64) -> Result<(), NicError> {
         let offloads = GuestOffloads::of(acked);
-        let flags = offloads.tun_flags();
+        let flags = offloads.device_flags(self.device.supported_offloads());
         self.device.set_offloads(flags).map_err(|cause| NicError::Offloads {
             name: self.device.name().to_owned(),
             flags,

@@ -18,14 +18,23 @@ const SLOTS: usize = 16;
 /// The largest frame with its header, and one byte more: to fill that is to be cut.
 const SLOT_LEN: usize = HEADER_LEN + FRAME_MAX + 1;
 
-/// A frame that waited for buffers when its ring stopped, for the next start: header and all.
-pub struct HeldFrame(Vec<u8>);
+/// A frame that waited for buffers when its ring stopped, for the next start: header and all, and how many of its
+/// segments were delivered.
+pub struct HeldFrame(Vec<u8>, usize);
 
 /// See the file's head.
 pub(super) struct Backlog {
     stage: Stage,
-    /// Slot, and length with header.
-    waiting: VecDeque<(usize, usize)>,
+    waiting: VecDeque<Waiting>,
+}
+
+#[derive(Clone, Copy)]
+struct Waiting {
+    slot: usize,
+    /// Bytes, header included.
+    len: usize,
+    /// How many of its segments were delivered, if it has to be cut.
+    delivered: usize,
 }
 
 impl Backlog {
@@ -33,16 +42,17 @@ impl Backlog {
     pub(super) fn new(device: &DeviceQueue, io: Io, left: Vec<HeldFrame>) -> Backlog {
         let stage = Stage::new(device, io, SLOTS, SLOT_LEN);
         let mut backlog = Backlog { stage, waiting: VecDeque::with_capacity(SLOTS) };
-        for (slot, HeldFrame(frame)) in left.into_iter().take(SLOTS).enumerate() {
+        for (slot, HeldFrame(frame, delivered)) in left.into_iter().take(SLOTS).enumerate() {
             backlog.stage.slot_mut(slot).iter_mut().zip(&frame).for_each(|(to, from)| *to = *from);
-            backlog.waiting.push_back((slot, frame.len()));
+            backlog.waiting.push_back(Waiting { slot, len: frame.len(), delivered });
         }
         backlog
     }
 
     /// The frames that wait, for the next start of the ring.
     pub(super) fn into_held(self) -> Vec<HeldFrame> {
-        let frame = |(slot, len)| Some(HeldFrame(self.stage.slot(slot).get(..len)?.to_vec()));
+        let frame =
+            |Waiting { slot, len, delivered }| Some(HeldFrame(self.stage.slot(slot).get(..len)?.to_vec(), delivered));
         self.waiting.iter().copied().filter_map(frame).collect()
     }
 
@@ -63,10 +73,15 @@ impl Backlog {
 
     /// The oldest frame: its virtio-net header, and its bytes with room for a header before them.
     pub(super) fn front(&mut self) -> Option<(VnetHeader, &mut [u8])> {
-        let (slot, len) = *self.waiting.front()?;
+        let Waiting { slot, len, .. } = *self.waiting.front()?;
         let bytes = self.stage.slot_mut(slot).get_mut(..len)?;
         let header = VnetHeader::from_bytes(bytes.first_chunk()?);
         Some((header, bytes))
+    }
+
+    /// How many segments of the oldest frame were delivered; it may be counted up.
+    pub(super) fn delivered(&mut self) -> Option<&mut usize> {
+        self.waiting.front_mut().map(|frame| &mut frame.delivered)
     }
 
     /// Forgets the oldest frame.
@@ -91,7 +106,7 @@ impl Backlog {
         if let Some(place) = self.stage.slot_mut(0).first_chunk_mut() {
             *place = header.to_bytes();
         }
-        self.waiting.push_back((0, HEADER_LEN + len));
+        self.waiting.push_back(Waiting { slot: 0, len: HEADER_LEN + len, delivered: 0 });
     }
 
     /// Reads up to `count` frames; tells how many came, and how it ended, if not only because there were so many.
@@ -118,7 +133,7 @@ impl Backlog {
                     None
                 }
                 Ok(len) => {
-                    self.waiting.push_back((slot, len));
+                    self.waiting.push_back(Waiting { slot, len, delivered: 0 });
                     None
                 }
                 Err(Errno::CANCELED) => end,

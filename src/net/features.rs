@@ -165,7 +165,14 @@ impl GuestOffloads {
         self.0 & feature != 0
     }
 
-    /// The `TUN_F_` flags to set on the device.
+    /// The `TUN_F_` flags to set on a device that has `supported`: what the guest can receive unfinished, and what is
+    /// finished here for it (`segment`).
+    pub fn device_flags(self, supported: u32) -> u32 {
+        let finished = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_USO4 | TUN_F_USO6;
+        self.tun_flags() | (supported & finished)
+    }
+
+    /// The `TUN_F_` flags of what the guest can receive unfinished.
     pub fn tun_flags(self) -> u32 {
         let single =
             [(GUEST_CSUM, TUN_F_CSUM), (GUEST_TSO4, TUN_F_TSO4), (GUEST_TSO6, TUN_F_TSO6), (GUEST_UFO, TUN_F_UFO)];

@@ -9,6 +9,7 @@ pub mod features;
 pub mod filter;
 pub mod header;
 pub mod rx;
+pub mod segment;
 pub mod tx;
 mod window;
 

@@ -17,6 +17,9 @@
 //! delivered before anything is read, as soon as the guest has buffers, so nothing is reordered or lost. It stays over a
 //! restart of the ring.
 //!
+//! The device also gives frames that the guest did not negotiate, such as datagrams to be segmented. They are finished in
+//! the backlog (`segment`): completed in place, or delivered segment by segment. While such frames come, all are staged.
+//!
 //! A malformed chain is returned unused. In the middle of buffers that one frame needs it cannot be: a frame's used
 //! entries follow each other. Then the buffers before it are returned unused too, before anything is written.
 
@@ -28,7 +31,8 @@ use rustix::io::Errno;
 use super::backlog::{Backlog, after_read_error};
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
-use super::header::{HEADER_LEN, VnetHeader, check_rx};
+use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx};
+use super::segment::{Need as Work, Plan, complete_checksum, plan};
 use super::window::{Filled, Need, Window};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump};
 use crate::device::{DeviceQueue, Io};
@@ -44,6 +48,8 @@ const EXPECT_MIN: usize = HEADER_LEN + 2048;
 const EXPECT_PERIOD: u32 = 1024;
 /// Frames up to this length are cheaper to copy than to read one by one.
 const STAGED_MAX: usize = 4096;
+/// After how many frames that needed no finishing they are read straight into the guest's buffers again.
+const UNFINISHED_PERIOD: u32 = 64;
 /// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
 const CHAIN_MIN: usize = HEADER_LEN + 60;
 
@@ -67,6 +73,14 @@ pub struct Rx {
     ready: usize,
     /// Whether the backlog's oldest frame is counted as held.
     held: bool,
+    /// What the backlog's oldest frame needs, once that was looked at.
+    work: Option<Work>,
+    /// A segment's headers, the virtio-net header before them.
+    headers: Box<[u8; HEADER_LEN + PROTOCOL_HEADERS_MAX]>,
+    /// Frames that may still come before unfinished ones are not expected any more.
+    unfinished: u32,
+    /// The length of the last frame that was read.
+    last_len: usize,
 }
 
 /// What a step of the pump came to.
@@ -97,6 +111,10 @@ impl Rx {
             backlog: Backlog::new(device, io, left),
             ready: 0,
             held: false,
+            work: None,
+            headers: Box::new([0; HEADER_LEN + PROTOCOL_HEADERS_MAX]),
+            unfinished: 0,
+            last_len: 0,
         }
     }
 
@@ -114,6 +132,7 @@ impl Rx {
     /// Changes which frames pass.
     pub fn set_admission(&mut self, admission: Admission) {
         self.admission = admission;
+        self.work = None;
     }
 
     /// Whether buffers were popped that no frame is in yet.
@@ -158,7 +177,7 @@ impl Rx {
         counters: &PairCounters,
         end: &mut Option<Pump>,
     ) -> Result<Step, RingBroken> {
-        let need = self.need(self.expect.now);
+        let need = self.need(if self.unfinished > 0 { EXPECT_MIN } else { self.expect.now });
         match self.window.fill(queue, need, counters)? {
             Filled::Bytes(0) => return Ok(Step::End(Pump::NoBuffers)),
             Filled::Bytes(_) => {}
@@ -166,10 +185,12 @@ impl Rx {
         }
         // No more frames than there seem to be, and than there are buffers for.
         let count = self.ready.min(self.window.chains() + queue.entries_seen()).min(self.backlog.slots());
-        if self.expect.now > STAGED_MAX || !self.backlog.batches(count) {
+        let small = self.expect.now.max(self.last_len) <= STAGED_MAX;
+        if self.unfinished == 0 && !(small && self.backlog.batches(count)) {
             return Ok(self.receive_one(queue, device, counters));
         }
-        let asked = count.max(1);
+        // Of large ones one at a time, which stays in the cache.
+        let asked = if small { count.max(1) } else { 1 };
         let (came, ended) = self.backlog.read(device, asked, counters);
         self.ready = if came == asked { 2 * asked } else { came };
         *end = ended;
@@ -192,18 +213,21 @@ impl Rx {
         };
         self.ready = self.ready.saturating_add(1);
         let header = VnetHeader::from_bytes(&header);
-        self.expect.note(HEADER_LEN + len);
+        self.last_len = len;
         if len > FRAME_MAX {
             return Step::Counted(|c| &c.rx_drop_too_large);
         }
         if len > room {
             self.backlog.put_together(header, len, room, |start| self.window.copy_frame_to(start));
             self.held = true;
+            self.expect.note(HEADER_LEN + len);
             return Step::Counted(|c| &c.rx_held);
         }
         let Ok(header) = check_rx(header, self.admission.offloads) else {
-            return Step::Counted(|c| &c.rx_drop_not_negotiated);
+            self.backlog.put_together(header, len, room, |start| self.window.copy_frame_to(start));
+            return Step::Again;
         };
+        self.expect.note(HEADER_LEN + len);
         if !self.admission.filter.passes_all() && !self.admission.filter.accepts(&self.window.start_of_frame()) {
             return Step::Counted(|c| &c.rx_drop_filtered);
         }
@@ -221,39 +245,138 @@ impl Rx {
         }
     }
 
-    /// Copies the backlog's oldest frame into buffers, if there are enough by now.
+    /// Copies the backlog's oldest frame, or its next segment, into buffers, if there are enough by now.
     fn deliver(&mut self, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
-        let Some((header, frame)) = self.backlog.front() else { return Ok(Step::Again) };
-        let len = frame.len();
-        let step = 'settled: {
-            let Ok(header) = check_rx(header, self.admission.offloads) else {
-                break 'settled Step::Counted(|c| &c.rx_drop_not_negotiated);
-            };
-            let start = frame.get(HEADER_LEN..).and_then(<[u8]>::first_chunk);
-            if !self.admission.filter.passes_all() && start.is_some_and(|start| !self.admission.filter.accepts(start)) {
-                break 'settled Step::Counted(|c| &c.rx_drop_filtered);
-            }
-            let need = self.need(len);
-            let Filled::Bytes(room) = self.window.fill(queue, need, counters)? else { return Ok(Step::Again) };
-            if room >= len {
-                let Some((_, frame)) = self.backlog.front() else { return Ok(Step::Again) };
-                self.window.deliver(queue, header, [frame, &mut []]);
-                count_delivered(counters, len - HEADER_LEN);
-                break 'settled Step::Delivered;
-            }
-            // One chain is all that there can be, or all that the ring can hold is there: it never fits.
-            if room > 0 && (!self.mergeable || self.window.holds_all_of(queue.size())) {
-                break 'settled Step::Counted(|c| &c.rx_drop_too_large);
-            }
-            if !std::mem::replace(&mut self.held, true) {
-                counters.rx_held.add(1);
-            }
-            return Ok(Step::End(Pump::NoBuffers));
+        let step = match self.work {
+            None => match self.look_at_front() {
+                Ok(work) => {
+                    self.work = Some(work);
+                    return Ok(Step::Again);
+                }
+                Err(reason) => Step::Counted(reason),
+            },
+            Some(Work::Segmentation(plan)) => return self.deliver_segment(plan, queue, counters),
+            Some(Work::Nothing(header)) => match self.deliver_whole(header, queue, counters)? {
+                Step::End(end) => return Ok(self.wait_for_buffers(end, counters)),
+                Step::Again => return Ok(Step::Again),
+                done => done,
+            },
+            // It was completed when it was looked at.
+            Some(Work::Checksum) => Step::Counted(|c| &c.rx_drop_not_negotiated),
         };
-        self.held = false;
-        self.expect.note(len);
-        self.backlog.pop();
+        self.forget_front();
         Ok(step)
+    }
+
+    /// What the backlog's oldest frame needs; what can be done in place is done. Else, why it is to be dropped.
+    fn look_at_front(&mut self) -> Result<Work, fn(&PairCounters) -> &Counter> {
+        let Rx { backlog, admission, unfinished, .. } = self;
+        let delivered = backlog.delivered().map_or(0, |delivered| *delivered);
+        let Some((header, bytes)) = backlog.front() else { return Err(|c| &c.rx_drop_short) };
+        let Some((place, frame)) = bytes.split_first_chunk_mut::<HEADER_LEN>() else {
+            return Err(|c| &c.rx_drop_short);
+        };
+        self.last_len = frame.len();
+        if !admission.filter.passes_all() && frame.first_chunk().is_some_and(|start| !admission.filter.accepts(start)) {
+            return Err(|c| &c.rx_drop_filtered);
+        }
+        let work = match plan(header, frame, admission.offloads) {
+            Ok(Work::Checksum) => complete_checksum(header, frame).map(Work::Nothing),
+            work => work,
+        };
+        match work {
+            // It was being cut, and is to go whole now that the guest changed its mind: the rest alone makes no sense.
+            Ok(Work::Nothing(_)) if delivered > 0 => Err(|c| &c.rx_drop_not_negotiated),
+            Ok(Work::Nothing(finished)) => {
+                let was_finished = (header.flags, header.gso_type) == (finished.flags, finished.gso_type);
+                *unfinished = if was_finished { unfinished.saturating_sub(1) } else { UNFINISHED_PERIOD };
+                *place = finished.to_bytes();
+                Ok(Work::Nothing(finished))
+            }
+            Ok(work) => {
+                *unfinished = UNFINISHED_PERIOD;
+                Ok(work)
+            }
+            Err(_) => Err(|c| &c.rx_drop_not_negotiated),
+        }
+    }
+
+    fn deliver_whole(
+        &mut self,
+        header: VnetHeader,
+        queue: &mut Queue,
+        counters: &PairCounters,
+    ) -> Result<Step, RingBroken> {
+        let Some((_, frame)) = self.backlog.front() else { return Ok(Step::Again) };
+        let len = frame.len();
+        let step = self.make_room(len, queue, counters)?;
+        if let Step::Delivered = step
+            && let Some((_, frame)) = self.backlog.front()
+        {
+            self.window.deliver(queue, header, [frame, &mut []]);
+            count_delivered(counters, len - HEADER_LEN);
+            self.expect.note(len);
+        }
+        Ok(step)
+    }
+
+    /// Delivers the next segment of the backlog's oldest frame.
+    fn deliver_segment(&mut self, plan: Plan, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
+        let index = self.backlog.delivered().map_or(0, |delivered| *delivered);
+        let Some((_, bytes)) = self.backlog.front() else { return Ok(Step::Again) };
+        let frame = bytes.get(HEADER_LEN..).unwrap_or_default();
+        let place = self.headers.get_mut(HEADER_LEN..).unwrap_or_default();
+        let Some(piece) = plan.segment(frame, index, place) else {
+            self.forget_front();
+            return Ok(Step::Counted(|c| &c.rx_segmented_frames));
+        };
+        let headers_len = HEADER_LEN + piece.headers_len;
+        let step = self.make_room(headers_len + piece.payload.len(), queue, counters)?;
+        match step {
+            Step::Again => return Ok(Step::Again),
+            Step::End(end) => return Ok(self.wait_for_buffers(end, counters)),
+            Step::Counted(_) | Step::Delivered => {}
+        }
+        if let Step::Delivered = step
+            && let Some((_, bytes)) = self.backlog.front()
+            && let Some(payload) = bytes.get_mut(HEADER_LEN + piece.payload.start..HEADER_LEN + piece.payload.end)
+            && let Some(headers) = self.headers.get_mut(..headers_len)
+        {
+            let len = headers_len + payload.len();
+            self.window.deliver(queue, piece.header, [headers, payload]);
+            count_delivered(counters, len - HEADER_LEN);
+            counters.rx_segments.add(1);
+            self.expect.note(len);
+        }
+        self.backlog.delivered().into_iter().for_each(|delivered| *delivered = index + 1);
+        Ok(step)
+    }
+
+    /// Has the window hold `len` bytes: then it is `Delivered`, or will be.
+    fn make_room(&mut self, len: usize, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
+        let need = self.need(len);
+        let Filled::Bytes(room) = self.window.fill(queue, need, counters)? else { return Ok(Step::Again) };
+        if room >= len {
+            return Ok(Step::Delivered);
+        }
+        // One chain is all that there can be, or all that the ring can hold is there: it never fits.
+        if room > 0 && (!self.mergeable || self.window.holds_all_of(queue.size())) {
+            return Ok(Step::Counted(|c| &c.rx_drop_too_large));
+        }
+        Ok(Step::End(Pump::NoBuffers))
+    }
+
+    fn wait_for_buffers(&mut self, end: Pump, counters: &PairCounters) -> Step {
+        if !std::mem::replace(&mut self.held, true) {
+            counters.rx_held.add(1);
+        }
+        Step::End(end)
+    }
+
+    fn forget_front(&mut self) {
+        self.backlog.pop();
+        self.held = false;
+        self.work = None;
     }
 }
 

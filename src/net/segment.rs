@@ -1,0 +1,205 @@
+//! Segmentation on rx: finishing frames that the guest cannot take as they are (VIRTIO 1.3, "Network Device", "Processing
+//! of Incoming Packets"). The device is asked for unfinished frames that the guest did not negotiate, too: one read of
+//! 64 KiB and cutting it here costs less than many reads.
+//!
+//! `rx` calls this with a frame in private memory. [`plan`] says what is to be done: nothing, completing the checksum
+//! ([`complete_checksum`], in place), or cutting it ([`Plan::segment`] writes one segment's headers and says which payload
+//! follows). A checksum is left to the guest where it negotiated that, computed otherwise. The guest never sees a type of
+//! segmentation or an unfinished checksum that it did not negotiate.
+
+use std::ops::Range;
+
+use super::checksum::{Sum, pseudo_header};
+use super::features::{GUEST_CSUM, GuestOffloads};
+use super::header::{
+    ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IPPROTO_TCP,
+    IPPROTO_UDP, NotNegotiated, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx, find_l3,
+};
+
+const IPV4_HEADER: usize = 20;
+const IPV6_HEADER: usize = 40;
+const UDP_HEADER: usize = 8;
+const TCP_HEADER: usize = 20;
+const TCP_FIN_PSH: u8 = 0x09;
+const TCP_CWR: u8 = 0x80;
+
+/// What has to be done to a frame before the guest may have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Nothing: this is its header for the guest.
+    Nothing(VnetHeader),
+    /// Its checksum is to be completed.
+    Checksum,
+    /// It is to be cut.
+    Segmentation(Plan),
+}
+
+/// How to cut a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    l3: usize,
+    l4: usize,
+    /// Where the payload begins.
+    end: usize,
+    /// Bytes of payload in each segment but the last.
+    size: usize,
+    /// Bytes of all payload.
+    payload: usize,
+    is_ipv4: bool,
+    is_tcp: bool,
+    /// Whether the segments' checksums are left to the guest.
+    leaves_checksum: bool,
+}
+
+/// One segment: headers, then a part of the frame's payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The guest's virtio-net header.
+    pub header: VnetHeader,
+    /// Bytes of protocol headers.
+    pub headers_len: usize,
+    /// Where the payload is in the frame.
+    pub payload: Range<usize>,
+}
+
+/// Says what `frame`, which came with `header`, needs for a guest that negotiated `guest`.
+///
+/// # Errors
+/// [`NotNegotiated`] where the frame cannot be finished: it is not what its header says.
+#[inline]
+pub fn plan(header: VnetHeader, frame: &[u8], guest: GuestOffloads) -> Result<Need, NotNegotiated> {
+    if let Ok(header) = check_rx(header, guest) {
+        return Ok(Need::Nothing(header));
+    }
+    if header.gso_type != GSO_NONE {
+        return Plan::of(header, frame, guest).map(Need::Segmentation).ok_or(NotNegotiated);
+    }
+    let field = usize::from(header.csum_start) + usize::from(header.csum_offset);
+    if header.flags & F_NEEDS_CSUM == 0 || field + 2 > frame.len() { Err(NotNegotiated) } else { Ok(Need::Checksum) }
+}
+
+/// Completes the checksum of a frame that is not to be cut; returns its header for the guest.
+///
+/// # Errors
+/// [`NotNegotiated`] where the checksum's field is not in the frame.
+pub fn complete_checksum(header: VnetHeader, frame: &mut [u8]) -> Result<VnetHeader, NotNegotiated> {
+    let start = usize::from(header.csum_start);
+    let summed = frame.get_mut(start..).ok_or(NotNegotiated)?;
+    let sum = Sum::of(summed).complement();
+    let at = usize::from(header.csum_offset);
+    let field: &mut [u8; 2] = summed.get_mut(at..).and_then(<[u8]>::first_chunk_mut).ok_or(NotNegotiated)?;
+    *field = transmitted(sum, header.csum_offset == UDP_CHECKSUM).to_be_bytes();
+    Ok(VnetHeader::default())
+}
+
+/// Where the checksum stands in a UDP header, and in a TCP one.
+const UDP_CHECKSUM: u16 = 6;
+const TCP_CHECKSUM: u16 = 16;
+
+/// To UDP a checksum of 0 means that there is none (RFC 768).
+fn transmitted(sum: u16, is_udp: bool) -> u16 {
+    if is_udp && sum == 0 { 0xffff } else { sum }
+}
+
+impl Plan {
+    fn of(header: VnetHeader, frame: &[u8], guest: GuestOffloads) -> Option<Plan> {
+        let (ethertype, l3) = find_l3(frame)?;
+        let l4 = usize::from(header.csum_start);
+        let (is_ipv4, is_tcp) = match (header.gso_type & !GSO_ECN, ethertype) {
+            (GSO_TCPV4, ETHERTYPE_IPV4) => (true, true),
+            (GSO_TCPV6, ETHERTYPE_IPV6) => (false, true),
+            (GSO_UDP_L4, ETHERTYPE_IPV4) => (true, false),
+            (GSO_UDP_L4, ETHERTYPE_IPV6) => (false, false),
+            _ => return None,
+        };
+        let least = l3 + if is_ipv4 { IPV4_HEADER } else { IPV6_HEADER };
+        let checksum = if is_tcp { TCP_CHECKSUM } else { UDP_CHECKSUM };
+        if l4 < least || header.csum_offset != checksum || header.flags & F_NEEDS_CSUM == 0 {
+            return None;
+        }
+        let transport = frame.get(l4..)?;
+        let transport_len = if is_tcp { usize::from(transport.get(12)? >> 4) * 4 } else { UDP_HEADER };
+        let end = l4 + transport_len;
+        let payload = frame.len().checked_sub(end)?;
+        let whole = transport_len >= if is_tcp { TCP_HEADER } else { UDP_HEADER };
+        let size = usize::from(header.gso_size);
+        if !whole || end > PROTOCOL_HEADERS_MAX || payload == 0 || size == 0 {
+            return None;
+        }
+        let leaves_checksum = guest.has(GUEST_CSUM);
+        Some(Plan { l3, l4, end, size, payload, is_ipv4, is_tcp, leaves_checksum })
+    }
+
+    /// How many segments it makes.
+    pub fn segments(&self) -> usize {
+        self.payload.div_ceil(self.size)
+    }
+
+    /// Writes the protocol headers of segment `index` to `out`, and says what belongs to it. `None` where there is no such
+    /// segment of `frame`.
+    pub fn segment(&self, frame: &[u8], index: usize, out: &mut [u8]) -> Option<Piece> {
+        let from = index.checked_mul(self.size).filter(|from| *from < self.payload)?;
+        let len = self.size.min(self.payload - from);
+        let payload = self.end + from..self.end + from + len;
+        let out = out.get_mut(..self.end)?;
+        out.copy_from_slice(frame.get(..self.end)?);
+        let pseudo = self.write_ip(out, index, len)?;
+        let l4 = out.get_mut(self.l4..)?;
+        let is_last = index + 1 == self.segments();
+        if self.is_tcp {
+            write_tcp(l4, from, index == 0, is_last)?;
+        } else {
+            *l4.get_mut(4..)?.first_chunk_mut()? = ((UDP_HEADER + len) as u16).to_be_bytes();
+        }
+        let at = usize::from(if self.is_tcp { TCP_CHECKSUM } else { UDP_CHECKSUM });
+        let field: &mut [u8; 2] = l4.get_mut(at..)?.first_chunk_mut()?;
+        *field = pseudo.fold().to_be_bytes();
+        let header = if self.leaves_checksum {
+            let (csum_start, csum_offset) = (self.l4 as u16, at as u16);
+            VnetHeader { flags: F_NEEDS_CSUM, csum_start, csum_offset, ..VnetHeader::default() }
+        } else {
+            // The pseudo-header's sum is in its place by now; the headers' length is even, so the payload's words stay.
+            let sum = Sum::of(l4).plus(Sum::of(frame.get(payload.clone())?)).complement();
+            *l4.get_mut(at..)?.first_chunk_mut()? = transmitted(sum, !self.is_tcp).to_be_bytes();
+            VnetHeader::default()
+        };
+        Some(Piece { header, headers_len: self.end, payload })
+    }
+
+    /// Writes lengths, identification and checksum of the IP header; returns the pseudo-header's sum.
+    fn write_ip(&self, headers: &mut [u8], index: usize, payload: usize) -> Option<Sum> {
+        let l4_len = (self.end - self.l4 + payload) as u16;
+        let protocol = if self.is_tcp { IPPROTO_TCP } else { IPPROTO_UDP };
+        let ip = headers.get_mut(self.l3..self.l4)?;
+        if !self.is_ipv4 {
+            // The payload length counts extension headers.
+            let extensions = ip.len().checked_sub(IPV6_HEADER)? as u16;
+            *ip.get_mut(4..)?.first_chunk_mut()? = l4_len.wrapping_add(extensions).to_be_bytes();
+            return Some(pseudo_header(ip.get(8..IPV6_HEADER)?, protocol).plus_word(l4_len));
+        }
+        let total = l4_len.wrapping_add(ip.len() as u16);
+        let fixed: &mut [u8; IPV4_HEADER] = ip.first_chunk_mut()?;
+        [fixed[2], fixed[3]] = total.to_be_bytes();
+        let id = u16::from_be_bytes([fixed[4], fixed[5]]).wrapping_add(index as u16);
+        [fixed[4], fixed[5]] = id.to_be_bytes();
+        [fixed[10], fixed[11]] = [0, 0];
+        let addresses = *fixed.last_chunk::<8>()?;
+        let sum = Sum::of(ip).complement().to_be_bytes();
+        *ip.get_mut(10..)?.first_chunk_mut()? = sum;
+        Some(pseudo_header(&addresses, protocol).plus_word(l4_len))
+    }
+}
+
+/// Sequence number and flags of the segment whose payload begins at `from`.
+fn write_tcp(l4: &mut [u8], from: usize, is_first: bool, is_last: bool) -> Option<()> {
+    let tcp: &mut [u8; TCP_HEADER] = l4.first_chunk_mut()?;
+    let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]).wrapping_add(from as u32);
+    [tcp[4], tcp[5], tcp[6], tcp[7]] = sequence.to_be_bytes();
+    if !is_last {
+        tcp[13] &= !TCP_FIN_PSH;
+    }
+    if !is_first {
+        tcp[13] &= !TCP_CWR;
+    }
+    Some(())
+}
