@@ -8,6 +8,7 @@
 //! * [`link`]: queues that come and go with the guest's, the link, a TAP that is deleted;
 //! * [`offloads`]: unfinished frames both ways, as negotiated;
 //! * [`restart`]: killed under load, and the next process in its place.
+//! * [`segmentation`]: datagrams that the host sends as one.
 //!
 //! Needs root; says SKIPPED aloud without.
 
@@ -25,6 +26,7 @@ mod lifetime;
 mod link;
 mod offloads;
 mod restart;
+mod segmentation;
 
 use std::path::PathBuf;
 use std::process::Command;
