@@ -1,0 +1,178 @@
+//! Cutting frames for the guest: against an independent splitter, and with hostile bytes.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use common::frames::{self, Ends, L4Csum, Stamp, payload, vlan};
+use common::split;
+use common::virtio::{VnetHdr, feature, gso, net_flag};
+use proptest::prelude::*;
+use vhost_user_net::net::features::GuestOffloads;
+use vhost_user_net::net::header::{PROTOCOL_HEADERS_MAX, VnetHeader};
+use vhost_user_net::net::segment::{Need, Plan, complete_checksum, plan};
+
+const FIN: u8 = 0x01;
+const PSH: u8 = 0x08;
+const CWR: u8 = 0x80;
+
+fn ours(header: &VnetHdr) -> VnetHeader {
+    VnetHeader::from_bytes(&header.to_bytes())
+}
+
+fn theirs(header: &VnetHeader) -> VnetHdr {
+    VnetHdr::from_bytes(&header.to_bytes())
+}
+
+/// The segments of a frame, each with its header.
+fn cut(plan: &Plan, frame: &[u8]) -> Vec<(VnetHdr, Vec<u8>)> {
+    let mut out = [0; PROTOCOL_HEADERS_MAX];
+    let segment = |index| {
+        let piece = plan.segment(frame, index, &mut out).expect("as many segments as it says");
+        (theirs(&piece.header), [&out[..piece.headers_len], &frame[piece.payload]].concat())
+    };
+    let all = (0..plan.segments()).map(segment).collect();
+    assert_eq!(plan.segment(frame, plan.segments(), &mut out), None);
+    all
+}
+
+/// A frame that is to be cut: IP version, protocol, payload, segment size, tags, TCP flags.
+#[derive(Clone, Debug)]
+struct Large {
+    is_ipv4: bool,
+    is_tcp: bool,
+    payload: usize,
+    size: u16,
+    tags: usize,
+    flags: u8,
+    sequence: u32,
+    id: u16,
+}
+
+fn any_large() -> impl Strategy<Value = Large> {
+    let shape = (any::<bool>(), any::<bool>(), 16..20_000_usize, 300..3000_u16);
+    let flags = prop::sample::subsequence(vec![FIN, PSH], 0..=2).prop_map(|bits| bits.iter().sum());
+    (shape, 0..3_usize, flags, any::<u32>(), any::<u16>()).prop_map(
+        |((is_ipv4, is_tcp, payload, size), tags, flags, sequence, id)| Large {
+            is_ipv4,
+            is_tcp,
+            // At least two segments: the splitter takes a single one for an error.
+            payload: payload.max(usize::from(size) + 1),
+            size,
+            tags,
+            flags,
+            sequence,
+            id,
+        },
+    )
+}
+
+impl Large {
+    fn build(&self) -> (VnetHdr, Vec<u8>) {
+        let bytes = payload(Stamp { stream: 1, seq: 0 }, self.payload);
+        let mut frame = match (self.is_ipv4, self.is_tcp) {
+            (true, true) => frames::tcp4(&Ends::RX, self.sequence, &bytes, L4Csum::Partial),
+            (true, false) => frames::udp4(&Ends::RX, &bytes, L4Csum::Partial),
+            (false, true) => frames::tcp6(&Ends::RX, self.sequence, &bytes, L4Csum::Partial),
+            (false, false) => frames::udp6(&Ends::RX, &bytes, L4Csum::Partial),
+        };
+        let l4 = 14 + if self.is_ipv4 { 20 } else { 40 };
+        if self.is_ipv4 {
+            frame[18..20].copy_from_slice(&self.id.to_be_bytes());
+            frame[24..26].fill(0);
+            let sum = !frames::checksum_add(0, &frame[14..34]);
+            frame[24..26].copy_from_slice(&sum.to_be_bytes());
+        }
+        if self.is_tcp {
+            frame[l4 + 13] = 0x10 | self.flags;
+        }
+        for tag in 0..self.tags {
+            frame = vlan(&frame, 5 + tag as u16);
+        }
+        let csum_start = (l4 + 4 * self.tags) as u16;
+        let (gso_type, csum_offset, transport) = match (self.is_ipv4, self.is_tcp) {
+            (true, true) => (gso::TCPV4, 16, 20),
+            (false, true) => (gso::TCPV6, 16, 20),
+            _ => (gso::UDP_L4, 6, 8),
+        };
+        let hdr_len = csum_start + transport;
+        let flags = net_flag::NEEDS_CSUM;
+        (VnetHdr { flags, gso_type, hdr_len, gso_size: self.size, csum_start, csum_offset, num_buffers: 0 }, frame)
+    }
+}
+
+/// Congestion is reported once (RFC 3168, "6.1.2 The TCP Sender"): what Linux does when it cuts, and the splitter of the
+/// kit does not know.
+#[test]
+fn cwr_stays_on_the_first_segment() {
+    let large = Large {
+        is_ipv4: true,
+        is_tcp: true,
+        payload: 3000,
+        size: 1000,
+        tags: 0,
+        flags: CWR | PSH,
+        sequence: u32::MAX - 500,
+        id: u16::MAX,
+    };
+    let (mut header, frame) = large.build();
+    header.gso_type |= gso::ECN;
+    let Ok(Need::Segmentation(plan)) = plan(ours(&header), &frame, GuestOffloads::of(0)) else {
+        panic!("it can be cut");
+    };
+    let flags: Vec<_> = cut(&plan, &frame).iter().map(|(_, segment)| segment[34 + 13]).collect();
+    assert_eq!(flags, [0x10 | CWR, 0x10, 0x10 | PSH]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn segments_are_those_of_an_independent_splitter(large in any_large(), checksums_left in any::<bool>()) {
+        let (header, frame) = large.build();
+        let guest = GuestOffloads::of(if checksums_left { feature::GUEST_CSUM } else { 0 });
+        let Ok(Need::Segmentation(plan)) = plan(ours(&header), &frame, guest) else {
+            panic!("{large:?} can be cut");
+        };
+        let wanted = split::split(&header, &frame).map_err(TestCaseError::fail)?;
+        let got: Vec<_> = cut(&plan, &frame)
+            .iter()
+            .map(|(header, frame)| {
+                assert_eq!(header.gso_type, gso::NONE);
+                assert_eq!(header.flags, u8::from(checksums_left) * net_flag::NEEDS_CSUM);
+                split::complete(header, frame)
+            })
+            .collect();
+        let different = got.iter().zip(&wanted).position(|(got, wanted)| got != wanted);
+        prop_assert_eq!((different, got.len()), (None, wanted.len()));
+    }
+
+    /// The kernel is believed little more than the guest: nothing panics, and nothing outside the frame is named.
+    #[test]
+    fn hostile_bytes_are_cut_within_the_frame_or_refused(
+        header in any::<[u8; 12]>(),
+        likely in any::<bool>(),
+        mut frame in prop::collection::vec(any::<u8>(), 0..300),
+        features in any::<u64>(),
+    ) {
+        let mut header = VnetHeader::from_bytes(&header);
+        if likely {
+            header.flags = 1;
+            header.gso_type = [0, 1, 4, 5][usize::from(header.gso_type % 4)];
+            header.csum_start = 34;
+            header.csum_offset = if header.gso_type == 5 { 6 } else { 16 };
+            if frame.len() > 40 {
+                frame[12..15].copy_from_slice(&if header.gso_type == 4 { [0x86, 0xdd, 0x60] } else { [8, 0, 0x45] });
+            }
+        }
+        let guest = GuestOffloads::of(features);
+        match plan(header, &frame, guest) {
+            Ok(Need::Nothing(shown)) => prop_assert!(shown.flags == 0 || guest.has(feature::GUEST_CSUM)),
+            Ok(Need::Checksum) => prop_assert_eq!(complete_checksum(header, &mut frame), Ok(VnetHeader::default())),
+            Ok(Need::Segmentation(plan)) => {
+                let payload: usize = cut(&plan, &frame).iter().map(|(_, segment)| segment.len()).sum();
+                prop_assert!(payload >= frame.len());
+            }
+            Err(_) => {}
+        }
+    }
+}
