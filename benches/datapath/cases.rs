@@ -9,7 +9,7 @@ use crate::common::memory::GuestMemory;
 use crate::common::netns::PacketSocket;
 use crate::common::virtio::{VnetHdr, gso, net_flag};
 use crate::common::{fd_of, wait_readable};
-use crate::guest::{FEATURES, Guest, RING_SIZE};
+use crate::guest::{FEATURES, Guest, RING_SIZE, rest};
 use crate::place::{BACKEND_CPU, Contender, Place, TAP, bind_to, on_backend_cpu, thread_cpu};
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -299,7 +299,7 @@ fn receive_with(contender: &Contender, count: u64, chains: u64, fill: impl Fn(&P
         let queue = place.floor();
         fill(&place);
         // Buffers as a guest's: the header apart, and so many for a super-frame.
-        let mem = GuestMemory::single(1 << 20);
+        let mem = GuestMemory::single(8 << 20);
         let buffers: Vec<_> = (0..RING_SIZE).map(|_| mem.iovec(mem.alloc(1536, 64), 1536)).collect();
         let header = mem.iovec(mem.alloc(VnetHdr::LEN, 64), VnetHdr::LEN);
         return on_backend_cpu(|| {
@@ -345,7 +345,7 @@ fn drain(guest: &mut Guest, count: u64) {
         }
         if back == 0 {
             assert!(Instant::now() < deadline, "only {came} of {count} came");
-            std::thread::yield_now();
+            rest();
         }
     }
 }

@@ -27,6 +27,12 @@ pub const FEATURES: u64 = feature::VERSION_1
     | feature::HOST_TSO4
     | feature::GUEST_TSO4;
 
+/// Leaves the CPU for a moment that is short beside a ring of frames: to spin would slow down the back-end where its CPU
+/// is the other half of the same core.
+pub fn rest() {
+    std::thread::sleep(Duration::from_micros(20));
+}
+
 /// One ring whose descriptor n is always head n.
 pub struct Ring {
     ring: SplitRing,
@@ -112,7 +118,7 @@ impl Ring {
                 deadline = Instant::now() + PATIENCE;
             } else {
                 assert!(Instant::now() < deadline, "the back-end is stuck after {taken} of {count} frames");
-                std::thread::yield_now();
+                rest();
             }
         }
     }

@@ -107,6 +107,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     place::bind_to(place::DRIVER_CPU);
+    place::sleep_exactly();
     let rounds = args.rounds.unwrap_or(if args.quick { 3 } else { 5 });
     let scale = if args.quick { 300 } else { 1000 };
     println!("{}", place::machine());
