@@ -178,15 +178,17 @@ impl Rx {
         end: &mut Option<Pump>,
     ) -> Result<Step, RingBroken> {
         let need = self.need(if self.unfinished > 0 { EXPECT_MIN } else { self.expect.now });
-        match self.window.fill(queue, need, counters)? {
+        let room = match self.window.fill(queue, need, counters)? {
             Filled::Bytes(0) => return Ok(Step::End(Pump::NoBuffers)),
-            Filled::Bytes(_) => {}
+            Filled::Bytes(room) => room,
             Filled::ReturnedUnused => return Ok(Step::Again),
-        }
+        };
         // No more frames than there seem to be, and than there are buffers for.
         let count = self.ready.min(self.window.chains() + queue.entries_seen()).min(self.backlog.slots());
         let small = self.expect.now.max(self.last_len) <= STAGED_MAX;
-        if self.unfinished == 0 && !(small && self.backlog.batches(count)) {
+        // A large frame that outgrows the ring's last buffers is better put nowhere than half into them.
+        let is_short = self.mergeable && room < need.bytes && !small;
+        if self.unfinished == 0 && !is_short && !(small && self.backlog.batches(count)) {
             return Ok(self.receive_one(queue, device, counters));
         }
         // Of large ones one at a time, which stays in the cache.
@@ -247,22 +249,18 @@ impl Rx {
 
     /// Copies the backlog's oldest frame, or its next segment, into buffers, if there are enough by now.
     fn deliver(&mut self, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
-        let step = match self.work {
-            None => match self.look_at_front() {
-                Ok(work) => {
-                    self.work = Some(work);
-                    return Ok(Step::Again);
-                }
-                Err(reason) => Step::Counted(reason),
-            },
-            Some(Work::Segmentation(plan)) => return self.deliver_segment(plan, queue, counters),
-            Some(Work::Nothing(header)) => match self.deliver_whole(header, queue, counters)? {
+        let work = self.work.map_or_else(|| self.look_at_front(), Ok);
+        self.work = work.ok();
+        let step = match work {
+            Ok(Work::Segmentation(plan)) => return self.deliver_segment(plan, queue, counters),
+            Ok(Work::Nothing(header)) => match self.deliver_whole(header, queue, counters)? {
                 Step::End(end) => return Ok(self.wait_for_buffers(end, counters)),
                 Step::Again => return Ok(Step::Again),
                 done => done,
             },
             // It was completed when it was looked at.
-            Some(Work::Checksum) => Step::Counted(|c| &c.rx_drop_not_negotiated),
+            Ok(Work::Checksum) => Step::Counted(|c| &c.rx_drop_not_negotiated),
+            Err(reason) => Step::Counted(reason),
         };
         self.forget_front();
         Ok(step)
