@@ -1,7 +1,11 @@
 //! The Internet checksum (RFC 1071): sums that `coalesce` checks and `segment` writes. Pure arithmetic on private bytes.
 //!
 //! A sum is kept in 64 bits, unfolded, until somebody needs the 16 bits of it. Byte order does not matter to the sum
-//! (RFC 1071, section 2 (B)); here every word is big-endian, as it is on the wire.
+//! (RFC 1071, section 2 (B)): words are added as the machine reads them, and only the 16 bits that come out are in the
+//! order that they have on the wire.
+
+/// Sums that run side by side, so that the compiler can add several words at once.
+const LANES: usize = 8;
 
 /// An unfolded one's complement sum of 16-bit words.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -12,12 +16,17 @@ impl Sum {
     #[inline]
     pub fn of(bytes: &[u8]) -> Sum {
         // A 32-bit word counts as its two 16-bit words: 2^16 is 1 in one's complement.
-        let (words, rest) = bytes.as_chunks::<4>();
-        let mut sum = words.iter().fold(0_u64, |sum, word| sum + u64::from(u32::from_be_bytes(*word)));
+        let (rows, rest) = bytes.as_chunks::<{ 4 * LANES }>();
+        let mut lanes = [0_u64; LANES];
+        for row in rows {
+            let (words, _) = row.as_chunks::<4>();
+            lanes.iter_mut().zip(words).for_each(|(lane, word)| *lane += u64::from(u32::from_ne_bytes(*word)));
+        }
+        let (words, rest) = rest.as_chunks::<4>();
         let mut last = [0; 4];
         last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
-        sum += u64::from(u32::from_be_bytes(last));
-        Sum(sum)
+        let words = words.iter().chain([&last]).map(|word| u64::from(u32::from_ne_bytes(*word)));
+        Sum(lanes.into_iter().chain(words).sum())
     }
 
     /// This sum and another one.
@@ -30,7 +39,7 @@ impl Sum {
     /// This sum and one 16-bit word.
     #[inline]
     pub fn plus_word(self, word: u16) -> Sum {
-        self.plus(Sum(u64::from(word)))
+        self.plus(Sum(u64::from(word.to_be())))
     }
 
     /// The 16 bits of the sum, not complemented: what `NEEDS_CSUM` wants in the checksum field for a pseudo-header.
@@ -40,7 +49,7 @@ impl Sum {
         while sum > 0xffff {
             sum = (sum & 0xffff) + (sum >> 16);
         }
-        sum as u16
+        u16::from_be(sum as u16)
     }
 
     /// The checksum: the complement of the sum.
