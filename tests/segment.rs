@@ -35,6 +35,20 @@ fn cut(plan: &Plan, frame: &[u8]) -> Vec<(VnetHdr, Vec<u8>)> {
     all
 }
 
+/// Whether a guest may see this header.
+fn is_negotiated(shown: &VnetHdr, guest: GuestOffloads) -> bool {
+    let segmentation = match shown.gso_type & !gso::ECN {
+        gso::NONE => true,
+        gso::TCPV4 => guest.has(feature::GUEST_TSO4),
+        gso::TCPV6 => guest.has(feature::GUEST_TSO6),
+        gso::UDP => guest.has(feature::GUEST_UFO),
+        gso::UDP_L4 => guest.has(feature::GUEST_USO4) && guest.has(feature::GUEST_USO6),
+        _ => false,
+    };
+    let ecn = shown.gso_type & gso::ECN == 0 || guest.has(feature::GUEST_ECN);
+    segmentation && ecn && (shown.flags == 0 || guest.has(feature::GUEST_CSUM))
+}
+
 /// A frame that is to be cut: IP version, protocol, payload, segment size, tags, TCP flags.
 #[derive(Clone, Debug)]
 struct Large {
@@ -158,7 +172,7 @@ proptest! {
         if likely {
             header.flags = 1;
             header.gso_type = [0, 1, 4, 5][usize::from(header.gso_type % 4)];
-            header.csum_start = 34;
+            header.csum_start = if header.gso_type == 4 { 54 } else { 34 };
             header.csum_offset = if header.gso_type == 5 { 6 } else { 16 };
             if frame.len() > 40 {
                 frame[12..15].copy_from_slice(&if header.gso_type == 4 { [0x86, 0xdd, 0x60] } else { [8, 0, 0x45] });
@@ -166,11 +180,14 @@ proptest! {
         }
         let guest = GuestOffloads::of(features);
         match plan(header, &frame, guest) {
-            Ok(Need::Nothing(shown)) => prop_assert!(shown.flags == 0 || guest.has(feature::GUEST_CSUM)),
+            Ok(Need::Nothing(shown)) => prop_assert!(is_negotiated(&theirs(&shown), guest), "{shown:?}"),
             Ok(Need::Checksum) => prop_assert_eq!(complete_checksum(header, &mut frame), Ok(VnetHeader::default())),
             Ok(Need::Segmentation(plan)) => {
-                let payload: usize = cut(&plan, &frame).iter().map(|(_, segment)| segment.len()).sum();
-                prop_assert!(payload >= frame.len());
+                let segments = cut(&plan, &frame);
+                let bytes: usize = segments.iter().map(|(_, segment)| segment.len()).sum();
+                prop_assert!(bytes >= frame.len());
+                let all_negotiated = segments.iter().all(|(shown, _)| is_negotiated(shown, guest));
+                prop_assert!(all_negotiated, "{segments:?}");
             }
             Err(_) => {}
         }
