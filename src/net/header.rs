@@ -18,7 +18,7 @@ pub const HEADER_LEN: usize = 12;
 pub const PROTOCOL_HEADERS_MAX: usize = 192;
 /// The most segments that one frame may ask for: a full frame of the smallest TCP segments that make sense (48 bytes).
 /// A frame of thousands costs the host hundreds of times a normal one.
-const SEGMENTS_MAX: usize = 1366;
+pub(super) const SEGMENTS_MAX: usize = 1366;
 
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
 pub const F_NEEDS_CSUM: u8 = 1;
@@ -286,10 +286,10 @@ impl L4 {
 }
 
 /// Where a frame's transport header is, and of what protocol.
-struct Found {
-    version: u8,
-    protocol: u8,
-    offset: usize,
+pub(super) struct Found {
+    pub(super) version: u8,
+    pub(super) protocol: u8,
+    pub(super) offset: usize,
 }
 
 pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
@@ -311,7 +311,7 @@ pub(super) fn find_l3(frame: &[u8]) -> Option<(u16, usize)> {
     None
 }
 
-fn find_l4(frame: &[u8]) -> Option<Found> {
+pub(super) fn find_l4(frame: &[u8]) -> Option<Found> {
     let (ethertype, at) = find_l3(frame)?;
     let ip = frame.get(at..)?;
     match (ethertype, ip.first()? >> 4) {

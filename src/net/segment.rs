@@ -13,7 +13,7 @@ use super::checksum::{Sum, pseudo_header};
 use super::features::{GUEST_CSUM, GuestOffloads};
 use super::header::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IPPROTO_TCP,
-    IPPROTO_UDP, NotNegotiated, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx, find_l3,
+    IPPROTO_UDP, NotNegotiated, PROTOCOL_HEADERS_MAX, SEGMENTS_MAX, VnetHeader, check_rx, find_l3, find_l4,
 };
 
 const IPV4_HEADER: usize = 20;
@@ -112,9 +112,13 @@ impl Plan {
             (GSO_UDP_L4, ETHERTYPE_IPV6) => (false, false),
             _ => return None,
         };
-        let least = l3 + if is_ipv4 { IPV4_HEADER } else { IPV6_HEADER };
+        let found = find_l4(frame)?;
+        let protocol = if is_tcp { IPPROTO_TCP } else { IPPROTO_UDP };
         let checksum = if is_tcp { TCP_CHECKSUM } else { UDP_CHECKSUM };
-        if l4 < least || header.csum_offset != checksum || header.flags & F_NEEDS_CSUM == 0 {
+        if found.offset != l4 || found.protocol != protocol || header.csum_offset != checksum {
+            return None;
+        }
+        if header.flags & F_NEEDS_CSUM == 0 {
             return None;
         }
         let transport = frame.get(l4..)?;
@@ -123,7 +127,7 @@ impl Plan {
         let payload = frame.len().checked_sub(end)?;
         let whole = transport_len >= if is_tcp { TCP_HEADER } else { UDP_HEADER };
         let size = usize::from(header.gso_size);
-        if !whole || end > PROTOCOL_HEADERS_MAX || payload == 0 || size == 0 {
+        if !whole || end > PROTOCOL_HEADERS_MAX || payload == 0 || size == 0 || payload.div_ceil(size) > SEGMENTS_MAX {
             return None;
         }
         let leaves_checksum = guest.has(GUEST_CSUM);
