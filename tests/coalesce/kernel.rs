@@ -1,14 +1,14 @@
 //! The kernel's opinion: it cuts merged frames into the guest's.
 
 use std::cell::Cell;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use proptest::test_runner::{TestCaseError, TestRunner};
 
 use crate::common::PATIENCE;
 use crate::common::netns::{NetNs, TapQueue, TapSpec, require_root};
-use crate::common::virtio::gso;
+use crate::common::virtio::{VnetHdr, gso};
 use crate::cut_again::harmless_streams;
 use crate::{
     ACK, DF, ECE, FIN, Frame, KINDS, PSH, Rendered, TCP, UDP, be16, coalesce, make_sum_zero, put, render, same, stream,
@@ -36,7 +36,21 @@ impl Bridge {
             namespace.ip(&format!("link set {name} master br0"));
         }
         namespace.ip(&format!("link set br0 mtu {MTU} up"));
-        Self { a, b, _namespace: namespace }
+        let bridge = Self { a, b, _namespace: namespace };
+        bridge.wait_forwarding();
+        bridge
+    }
+
+    /// A port's carrier is taken note of a moment after it came: what is sent before does not come through.
+    fn wait_forwarding(&self) {
+        let mut probe = [0xff; 60];
+        probe[6..14].copy_from_slice(&[0x52, 0x54, 0, 0xcc, 0, 3, 0x88, 0xb5]);
+        let deadline = Instant::now() + PATIENCE;
+        while self.b.read(Duration::from_millis(50)).is_none() {
+            assert!(Instant::now() < deadline, "The bridge does not forward");
+            self.a.write(&VnetHdr::default(), &probe).expect("a write to a TAP that is up");
+        }
+        while self.b.read(Duration::from_millis(50)).is_some() {}
     }
 
     /// Coalesces `frames`, sends the result, and compares what the kernel makes of it. Tells how many were sent.
