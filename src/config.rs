@@ -8,10 +8,10 @@ use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LogLevel};
 use crate::device::Io;
 use crate::device::tap::TapByName;
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
+use crate::tuning::{Coalescing, Tuning};
 use crate::vhost_user::listener::SocketAccess;
 use crate::vhost_user::session::SessionOptions;
 use crate::virtqueue::{QueueSize, RingError};
-use crate::worker::{Coalescing, Tuning};
 
 /// Where front-ends come from.
 #[derive(Clone, Debug, PartialEq, Eq)]

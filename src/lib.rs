@@ -17,6 +17,7 @@
 //! | [`virtqueue`] | rings and descriptor chains; no networking |
 //! | [`memory`], [`notify`] | guest memory; kicks and calls |
 //! | [`device`] | the host's interface; no virtio |
+//! | [`tuning`] | what an operator may choose of how frames are moved |
 //! | [`metrics`] | counters |
 #![deny(unsafe_code)]
 
@@ -35,6 +36,7 @@ mod poll;
 pub mod polling;
 pub mod running_ring;
 mod throttle;
+pub mod tuning;
 pub mod vhost_user;
 pub mod virtqueue;
 pub mod worker;

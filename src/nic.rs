@@ -19,8 +19,9 @@ use crate::net::features::{self, Circumstances, GuestOffloads, MQ};
 use crate::net::filter::Mac;
 use crate::net::header::HEADER_LEN;
 use crate::running_ring::{Direction, RingChange, RunsRings, StartRing, StoppedRing};
+use crate::tuning::{Coalescing, Tuning};
 use crate::virtqueue::SplitRing;
-use crate::worker::{self, Coalescing, QueuePair, Tuning};
+use crate::worker::{self, QueuePair};
 
 /// The usual MTU, where neither the operator nor the interface says one.
 const MTU_DEFAULT: u16 = 1500;

@@ -31,9 +31,10 @@ use crate::net::rx::{Admission, HeldFrame, Rx};
 use crate::net::tx::Tx;
 use crate::notify::KickState;
 use crate::poll::{Event, Poll, Wait};
-use crate::polling::{Poller, Polling};
+use crate::polling::Poller;
 use crate::running_ring::{Direction, RingChange, RingMode, RunningRing, RunsRings, StartRing, StoppedRing};
 use crate::throttle::Throttle;
+use crate::tuning::Tuning;
 use crate::virtqueue::{RingBroken, SplitRing};
 
 /// How long a job may wait for its turn: a pass takes well under a millisecond.
@@ -51,31 +52,6 @@ pub struct Usage {
     pub in_use: bool,
     /// The kernel spreads flows over its device queue.
     pub attached: bool,
-}
-
-/// Whether frames of one flow go to the device as one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Coalescing {
-    /// Those that the device can cut again.
-    #[default]
-    Auto,
-    /// The same, with a warning where it cannot cut all kinds.
-    On,
-    /// Each frame goes by itself.
-    Off,
-}
-
-/// How the workers go about it.
-#[derive(Clone, Debug, Default)]
-pub struct Tuning {
-    /// How frames are read and written.
-    pub io: Io,
-    /// Whether frames of one flow go to the device as one.
-    pub coalescing: Coalescing,
-    /// How long to look again before sleeping.
-    pub polling: Polling,
-    /// The CPUs that the workers are bound to, in turn; none for any.
-    pub cpus: Vec<usize>,
 }
 
 /// All that one worker thread owns.

@@ -19,10 +19,10 @@ use vhost_user_net::daemon::{Daemon, Source};
 use vhost_user_net::device::{Device, Io};
 use vhost_user_net::nic::{Nic, NicSetup};
 use vhost_user_net::polling::Polling;
+use vhost_user_net::tuning::Tuning;
 use vhost_user_net::vhost_user::listener::{SocketAccess, SocketListener};
 use vhost_user_net::vhost_user::session::SessionOptions;
 use vhost_user_net::virtqueue::QueueSize;
-use vhost_user_net::worker::Tuning;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::PATIENCE;

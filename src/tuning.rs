@@ -1,0 +1,29 @@
+//! What an operator may choose about how frames are moved.
+
+use crate::device::Io;
+use crate::polling::Polling;
+
+/// Whether frames of one flow go to the device as one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Coalescing {
+    /// Those that the device can cut again.
+    #[default]
+    Auto,
+    /// The same, with a warning where it cannot cut all kinds.
+    On,
+    /// Each frame goes by itself.
+    Off,
+}
+
+/// How the workers go about it.
+#[derive(Clone, Debug, Default)]
+pub struct Tuning {
+    /// How frames are read and written.
+    pub io: Io,
+    /// Whether frames of one flow go to the device as one.
+    pub coalescing: Coalescing,
+    /// How long to look again before sleeping.
+    pub polling: Polling,
+    /// The CPUs that the workers are bound to, in turn; none for any.
+    pub cpus: Vec<usize>,
+}
