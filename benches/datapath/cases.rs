@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::common::frames::{self, Ends, L4Csum, Stamp, payload};
 use crate::common::memory::GuestMemory;
 use crate::common::netns::PacketSocket;
-use crate::common::virtio::{VnetHdr, gso, net_flag};
+use crate::common::virtio::{VnetHdr, feature, gso, net_flag};
 use crate::common::{fd_of, wait_readable};
 use crate::guest::{FEATURES, Guest, RING_SIZE, rest};
 use crate::place::{BACKEND_CPU, Contender, Place, TAP, bind_to, on_backend_cpu, thread_cpu};
@@ -133,7 +133,9 @@ fn transmit_in(
     if *contender == Contender::Floor {
         return floor_transmit(place, frames, count);
     }
-    let mut guest = Guest::new(pairs, frames, FEATURES);
+    let features = contender.features();
+    let plain: Vec<_> = frames.iter().map(|(_, frame)| (VnetHdr::default(), frame.clone())).collect();
+    let mut guest = Guest::new(pairs, if features & feature::CSUM == 0 { &plain } else { frames }, features);
     let process = place.start(contender, &mut guest, &[]);
     let pass = |guest: &mut Guest, count: u64| {
         std::thread::scope(|scope| {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::common::frontend::{RawFrontend, SessionSpec};
 use crate::common::memory::GuestMemory;
 use crate::common::split_ring::SplitRing;
-use crate::common::virtio::{VnetHdr, desc_flag, feature};
+use crate::common::virtio::{VnetHdr, desc_flag, feature, protocol};
 
 /// Descriptors in each ring.
 pub const RING_SIZE: u16 = 256;
@@ -186,7 +186,9 @@ impl Guest {
                 &ring.ring
             })
             .collect();
-        let session = SessionSpec::new(&self.mem, rings, self.features);
+        let mut session = SessionSpec::new(&self.mem, rings, self.features);
+        // A back-end to which the status matters waits for a driver that tells it.
+        session.protocol &= !protocol::STATUS;
         let negotiated = front_end.negotiate_like_cloud_hypervisor(&session).expect("a session");
         assert_eq!(negotiated.features, self.features, "all features are offered");
         self._front_end = Some(front_end);

@@ -4,6 +4,7 @@
 //! namespace of its own ([`place`]). Side by side, round by round, so that what disturbs one disturbs all:
 //! * the floor: a bare loop of `writev` or `readv` on the same TAP, without a virtqueue;
 //! * the baseline: a conventional back-end ([`baseline`]) of the crates that most are made of;
+//! * DPDK's `dpdk-testpmd` where it is installed ([`testpmd`]);
 //! * ours, with its options.
 //!
 //! The figure that counts is the back-end's processor time for each frame. Ratios above 1 mean that ours needs less.
@@ -16,6 +17,7 @@ mod common;
 mod guest;
 mod place;
 mod report;
+mod testpmd;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -76,9 +78,9 @@ fn cases() -> Vec<Case> {
         Case { name, kind, contenders }
     };
     vec![
-        with("tx 64 B, mixed flows", Kind::Tx(64), &[SYSCALL, URING]),
+        with("tx 64 B, mixed flows", Kind::Tx(64), &[SYSCALL, URING, Contender::Testpmd]),
         with("tx 512 B, mixed flows", Kind::Tx(512), &[]),
-        with("tx 1500 B, mixed flows", Kind::Tx(1500), &[SYSCALL, URING]),
+        with("tx 1500 B, mixed flows", Kind::Tx(1500), &[SYSCALL, URING, Contender::Testpmd]),
         Case {
             name: "tx 64 B, mixed flows, 2 pairs",
             kind: Kind::TxPairs(64),
@@ -114,7 +116,9 @@ fn main() -> ExitCode {
     println!("{rounds} rounds, all contenders in turn in each\n");
     let wanted = |case: &Case| args.only.as_ref().is_none_or(|text| case.name.contains(text.as_str()));
     let mut all = Vec::new();
-    for case in cases().into_iter().filter(wanted) {
+    let has_testpmd = testpmd::is_installed();
+    for mut case in cases().into_iter().filter(wanted) {
+        case.contenders.retain(|contender| *contender != Contender::Testpmd || has_testpmd);
         let measured = run(case, rounds, scale);
         report::print(&measured);
         all.push(measured);

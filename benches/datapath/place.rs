@@ -10,7 +10,8 @@ use tempfile::TempDir;
 
 use crate::common::frames::HOST_MAC;
 use crate::common::netns::{NetNs, TapSpec};
-use crate::guest::Guest;
+use crate::guest::{FEATURES, Guest};
+use crate::testpmd;
 
 pub const TAP: &str = "tap0";
 /// The back-ends have a CPU of their own, and so has the floor: the same.
@@ -56,6 +57,8 @@ pub enum Contender {
     Floor,
     /// The conventional back-end.
     Baseline,
+    /// DPDK's, on a TAP of its own.
+    Testpmd,
     /// This project's, with these options.
     Ours(&'static [&'static str]),
 }
@@ -65,9 +68,19 @@ impl Contender {
         match self {
             Contender::Floor => "floor".to_owned(),
             Contender::Baseline => "baseline".to_owned(),
+            Contender::Testpmd => "dpdk-testpmd".to_owned(),
             Contender::Ours([]) => "ours".to_owned(),
             Contender::Ours(options) => format!("ours {}", options.join(" ")),
         }
+    }
+
+    /// What a guest negotiates with it.
+    pub fn features(&self) -> u64 {
+        if *self == Contender::Testpmd { testpmd::FEATURES } else { FEATURES }
+    }
+
+    fn tap(&self) -> &'static str {
+        if *self == Contender::Testpmd { testpmd::TAP } else { TAP }
     }
 }
 
@@ -97,7 +110,7 @@ impl Place {
     pub fn start(&self, contender: &Contender, guest: &mut Guest, more: &[(&str, String)]) -> Process {
         let process = self.launch(contender, guest.pairs.len(), more);
         guest.connect(&self.dir.path().join("socket"));
-        self.wait_operational();
+        self.wait_operational(contender.tap());
         process
     }
 
@@ -107,31 +120,7 @@ impl Place {
         // What the one before left; ours replaces it by itself.
         let _ = fs::remove_file(&socket);
         let path = socket.to_str().expect("a path").to_owned();
-        let pair_count = pairs.to_string();
-        let mut command = match contender {
-            Contender::Floor => panic!("the floor is no process"),
-            Contender::Baseline => {
-                let this = std::env::current_exe().expect("this program");
-                let mut command = self.namespace.command(this.to_str().expect("a path"));
-                command.args(["--as-baseline", &path]);
-                command
-            }
-            Contender::Ours(options) => {
-                let mut command = self.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
-                command.args([
-                    "--socket-path",
-                    &path,
-                    "--tap",
-                    TAP,
-                    "--queue-pairs",
-                    &pair_count,
-                    "--log-level",
-                    "warn",
-                ]);
-                command.args(*options);
-                command
-            }
-        };
+        let mut command = self.command(contender, &path, pairs);
         command.envs(more.iter().map(|(name, value)| (*name, value)));
         let begun = Instant::now();
         // Two pairs share nothing, least of all a CPU.
@@ -147,10 +136,30 @@ impl Place {
         process
     }
 
+    fn command(&self, contender: &Contender, socket: &str, pairs: usize) -> Command {
+        match contender {
+            Contender::Floor => panic!("the floor is no process"),
+            Contender::Testpmd => testpmd::command(&self.namespace, socket),
+            Contender::Baseline => {
+                let this = std::env::current_exe().expect("this program");
+                let mut command = self.namespace.command(this.to_str().expect("a path"));
+                command.args(["--as-baseline", socket]);
+                command
+            }
+            Contender::Ours(options) => {
+                let mut command = self.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
+                command.args(["--socket-path", socket, "--tap", TAP, "--log-level", "warn"]);
+                command.arg("--queue-pairs").arg(pairs.to_string());
+                command.args(*options);
+                command
+            }
+        }
+    }
+
     /// For a moment after a TAP got its carrier the kernel drops what is sent to it.
-    fn wait_operational(&self) {
+    fn wait_operational(&self, tap: &str) {
         let deadline = Instant::now() + Duration::from_secs(5);
-        while self.namespace.ip("link show dev tap0").contains("state DOWN") {
+        while self.namespace.ip(&format!("link show dev {tap}")).contains("state DOWN") {
             assert!(Instant::now() < deadline, "the TAP does not come up");
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -165,7 +174,7 @@ impl Place {
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         let set = unsafe { libc::ioctl(queue.fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
         assert_eq!(set, 0, "TUNSETOFFLOAD: {}", std::io::Error::last_os_error());
-        self.wait_operational();
+        self.wait_operational(TAP);
         queue
     }
 }
