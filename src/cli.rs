@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 
-use crate::device::tap::InterfaceName;
+use crate::device::name::InterfaceName;
 use crate::net::filter::Mac;
 use crate::polling::Polling;
 
@@ -17,8 +17,8 @@ use crate::polling::Polling;
 /// ends on SIGTERM, SIGINT or SIGHUP with status 0. SIGUSR1 logs the counters.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
-#[command(group = needed("front-end-socket", ["socket_path", "fd", "print_capabilities"]))]
-#[command(group = needed("device", ["tap", "tap_fd", "print_capabilities"]))]
+#[command(group = needed("front-end-socket", &["socket_path", "fd", "print_capabilities"]))]
+#[command(group = needed("device", &["tap", "tap_fd", "macvtap", "macvtap_parent", "print_capabilities"]))]
 #[command(after_help = EXAMPLES)]
 pub struct Cli {
     /// Listen for front-ends on a Unix socket at PATH
@@ -43,10 +43,27 @@ pub struct Cli {
     #[arg(long, value_name = "NAME")]
     pub tap: Option<InterfaceName>,
 
-    /// Use TAP queues that were opened by someone else and passed as descriptors N,…: one for each queue pair
+    /// Use MACVTAP interface NAME
     ///
-    /// They must have been opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, several of them with IFF_MULTI_QUEUE, all of
-    /// one interface.
+    /// Made with 'ip link add link IF name NAME type macvtap mode bridge'. The guest's card must have its address.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["tap", "tap_fd"])]
+    pub macvtap: Option<InterfaceName>,
+
+    /// Make a MACVTAP on interface IF, by the name of --macvtap if given; it goes away when this process ends
+    ///
+    /// It gets the address of --mac, if given (but in mode passthru), and the MTU of --mtu.
+    #[arg(long, value_name = "IF", conflicts_with_all = ["tap", "tap_fd"])]
+    pub macvtap_parent: Option<InterfaceName>,
+
+    /// How MACVTAPs on the same interface reach each other
+    #[arg(long, value_name = "MODE", default_value = "bridge", requires = "macvtap_parent")]
+    #[arg(conflicts_with_all = ["tap", "tap_fd"])]
+    pub macvtap_mode: ModeChoice,
+
+    /// Use queues that were opened by someone else and passed as descriptors N,…: one for each queue pair
+    ///
+    /// Those of a TAP must have been opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, several of them with
+    /// IFF_MULTI_QUEUE; those of a MACVTAP are its open /dev/tapN. All of one interface.
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(3..))]
     #[arg(conflicts_with = "tap")]
     pub tap_fd: Vec<i32>,
@@ -64,15 +81,15 @@ pub struct Cli {
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub queue_size: u32,
 
-    /// MAC address of the card, for front-ends that take it from the back-end
+    /// MAC address of the card, for front-ends that take it from the back-end [default: that of a MACVTAP]
     ///
     /// QEMU does not: there it is the device's 'mac=' property.
     #[arg(long, value_name = "MAC", value_parser = parse_mac)]
     pub mac: Option<Mac>,
 
-    /// Largest MTU that the guest may use, 68 to 65535 [default: that of the TAP]
+    /// Largest MTU that the guest may use, 68 to 65535 [default: that of the interface]
     ///
-    /// A TAP that is created gets it; an existing one keeps its own. QEMU has its own property 'host_mtu=' for it.
+    /// An interface that is created gets it; an existing one keeps its own. QEMU has its own property 'host_mtu=' for it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
     pub mtu: Option<u16>,
 
@@ -130,6 +147,19 @@ pub enum FrontEndKind {
     Generic,
 }
 
+/// How MACVTAPs on the same interface reach each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModeChoice {
+    /// Directly
+    Bridge,
+    /// Through the switch outside, if it sends frames back
+    Vepa,
+    /// Not at all
+    Private,
+    /// There is one, and it has all frames of IF
+    Passthru,
+}
+
 /// How frames are read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum IoEngine {
@@ -182,7 +212,7 @@ The guest's memory must be shared (share=on), or there is nothing that can be ha
 
 /// One of these must be there. Which exclude each other is said where they are declared: the question for capabilities
 /// goes with everything (QEMU, "Backend program conventions").
-fn needed(name: &'static str, one_of: [&'static str; 3]) -> ArgGroup {
+fn needed(name: &'static str, one_of: &[&'static str]) -> ArgGroup {
     ArgGroup::new(name).required(true).multiple(true).args(one_of)
 }
 

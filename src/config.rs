@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LogLevel};
+use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LogLevel, ModeChoice};
 use crate::device::Io;
+use crate::device::macvtap::{Macvtap, MacvtapMode};
 use crate::device::tap::TapByName;
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
 use crate::tuning::{Coalescing, Tuning};
@@ -32,7 +33,9 @@ pub enum FrontEnds {
 pub enum DeviceChoice {
     /// A TAP by its name.
     Tap(TapByName),
-    /// Queues of a TAP, as descriptors.
+    /// A MACVTAP, by its name or to be made.
+    Macvtap(Macvtap),
+    /// Queues of a TAP or MACVTAP, as descriptors.
     TapFds(Vec<i32>),
 }
 
@@ -78,7 +81,9 @@ pub enum ConfigError {
         name: String,
     },
     /// Neither socket nor device was named.
-    #[error("A socket (--socket-path or --fd) and a TAP (--tap or --tap-fd) are needed")]
+    #[error(
+        "A socket (--socket-path or --fd) and a device (--tap, --macvtap, --macvtap-parent or --tap-fd) are needed"
+    )]
     Incomplete,
 }
 
@@ -103,10 +108,16 @@ impl TryFrom<Cli> for Config {
             (None, Some(fd)) => FrontEnds::Descriptor(fd),
             (None, None) => return Err(ConfigError::Incomplete),
         };
-        let device = match cli.tap {
-            Some(name) => DeviceChoice::Tap(TapByName { name, queue_pairs, shared: cli.shared, mtu: cli.mtu }),
-            None if cli.tap_fd.is_empty() => return Err(ConfigError::Incomplete),
-            None => DeviceChoice::TapFds(cli.tap_fd),
+        let (mac, mtu) = (cli.mac, cli.mtu);
+        let device = if let Some(name) = cli.tap {
+            DeviceChoice::Tap(TapByName { name, queue_pairs, shared: cli.shared, mtu })
+        } else if cli.macvtap.is_some() || cli.macvtap_parent.is_some() {
+            let parent = cli.macvtap_parent.map(|parent| (parent, mode(cli.macvtap_mode)));
+            DeviceChoice::Macvtap(Macvtap { name: cli.macvtap, parent, queue_pairs, mac, mtu })
+        } else if cli.tap_fd.is_empty() {
+            return Err(ConfigError::Incomplete);
+        } else {
+            DeviceChoice::TapFds(cli.tap_fd)
         };
         Ok(Config {
             front_ends,
@@ -145,6 +156,15 @@ fn group_number(name: &str) -> Result<u32, ConfigError> {
         let group = nix::unistd::Group::from_name(name).ok().flatten();
         group.map(|group| group.gid.as_raw()).ok_or_else(unknown)
     })
+}
+
+fn mode(mode: ModeChoice) -> MacvtapMode {
+    match mode {
+        ModeChoice::Bridge => MacvtapMode::Bridge,
+        ModeChoice::Vepa => MacvtapMode::Vepa,
+        ModeChoice::Private => MacvtapMode::Private,
+        ModeChoice::Passthru => MacvtapMode::Passthru,
+    }
 }
 
 fn io(io: IoEngine) -> Io {

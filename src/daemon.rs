@@ -18,6 +18,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::device::netlink::{LinkEvent, LinkWatch};
 use crate::mailbox::Stuck;
 use crate::nic::Nic;
 use crate::throttle::Throttle;
@@ -30,6 +31,9 @@ const SETTLE: Duration = Duration::from_secs(1);
 
 /// How long to leave the listener alone after it could not accept: for want of descriptors, most likely.
 const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
+
+/// How often an interface that would not tell is asked whether it was deleted.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Where front-ends come from.
 #[derive(Debug)]
@@ -65,9 +69,10 @@ enum Token {
     Timer,
     Listener,
     Session,
+    Link,
 }
 
-const TOKENS: [Token; 5] = [Token::Stop, Token::Signal, Token::Timer, Token::Listener, Token::Session];
+const TOKENS: [Token; 6] = [Token::Stop, Token::Signal, Token::Timer, Token::Listener, Token::Session, Token::Link];
 
 /// The signals that are taken as events.
 fn signals() -> SigSet {
@@ -101,8 +106,12 @@ pub struct Daemon {
     session: Option<Session>,
     stop: EventFd,
     signals: Option<SignalFd>,
+    /// Tells what happens to the interface.
+    link: Option<LinkWatch>,
     timer: TimerFd,
     settle_at: Option<Instant>,
+    /// When to ask whether the interface was deleted, if it would not tell.
+    probe_at: Option<Instant>,
     /// When the listener is watched again, if it is not.
     listen_at: Option<Instant>,
     has_ended: bool,
@@ -129,8 +138,10 @@ impl Daemon {
             session: None,
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(DaemonError::SetUp)?,
             signals: None,
+            link: None,
             timer: TimerFd::new().map_err(|e| DaemonError::SetUp(e.into()))?,
             settle_at: None,
+            probe_at: None,
             listen_at: None,
             has_ended: false,
             failure: None,
@@ -147,6 +158,11 @@ impl Daemon {
         let signals = SignalFd::with_flags(&signals(), flags).map_err(|e| DaemonError::SetUp(e.into()))?;
         self.signals = Some(signals);
         Ok(self)
+    }
+
+    /// Follows what happens to the interface.
+    pub fn following(self, link: Option<LinkWatch>) -> Daemon {
+        Daemon { link, ..self }
     }
 
     /// An eventfd that ends the loop when it is written to.
@@ -279,6 +295,35 @@ impl Daemon {
         }
     }
 
+    /// Hears what happened to the interface. One that left this network namespace without being deleted goes on.
+    fn follow_link(&mut self, ops: &mut EventOps) {
+        let Some(link) = &self.link else { return };
+        while let Some(LinkEvent::Gone) = link.next_event().unwrap_or_else(|error| {
+            log::warn!("Events of interfaces were missed: {error}");
+            None
+        }) {}
+        if self.has_lost_device()
+            && let Some(link) = self.link.take()
+        {
+            unwatch(&link, Token::Link, ops);
+        }
+    }
+
+    /// Whether the interface was deleted, which is logged.
+    fn has_lost_device(&mut self) -> bool {
+        match self.nic.lose_deleted_device() {
+            Ok(None) => return false,
+            Ok(Some(name)) => {
+                log::error!("Interface {name:?} was deleted; to go on, make it anew and start this process again");
+            }
+            Err(stuck) => {
+                self.failure = Some(DaemonError::Stuck(stuck));
+                self.has_ended = true;
+            }
+        }
+        true
+    }
+
     /// Sees to what is due.
     fn tick(&mut self, ops: &mut EventOps) {
         // What it counts is of no interest.
@@ -286,6 +331,9 @@ impl Daemon {
         let now = Instant::now();
         if self.listen_at.take_if(|at| *at <= now).is_some() {
             self.watch_listener(ops);
+        }
+        if self.probe_at.take_if(|at| *at <= now).is_some() && !self.has_lost_device() {
+            self.probe_at = Some(now + PROBE_INTERVAL);
         }
         if self.settle_at.take_if(|at| *at <= now).is_some()
             && let Err(stuck) = self.nic.detach_unused()
@@ -298,7 +346,8 @@ impl Daemon {
 
     /// Arms the timer for what is due next, if anything is.
     fn arm_timer(&mut self) {
-        let deadlines = [self.settle_at, self.listen_at, self.session.as_ref().and_then(Session::deadline)];
+        let deadlines =
+            [self.settle_at, self.probe_at, self.listen_at, self.session.as_ref().and_then(Session::deadline)];
         let armed = match deadlines.into_iter().flatten().min() {
             // A zero would disarm it.
             Some(at) => {
@@ -317,11 +366,18 @@ impl MutEventSubscriber for Daemon {
         let stop = self.stop.as_raw_fd();
         let timer = self.timer.as_raw_fd();
         let signals = self.signals.as_ref().map(|fd| fd.as_fd().as_raw_fd());
-        for (fd, token) in [(Some(stop), Token::Stop), (Some(timer), Token::Timer), (signals, Token::Signal)] {
+        let link = self.link.as_ref().map(|fd| fd.as_fd().as_raw_fd());
+        let watched =
+            [(Some(stop), Token::Stop), (Some(timer), Token::Timer), (signals, Token::Signal), (link, Token::Link)];
+        for (fd, token) in watched {
             let watched = fd.is_none_or(|fd| watch(fd, token, ops));
             self.fail_unless(watched);
         }
         self.watch_listener(ops);
+        if self.nic.device_ends_silently() {
+            self.probe_at = Some(Instant::now() + PROBE_INTERVAL);
+            self.arm_timer();
+        }
         if let Some(stream) = self.connected.take() {
             self.begin(stream, ops);
             self.fail_unless(self.session.is_some());
@@ -335,6 +391,7 @@ impl MutEventSubscriber for Daemon {
             Some(Token::Timer) => self.tick(ops),
             Some(Token::Listener) => self.accept(ops),
             Some(Token::Session) => self.process_session(ops),
+            Some(Token::Link) => self.follow_link(ops),
             None => {}
         }
         self.arm_timer();

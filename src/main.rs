@@ -8,7 +8,7 @@ use clap::Parser;
 use vhost_user_net::cli::Cli;
 use vhost_user_net::config::{Config, DeviceChoice, FrontEnds};
 use vhost_user_net::daemon::{self, Daemon, Source};
-use vhost_user_net::device::{self, tap};
+use vhost_user_net::device::{self, macvtap, passed, tap};
 use vhost_user_net::error_chain;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::vhost_user::listener::SocketListener;
@@ -43,7 +43,8 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     };
     let (device, queues) = match &config.device {
         DeviceChoice::Tap(how) => tap::open(how)?,
-        DeviceChoice::TapFds(fds) => tap::from_fds(fds)?,
+        DeviceChoice::Macvtap(how) => macvtap::open(how)?,
+        DeviceChoice::TapFds(fds) => passed::from_fds(fds)?,
     };
     let source = match (config.front_ends, connected) {
         (FrontEnds::Socket { path, access }, _) => Source::Listener(SocketListener::bind(&path, access)?),
@@ -53,8 +54,9 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     if let Source::Listener(listener) = &source {
         log::info!("Listening on {:?}", listener.path());
     }
+    let watch = device.watch()?;
     let nic = Nic::new(device, queues, config.nic)?;
-    Daemon::new(nic, source, config.session)?.with_signals()?.run()?;
+    Daemon::new(nic, source, config.session)?.with_signals()?.following(watch).run()?;
     Ok(())
 }
 

@@ -125,7 +125,7 @@ impl Nic {
             .into();
         bind(&pairs, &setup.tuning.cpus)?;
         let initial_config = ConfigSpace {
-            mac: setup.mac.unwrap_or_default(),
+            mac: setup.mac.or(device.mac()).unwrap_or_default(),
             max_queue_pairs: u16::try_from(pairs.len()).unwrap_or(QUEUE_PAIRS_MAX),
             mtu: setup.mtu.or(device.mtu()).unwrap_or(MTU_DEFAULT),
         };
@@ -141,7 +141,7 @@ impl Nic {
     pub fn offered_features(&self) -> u64 {
         features::offered(Circumstances {
             device_offloads: self.device.supported_offloads(),
-            has_mac: self.setup.mac.is_some(),
+            has_mac: self.setup.mac.or(self.device.mac()).is_some(),
             is_generic: self.setup.is_generic,
         })
     }
@@ -229,7 +229,7 @@ impl Nic {
             cause,
         })?;
         self.with_config(|config| *config = ConfigSpace { mtu: config.mtu, ..self.initial_config.clone() });
-        let mac = self.setup.mac;
+        let mac = self.setup.mac.or(self.device.mac());
         let filter = self.control.call(move |control| control.reset(acked, mac))?;
         // With the control queue here, the driver says how many pairs it uses, and begins with one (VIRTIO 1.3,
         // "Automatic receive steering"). Else the front-end says it, by enabling rings.
@@ -326,6 +326,23 @@ impl Nic {
         let frame = rarp_frame(mac);
         self.on_pair(0, move |pair| pair.inject(&frame))?
             .map_err(|cause| NicError::Inject { name: self.device.name().to_owned(), cause })
+    }
+
+    /// Whether the interface has to be asked whether it was deleted.
+    pub fn device_ends_silently(&self) -> bool {
+        self.device.ends_silently()
+    }
+
+    /// Stops passing frames if the interface was deleted; tells its name then.
+    ///
+    /// # Errors
+    /// [`Stuck`].
+    pub fn lose_deleted_device(&self) -> Result<Option<&str>, Stuck> {
+        if !self.device.is_gone() {
+            return Ok(None);
+        }
+        self.pairs.iter().try_for_each(|pair| pair.call(QueuePair::lose_device))?;
+        Ok(Some(self.device.name()))
     }
 
     /// Each queue pair's counters.

@@ -233,6 +233,13 @@ impl QueuePair {
         self.log_steering("detach from", detached);
     }
 
+    /// Passes no frames any more: the device is gone.
+    pub fn lose_device(&mut self) {
+        if !std::mem::replace(&mut self.lost, true) {
+            log::error!("Queue pair {}: the device is gone; no frames will pass", self.index);
+        }
+    }
+
     /// Puts a frame of ours, with its virtio-net header, on the device.
     ///
     /// # Errors
@@ -410,12 +417,6 @@ impl QueuePair {
         if let Err(e) = self.poll.modify(&self.device, Event::Device, READABLE | EventSet::OUT) {
             log::error!("Queue pair {}: cannot wait for the device: {e}", self.index);
             self.lose_device();
-        }
-    }
-
-    fn lose_device(&mut self) {
-        if !std::mem::replace(&mut self.lost, true) {
-            log::error!("Queue pair {}: the device is gone; no frames will pass", self.index);
         }
     }
 

@@ -1,5 +1,5 @@
 //! The TUN/TAP driver's ioctls: unsafe door 2. Each function is one call with its types; what to call when, and what an
-//! error means, is `tap`'s business.
+//! error means, is for those to know who use them.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -72,6 +72,12 @@ pub(crate) fn tun_send_limit(fd: BorrowedFd<'_>) -> io::Result<c_int> {
     Ok(limit)
 }
 
+/// `TUNSETSNDBUF`: how many bytes of frames may be on their way; `c_int::MAX` for any.
+pub(crate) fn tun_set_send_limit(fd: BorrowedFd<'_>, limit: c_int) -> io::Result<()> {
+    // SAFETY: TUNSETSNDBUF reads one int at the given address, that of `limit`.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETSNDBUF as _, &raw const limit) })
+}
+
 /// `TUNSETQUEUE`: whether the kernel gives this queue frames.
 pub(crate) fn tun_set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
     let mut request = ifreq_named("");
@@ -85,7 +91,7 @@ fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A request for `name`, of which at most [`MAX_NAME`] bytes are used (`tap` refuses longer ones before).
+/// A request for `name`, of which at most [`MAX_NAME`] bytes are used (`name` refuses longer ones before).
 fn ifreq_named(name: &str) -> ifreq {
     let mut ifr_name = [0; libc::IFNAMSIZ];
     for (to, from) in ifr_name.iter_mut().take(MAX_NAME).zip(name.bytes()) {

@@ -5,9 +5,13 @@
 //! stand in for a queue, which is how the data path is tested without privileges.
 
 pub(crate) mod ioctl;
-pub(crate) mod netlink;
+pub mod macvtap;
+pub mod name;
+pub mod netlink;
+pub mod passed;
 pub mod stage;
 pub mod tap;
+mod tap_queue;
 mod uring;
 
 use std::io;
@@ -17,6 +21,7 @@ use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
 pub use ioctl_flags::*;
+use netlink::{CreatedLink, LinkWatch};
 pub use stage::Io;
 
 /// `TUN_F_` offload flags, under the names of linux/if_tun.h.
@@ -28,15 +33,31 @@ mod ioctl_flags {
 #[derive(Debug)]
 pub struct Device {
     name: String,
+    /// In our network namespace.
+    index: Option<u32>,
+    driver: Driver,
     kind: Kind,
     /// The `TUN_F_` offloads that it can be asked for.
     offloads: u32,
     mtu: Option<u16>,
+    mac: Option<[u8; 6]>,
+    /// Taken away with this.
+    _created: Option<CreatedLink>,
+}
+
+/// Who serves a queue's descriptor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Driver {
+    /// `/dev/net/tun`.
+    #[default]
+    Tun,
+    /// `/dev/tapN`.
+    Macvtap,
 }
 
 #[derive(Debug)]
 enum Kind {
-    /// A TAP, with a descriptor of its first queue for calls that concern the whole interface.
+    /// A TAP or MACVTAP, with a descriptor of its first queue for calls that concern the whole interface.
     Tap { control: OwnedFd },
     /// Sockets: nothing to set.
     Sockets,
@@ -49,7 +70,17 @@ impl Device {
     /// What `fcntl(2)` says where a socket cannot be made non-blocking.
     pub fn from_sockets(sockets: Vec<OwnedFd>) -> io::Result<(Device, Vec<DeviceQueue>)> {
         let offloads = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_UFO | TUN_F_USO4 | TUN_F_USO6;
-        let device = Device { name: "socket".to_owned(), kind: Kind::Sockets, offloads, mtu: None };
+        let name = "socket".to_owned();
+        let device = Device {
+            name,
+            index: None,
+            driver: Driver::Tun,
+            kind: Kind::Sockets,
+            offloads,
+            mtu: None,
+            mac: None,
+            _created: None,
+        };
         let queues = sockets.into_iter().map(DeviceQueue::always_attached).collect::<io::Result<_>>()?;
         Ok((device, queues))
     }
@@ -67,6 +98,32 @@ impl Device {
     /// The interface's MTU when it was opened.
     pub fn mtu(&self) -> Option<u16> {
         self.mtu
+    }
+
+    /// The address that the guest's card must have for frames to come to it; none where any will do.
+    pub fn mac(&self) -> Option<[u8; 6]> {
+        self.mac
+    }
+
+    /// Something that tells what happens to the interface; none where it is in another network namespace.
+    ///
+    /// # Errors
+    /// Where the kernel has no netlink socket for it.
+    pub fn watch(&self) -> io::Result<Option<LinkWatch>> {
+        self.index.map(LinkWatch::new).transpose()
+    }
+
+    /// Whether neither netlink nor an error on its queues tells that the interface was deleted.
+    pub fn ends_silently(&self) -> bool {
+        self.driver == Driver::Macvtap && self.index.is_none()
+    }
+
+    /// Whether the interface was deleted.
+    pub fn is_gone(&self) -> bool {
+        match &self.kind {
+            Kind::Tap { control } => ioctl::tun_get_iff(control.as_fd()).is_err(),
+            Kind::Sockets => false,
+        }
     }
 
     /// Sets which unfinished frames may be read: those whose checksum or segmentation is left to the guest.

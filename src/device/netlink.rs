@@ -1,12 +1,17 @@
-//! What rtnetlink says of a network interface, and the two things that we change on one that we made.
+//! What rtnetlink says of a network interface, making and changing one of our own, and hearing what happens to it.
 //!
-//! Synchronous, one socket for one question; used at start-up only.
+//! Questions are synchronous, one socket for each, at start-up only.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla};
-use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{InfoData, InfoTun, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
+};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoMacVtap, InfoTun, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 /// A network interface.
@@ -17,6 +22,10 @@ pub(crate) struct Link {
     pub(crate) mtu: Option<u16>,
     /// `tun`, `veth`, `bridge` …; nothing for a physical card.
     pub(crate) kind: Option<String>,
+    /// Its hardware address.
+    pub(crate) mac: Option<[u8; 6]>,
+    /// Whether it is a MACVTAP that takes frames to any address (mode passthru).
+    pub(crate) takes_all: bool,
     pub(crate) tun: TunInfo,
 }
 
@@ -53,6 +62,133 @@ pub(crate) fn link_by_name(name: &str) -> io::Result<Option<Link>> {
         Err(e) => Err(e),
     }
 }
+
+/// How MACVTAPs of one parent, and what is behind it, reach each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MacvtapMode {
+    /// They reach each other directly.
+    #[default]
+    Bridge,
+    /// All frames go out; the switch outside may send them back.
+    Vepa,
+    /// They do not reach each other.
+    Private,
+    /// There is one only, which has all frames of its parent.
+    Passthru,
+}
+
+/// An interface that we made; it is deleted when this is dropped.
+#[derive(Debug)]
+pub(crate) struct CreatedLink {
+    index: u32,
+    name: String,
+}
+
+impl CreatedLink {
+    pub(crate) fn index(&self) -> u32 {
+        self.index
+    }
+}
+
+impl Drop for CreatedLink {
+    fn drop(&mut self) {
+        let mut message = LinkMessage::default();
+        message.header.index = self.index;
+        match request(RouteNetlinkMessage::DelLink(message), NLM_F_REQUEST | NLM_F_ACK) {
+            Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
+                log::warn!("Cannot take {:?} away again: {error}", self.name);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Makes a MACVTAP on the interface with index `parent`.
+pub(crate) fn make_macvtap(
+    name: &str,
+    parent: u32,
+    mode: MacvtapMode,
+    mac: Option<[u8; 6]>,
+) -> io::Result<CreatedLink> {
+    use netlink_packet_route::link::MacVtapMode as Kernel;
+    let mode = match mode {
+        MacvtapMode::Bridge => Kernel::Bridge,
+        MacvtapMode::Vepa => Kernel::Vepa,
+        MacvtapMode::Private => Kernel::Private,
+        MacvtapMode::Passthru => Kernel::Passthrough,
+    };
+    let mut message = LinkMessage::default();
+    message.attributes.extend([
+        LinkAttribute::IfName(name.to_owned()),
+        LinkAttribute::Link(parent),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::MacVtap),
+            LinkInfo::Data(InfoData::MacVtap(vec![InfoMacVtap::Mode(mode)])),
+        ]),
+    ]);
+    message.attributes.extend(mac.map(|mac| LinkAttribute::Address(mac.to_vec())));
+    let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+    request(RouteNetlinkMessage::NewLink(message), flags)?;
+    let link = link_by_name(name)?.ok_or(io::ErrorKind::NotFound)?;
+    Ok(CreatedLink { index: link.index, name: name.to_owned() })
+}
+
+/// What happened to an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkEvent {
+    /// It is not in this network namespace any more.
+    Gone,
+}
+
+/// Hears what happens to one interface.
+#[derive(Debug)]
+pub struct LinkWatch {
+    socket: Socket,
+    index: u32,
+}
+
+impl LinkWatch {
+    /// Hears of the interface with this index from now on.
+    pub(crate) fn new(index: u32) -> io::Result<LinkWatch> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind(&SocketAddr::new(0, RTMGRP_LINK))?;
+        socket.set_non_blocking(true)?;
+        Ok(LinkWatch { socket, index })
+    }
+
+    /// What happened next, if something did.
+    ///
+    /// # Errors
+    /// What the socket says; events may have been missed.
+    pub fn next_event(&self) -> io::Result<Option<LinkEvent>> {
+        loop {
+            let bytes = match self.socket.recv_from_full() {
+                Ok((bytes, _)) => bytes,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(e) => return Err(e),
+            };
+            if self.tells_end(&bytes) {
+                return Ok(Some(LinkEvent::Gone));
+            }
+        }
+    }
+
+    fn tells_end(&self, bytes: &[u8]) -> bool {
+        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes).map(|message| message.payload);
+        let Ok(NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link))) = message else { return false };
+        // A bridge says the same of a port that leaves it, in a family of its own.
+        link.header.index == self.index && link.header.interface_family == AddressFamily::Unspec
+    }
+}
+
+impl AsFd for LinkWatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// The group that hears of interfaces (linux/rtnetlink.h).
+const RTMGRP_LINK: u32 = 1;
 
 /// Sets the interface administratively up.
 pub(crate) fn set_up(index: u32) -> io::Result<()> {
@@ -99,6 +235,7 @@ fn read_link(message: &LinkMessage) -> Link {
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = u16::try_from(*mtu).ok(),
+            LinkAttribute::Address(address) => link.mac = address.as_slice().try_into().ok(),
             LinkAttribute::LinkInfo(infos) => infos.iter().for_each(|info| read_info(info, &mut link)),
             _ => {}
         }
@@ -111,6 +248,10 @@ fn read_info(info: &LinkInfo, link: &mut Link) {
         LinkInfo::Kind(kind) => link.kind = Some(kind.to_string()),
         LinkInfo::Data(InfoData::Tun(attributes)) => {
             attributes.iter().for_each(|attribute| read_tun(attribute, &mut link.tun));
+        }
+        LinkInfo::Data(InfoData::MacVtap(attributes)) => {
+            let passthru = InfoMacVtap::Mode(netlink_packet_route::link::MacVtapMode::Passthrough);
+            link.takes_all = attributes.contains(&passthru);
         }
         _ => {}
     }

@@ -1,13 +1,10 @@
-//! TAP interfaces: attaching to one by name, creating one, or taking descriptors that somebody else opened.
+//! TAP interfaces: attaching to one by name, or creating one.
 //!
 //! Everything that an operator can get wrong here ends the start with one message: what was tried, on what, the cause,
 //! and the command that puts it right. The facts about the driver behind the checks:
 //! * `TUNSETIFF` cuts a name of more than 15 bytes, expands `%d`, and creates what does not exist;
 //! * a single-queue TAP and a multi-queue one open with different flags, `EINVAL` if they do not match;
 //! * on a multi-queue TAP anybody who may open it can add queues, and the kernel then spreads flows over all of them;
-//! * `TUNGETIFF` always says `IFF_NO_PI` of an interface without a packet filter, since that bit is `IFF_NOFILTER` too;
-//!   netlink tells whether there is packet information;
-//! * `TUNSETOFFLOAD` refuses what the kernel does not know, so trying it tells what there is.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,42 +15,10 @@ use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, c_int};
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 
+use super::name::InterfaceName;
 use super::netlink::{self, Link};
-use super::{
-    Device, DeviceQueue, Kind, Steering, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
-    TUN_F_USO6, ioctl, set_nonblocking,
-};
-
-/// A network interface's name that the kernel takes as it is: 1 to 15 bytes, no `/`, `%`, `:` or white space, not `.`
-/// or `..`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InterfaceName(String);
-
-impl InterfaceName {
-    /// The name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl std::str::FromStr for InterfaceName {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<InterfaceName, String> {
-        let wrong = if name.is_empty() {
-            "it is empty".to_owned()
-        } else if name.len() > ioctl::MAX_NAME {
-            format!("it has {} bytes, and the kernel would cut it to {}", name.len(), ioctl::MAX_NAME)
-        } else if name.contains('%') {
-            "the kernel would expand the '%' to a new name".to_owned()
-        } else if name == "." || name == ".." || name.contains(['/', ':']) || name.contains(char::is_whitespace) {
-            "an interface's name has no '/', ':' or white space, and is not '.' or '..'".to_owned()
-        } else {
-            return Ok(InterfaceName(name.to_owned()));
-        };
-        Err(format!("not an interface name: {wrong}"))
-    }
-}
+use super::tap_queue::{self, CannotSet, Interface};
+use super::{Device, DeviceQueue, Driver, Steering, ioctl};
 
 /// How to open a TAP by name.
 #[derive(Clone, Debug)]
@@ -136,25 +101,9 @@ pub enum TapError {
         #[source]
         cause: io::Error,
     },
-    /// A descriptor from `--tap-fd` cannot be used.
-    #[error("Descriptor {fd} of --tap-fd {wrong}")]
-    BadFd {
-        /// Its number.
-        fd: i32,
-        /// What is wrong with it, and what would be right.
-        wrong: String,
-    },
     /// A setting was refused.
-    #[error("Cannot set {what} on TAP {name:?}")]
-    Set {
-        /// What was to be set.
-        what: &'static str,
-        /// The interface.
-        name: String,
-        /// What the kernel said.
-        #[source]
-        cause: io::Error,
-    },
+    #[error(transparent)]
+    Set(#[from] CannotSet),
 }
 
 impl TapError {
@@ -172,9 +121,7 @@ impl TapError {
 /// with it, a while after the process.
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 const BUSY_INTERVAL: Duration = Duration::from_millis(20);
-/// Bytes of the header before each frame: `struct virtio_net_hdr_v1`.
-const VNET_HEADER_LEN: c_int = 12;
-const TUN_PATH: &str = "/dev/net/tun";
+pub(super) const TUN_PATH: &str = "/dev/net/tun";
 
 fn hint_tun(cause: &io::Error) -> &'static str {
     match cause.kind() {
@@ -241,7 +188,12 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     // An MTU that was asked for on creation was set there; netlink's answer may be from before.
     let mtu = if existing.is_none() { how.mtu.or(link.mtu) } else { link.mtu };
     let steering = if multi_queue { Steering::Attached } else { Steering::Always };
-    finish(name, mtu, queues.into_iter().map(|fd| DeviceQueue { fd, steering, may_block: true }).collect())
+    let index = (link.index != 0).then_some(link.index);
+    let interface = Interface { name, index, mtu, mac: None, driver: Driver::Tun };
+    Ok(tap_queue::set_up(
+        interface,
+        queues.into_iter().map(|fd| DeviceQueue { fd, steering, may_block: true }).collect(),
+    )?)
 }
 
 /// Queues of a TAP, and what it was like before they were opened.
@@ -299,123 +251,9 @@ fn open_queue(name: &str, queue: u16, exists: bool, multi_queue: bool) -> Result
 }
 
 fn bring_up(name: &str, link: &Link, mtu: Option<u16>) -> Result<(), TapError> {
-    let set = |what| move |cause| TapError::Set { what, name: name.to_owned(), cause };
+    let set = |what| move |cause| CannotSet { what, name: name.to_owned(), cause };
     if let Some(mtu) = mtu {
         netlink::set_mtu(link.index, mtu).map_err(set("the MTU"))?;
     }
-    netlink::set_up(link.index).map_err(set("the link up"))
-}
-
-/// Takes TAP queues that somebody else opened, all of one interface.
-///
-/// The numbers must be of descriptors that this process was started with and that nothing in it owns: they are closed
-/// with the queues.
-///
-/// # Errors
-/// [`TapError::BadFd`] says which descriptor is wrong, and how.
-pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), TapError> {
-    let bad = |fd, wrong: String| TapError::BadFd { fd, wrong };
-    let mut queues = Vec::new();
-    let mut first: Option<(String, c_int)> = None;
-    for &number in numbers {
-        let fd = ioctl::take_inherited_fd(number).map_err(|e| bad(number, format!("is not open: {e}")))?;
-        let (name, flags) = ioctl::tun_get_iff(fd.as_fd())
-            .map_err(|e| bad(number, format!("is no TAP queue (open {TUN_PATH} and TUNSETIFF it first): {e}")))?;
-        let wrong = |wrong: &str| Err(bad(number, format!("is a queue of {name:?} {wrong}")));
-        if flags & IFF_TAP == 0 {
-            return wrong("which is a TUN, without Ethernet headers; a TAP is needed (IFF_TAP)");
-        }
-        if flags & IFF_VNET_HDR == 0 {
-            return wrong("without the virtio-net header; open it with IFF_VNET_HDR");
-        }
-        if flags & libc::IFF_NAPI_FRAGS != 0 {
-            return wrong("with IFF_NAPI_FRAGS, by which oversized frames have harmed kernels; open it without");
-        }
-        if numbers.len() > 1 && flags & libc::IFF_NAPI != 0 {
-            return wrong("with IFF_NAPI, by which a queue that is set aside takes no frames; open it without");
-        }
-        if numbers.len() > 1 && flags & IFF_MULTI_QUEUE == 0 {
-            return wrong("that takes one queue only; open all of them with IFF_MULTI_QUEUE");
-        }
-        let (first_name, _) = first.get_or_insert_with(|| (name.clone(), flags));
-        if *first_name != name {
-            return wrong(&format!("and the first one is of {first_name:?}; all must be of one interface"));
-        }
-        let steering = match flags & (IFF_MULTI_QUEUE | libc::IFF_DETACH_QUEUE) {
-            IFF_MULTI_QUEUE => Steering::Attached,
-            flags if flags & IFF_MULTI_QUEUE != 0 => Steering::Detached,
-            _ => Steering::Always,
-        };
-        queues.push(DeviceQueue { fd, steering, may_block: true });
-    }
-    let (name, _) = first.unwrap_or_default();
-    // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known,
-    // and packet information is not noticed.
-    let link = netlink::link_by_name(&name).ok().flatten().unwrap_or_default();
-    if link.tun.packet_information {
-        let wrong = "with packet information before each frame; open it with IFF_NO_PI";
-        let fd = numbers.first().copied().unwrap_or(-1);
-        return Err(bad(fd, format!("is a queue of {name:?} {wrong}")));
-    }
-    let mtu = link.mtu;
-    log::info!("Took {} descriptor(s) of TAP {name:?}", queues.len());
-    finish(name, mtu, queues)
-}
-
-/// What all TAP queues need, however they came: header layout, no offload yet, only the first one attached.
-fn finish(
-    name: String,
-    mtu: Option<u16>,
-    mut queues: Vec<DeviceQueue>,
-) -> Result<(Device, Vec<DeviceQueue>), TapError> {
-    let set = |what| {
-        let name = name.clone();
-        move |cause| TapError::Set { what, name, cause }
-    };
-    let mut offloads = 0;
-    let mut control = None;
-    for queue in &mut queues {
-        set_nonblocking(&queue.fd).map_err(set("O_NONBLOCK"))?;
-        ioctl::tun_set_vnet_header_size(queue.as_fd(), VNET_HEADER_LEN).map_err(set("the header size"))?;
-        ioctl::tun_set_vnet_little_endian(queue.as_fd()).map_err(set("the header's byte order"))?;
-        // A TAP that nobody gave a send limit takes every frame at once.
-        queue.may_block = ioctl::tun_send_limit(queue.as_fd()).map_err(set("(read) the send limit"))? != c_int::MAX;
-        if control.is_none() {
-            queue.attach().map_err(set("the first queue to be used"))?;
-            offloads = probe_offloads(queue);
-            control = Some(queue.fd.try_clone().map_err(set("up a second descriptor"))?);
-        } else {
-            queue.detach().map_err(set("aside a queue"))?;
-        }
-    }
-    let Some(control) = control else {
-        return Err(TapError::BadFd { fd: -1, wrong: "names no descriptor".to_owned() });
-    };
-    ioctl::tun_set_offload(control.as_fd(), 0).map_err(set("offloads off"))?;
-    Ok((Device { name, kind: Kind::Tap { control }, offloads, mtu }, queues))
-}
-
-/// The offloads that the kernel takes. Each needs the checksum; USO comes for both IP versions or for none.
-fn probe_offloads(queue: &DeviceQueue) -> u32 {
-    let groups = [TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO4 | TUN_F_TSO_ECN, TUN_F_UFO, TUN_F_USO4 | TUN_F_USO6];
-    let takes = |flags| ioctl::tun_set_offload(queue.as_fd(), flags).is_ok();
-    if !takes(TUN_F_CSUM) {
-        return 0;
-    }
-    groups.into_iter().filter(|group| takes(TUN_F_CSUM | group)).fold(TUN_F_CSUM, |all, group| all | group)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn name_that_the_kernel_would_cut_or_expand_is_refused() {
-        for bad in ["", "sixteen-bytes-xx", "tap%d", "a/b", ".", "..", "a b", "a:1"] {
-            assert!(bad.parse::<InterfaceName>().is_err(), "{bad:?}");
-        }
-        for good in ["tap0", "fifteen-bytes-x", "vm.1"] {
-            assert_eq!(good.parse::<InterfaceName>().map(|n| n.0), Ok(good.to_owned()));
-        }
-    }
+    Ok(netlink::set_up(link.index).map_err(set("the link up"))?)
 }

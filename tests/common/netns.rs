@@ -102,6 +102,12 @@ impl NetNs {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Whether `ip` can do this in the namespace.
+    pub fn try_ip(&self, args: &str) -> bool {
+        let output = Command::new("ip").args(["-n", &self.name]).args(args.split_whitespace()).output();
+        output.is_ok_and(|output| output.status.success())
+    }
+
     /// A command that runs in the namespace, to be given arguments.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("ip");

@@ -1,0 +1,111 @@
+//! Queues that somebody else opened and passed as descriptors: of a TAP or of a MACVTAP.
+//!
+//! `TUNGETIFF` always says `IFF_NO_PI` of a TAP without a packet filter, since that bit is `IFF_NOFILTER` too; netlink
+//! tells whether there is packet information.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use libc::{IFF_MULTI_QUEUE, IFF_TAP, IFF_VNET_HDR};
+use rustix::fs::FileType;
+use thiserror::Error;
+
+use super::netlink::{self, Link};
+use super::tap::TUN_PATH;
+use super::tap_queue::{self, CannotSet, Interface};
+use super::{Device, DeviceQueue, Driver, Steering, ioctl, macvtap};
+
+/// Why descriptors cannot be used.
+#[derive(Debug, Error)]
+pub enum PassedError {
+    /// One of them is wrong.
+    #[error("Descriptor {fd} of --tap-fd {wrong}")]
+    BadFd {
+        /// Its number.
+        fd: i32,
+        /// What is wrong with it, and what would be right.
+        wrong: String,
+    },
+    /// A setting was refused.
+    #[error(transparent)]
+    Set(#[from] CannotSet),
+}
+
+/// Takes queues that somebody else opened, all of one interface.
+///
+/// The numbers must be of descriptors that this process was started with and that nothing in it owns: they are closed
+/// with the queues.
+///
+/// # Errors
+/// [`PassedError::BadFd`] says which descriptor is wrong, and how.
+pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
+    let bad = |fd, wrong: String| PassedError::BadFd { fd, wrong };
+    let mut queues = Vec::new();
+    let mut first: Option<(String, Driver)> = None;
+    for &number in numbers {
+        let fd = ioctl::take_inherited_fd(number).map_err(|e| bad(number, format!("is not open: {e}")))?;
+        let driver = driver_of(&fd);
+        if driver == Driver::Macvtap {
+            macvtap::prepare(&fd, numbers.len() > 1).map_err(|e| bad(number, format!("is no TAP queue: {e}")))?;
+        }
+        let (name, flags) = ioctl::tun_get_iff(fd.as_fd())
+            .map_err(|e| bad(number, format!("is no TAP queue (open {TUN_PATH} and TUNSETIFF it first): {e}")))?;
+        let wrong = |wrong: &str| Err(bad(number, format!("is a queue of {name:?} {wrong}")));
+        if flags & IFF_TAP == 0 {
+            return wrong("which is a TUN, without Ethernet headers; a TAP is needed (IFF_TAP)");
+        }
+        if flags & IFF_VNET_HDR == 0 {
+            return wrong("without the virtio-net header; open it with IFF_VNET_HDR");
+        }
+        if flags & libc::IFF_NAPI_FRAGS != 0 {
+            return wrong("with IFF_NAPI_FRAGS, by which oversized frames have harmed kernels; open it without");
+        }
+        if numbers.len() > 1 && flags & libc::IFF_NAPI != 0 {
+            return wrong("with IFF_NAPI, by which a queue that is set aside takes no frames; open it without");
+        }
+        if numbers.len() > 1 && flags & IFF_MULTI_QUEUE == 0 {
+            return wrong("that takes one queue only; open all of them with IFF_MULTI_QUEUE");
+        }
+        let (first_name, _) = first.get_or_insert_with(|| (name.clone(), driver));
+        if *first_name != name {
+            return wrong(&format!("and the first one is of {first_name:?}; all must be of one interface"));
+        }
+        let steering = match flags & (IFF_MULTI_QUEUE | libc::IFF_DETACH_QUEUE) {
+            IFF_MULTI_QUEUE => Steering::Attached,
+            flags if flags & IFF_MULTI_QUEUE != 0 => Steering::Detached,
+            _ => Steering::Always,
+        };
+        queues.push(DeviceQueue { fd, steering, may_block: true });
+    }
+    let (name, driver) = first.unwrap_or_default();
+    // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known,
+    // and packet information is not noticed.
+    let link = netlink::link_by_name(&name).ok().flatten().unwrap_or_default();
+    if link.tun.packet_information {
+        let wrong = "with packet information before each frame; open it with IFF_NO_PI";
+        let fd = numbers.first().copied().unwrap_or(-1);
+        return Err(bad(fd, format!("is a queue of {name:?} {wrong}")));
+    }
+    let is_here = driver == Driver::Tun || link.kind.as_deref() == Some("macvtap");
+    let link = if is_here { link } else { Link::default() };
+    let what = if driver == Driver::Macvtap { "MACVTAP" } else { "TAP" };
+    log::info!("Took {} descriptor(s) of {what} {name:?}", queues.len());
+    // A MACVTAP says nothing of its end, so one that may be in another namespace has to be asked.
+    let index = Some(link.index).filter(|index| driver == Driver::Tun && *index != 0);
+    let mac = link.mac.filter(|_| driver == Driver::Macvtap && !link.takes_all);
+    let interface = Interface { name, index, mtu: link.mtu, mac, driver };
+    Ok(tap_queue::set_up(interface, queues)?)
+}
+
+/// Whose queue it is: every TAP's is one device, the TUN driver's; each MACVTAP has a device of its own.
+fn driver_of(fd: &OwnedFd) -> Driver {
+    let number = |file: rustix::fs::Stat| (FileType::from_raw_mode(file.st_mode), file.st_rdev);
+    let tun = rustix::fs::stat(TUN_PATH).map(number);
+    match (rustix::fs::fstat(fd).map(number), tun) {
+        (Ok(this), Ok(tun)) if this == tun => Driver::Tun,
+        (Ok((FileType::CharacterDevice, device)), _) if rustix::fs::major(device) != MISC_MAJOR => Driver::Macvtap,
+        _ => Driver::Tun,
+    }
+}
+
+/// Of the devices among which the TUN driver's is, and no MACVTAP's.
+const MISC_MAJOR: u32 = 10;

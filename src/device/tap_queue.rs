@@ -1,0 +1,91 @@
+//! What the queues of a TAP or MACVTAP need, however they were opened: header layout, no offload yet, only the first one
+//! attached.
+//!
+//! The TUN driver's `TUNSETOFFLOAD` refuses what the kernel does not know, so trying it tells what there is. A MACVTAP's
+//! refuses unknown bits only and says nothing of how they go together; it undoes for us what was not asked for, as a
+//! TAP does. Neither does anything with `TUN_F_UFO` any more.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use libc::c_int;
+use thiserror::Error;
+
+use super::{
+    Device, DeviceQueue, Driver, Kind, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
+    TUN_F_USO6, ioctl, set_nonblocking,
+};
+
+/// Bytes of the header before each frame: `struct virtio_net_hdr_v1`.
+const VNET_HEADER_LEN: c_int = 12;
+
+/// A setting was refused.
+#[derive(Debug, Error)]
+#[error("Cannot set {what} on {name:?}")]
+pub struct CannotSet {
+    pub(super) what: &'static str,
+    pub(super) name: String,
+    #[source]
+    pub(super) cause: io::Error,
+}
+
+/// The interface that queues were opened of, as far as it is known.
+#[derive(Debug, Default)]
+pub(super) struct Interface {
+    pub(super) name: String,
+    /// Its index, where it is in our network namespace.
+    pub(super) index: Option<u32>,
+    pub(super) mtu: Option<u16>,
+    /// The address that frames of the guest must have.
+    pub(super) mac: Option<[u8; 6]>,
+    pub(super) driver: Driver,
+}
+
+/// Makes a device of `queues`, of which there is one at least.
+pub(super) fn set_up(
+    interface: Interface,
+    mut queues: Vec<DeviceQueue>,
+) -> Result<(Device, Vec<DeviceQueue>), CannotSet> {
+    let Interface { name, index, mtu, mac, driver } = interface;
+    let set = |what| {
+        let name = name.clone();
+        move |cause| CannotSet { what, name, cause }
+    };
+    let mut offloads = 0;
+    let mut control = None;
+    for queue in &mut queues {
+        set_nonblocking(&queue.fd).map_err(set("O_NONBLOCK"))?;
+        ioctl::tun_set_vnet_header_size(queue.as_fd(), VNET_HEADER_LEN).map_err(set("the header size"))?;
+        ioctl::tun_set_vnet_little_endian(queue.as_fd()).map_err(set("the header's byte order"))?;
+        // Without a send limit every frame is taken at once.
+        queue.may_block = match driver {
+            // Nobody gave it one, unless somebody wanted one.
+            Driver::Tun => ioctl::tun_send_limit(queue.as_fd()).map_err(set("(read) the send limit"))? != c_int::MAX,
+            // It has one, does not tell it, and frames would wait for the card.
+            Driver::Macvtap => {
+                ioctl::tun_set_send_limit(queue.as_fd(), c_int::MAX).map_err(set("the send limit"))?;
+                false
+            }
+        };
+        if control.is_none() {
+            queue.attach().map_err(set("the first queue to be used"))?;
+            offloads = probe_offloads(queue);
+            control = Some(queue.fd.try_clone().map_err(set("up a second descriptor"))?);
+        } else {
+            queue.detach().map_err(set("aside a queue"))?;
+        }
+    }
+    let control = control.ok_or_else(|| set("up a device without queues")(io::ErrorKind::InvalidInput.into()))?;
+    ioctl::tun_set_offload(control.as_fd(), 0).map_err(set("offloads off"))?;
+    Ok((Device { name, index, driver, kind: Kind::Tap { control }, offloads, mtu, mac, _created: None }, queues))
+}
+
+/// The offloads that the kernel takes. Each needs the checksum; USO comes for both IP versions or for none.
+fn probe_offloads(queue: &DeviceQueue) -> u32 {
+    let groups = [TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO4 | TUN_F_TSO_ECN, TUN_F_UFO, TUN_F_USO4 | TUN_F_USO6];
+    let takes = |flags| ioctl::tun_set_offload(queue.as_fd(), flags).is_ok();
+    if !takes(TUN_F_CSUM) {
+        return 0;
+    }
+    groups.into_iter().filter(|group| takes(TUN_F_CSUM | group)).fold(TUN_F_CSUM, |all, group| all | group)
+}

@@ -1,0 +1,322 @@
+//! The real binary on real MACVTAPs: on one end of a veth pair, with the other end as the world outside.
+//!
+//! Needs root and a kernel with MACVTAP; says SKIPPED aloud without.
+
+// A test fails by panicking.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::backend::{Spawned, arg, inherit};
+use common::bench::Guest;
+use common::frames::{
+    self, Ends, L4Csum, Stamp, TCP_CSUM_OFFSET, checksums_are_right, find_stamp, payload, test_frame,
+};
+use common::frontend::RawFrontend;
+use common::netns::{NetNs, PacketSocket, TapSpec, require_root};
+use common::virtio::{VnetHdr, feature, gso, net_flag};
+use common::{PATIENCE, skip};
+use tempfile::TempDir;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
+const GUEST_MAC: &str = "52:54:00:aa:00:01";
+const MODES: [&str; 4] = ["bridge", "vepa", "private", "passthru"];
+const MSS: u16 = 1448;
+
+/// A namespace with a veth pair: MACVTAPs are on `outside`'s other end, `card`.
+struct Place {
+    namespace: NetNs,
+    dir: TempDir,
+}
+
+impl Place {
+    /// None, said aloud, where it cannot be.
+    fn new(test: &str) -> Option<Place> {
+        if !require_root(test) {
+            return None;
+        }
+        let place = Place { namespace: NetNs::new(), dir: TempDir::new().unwrap() };
+        place.namespace.ip("link add card type veth peer name outside");
+        place.namespace.ip("link set card up");
+        place.namespace.ip("link set outside up");
+        if !place.namespace.try_ip("link add link card name probe type macvtap") {
+            skip(test, "this kernel has no MACVTAP");
+            return None;
+        }
+        place.namespace.ip("link del probe");
+        Some(place)
+    }
+
+    fn add(&self, name: &str, mode: &str, mac: &str) {
+        self.namespace.ip(&format!("link add link card name {name} address {mac} type macvtap mode {mode}"));
+        self.namespace.ip(&format!("link set {name} up"));
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    fn start(&self, more: &[&str]) -> Spawned {
+        let socket = self.socket();
+        let mut args = vec!["--socket-path", arg(&socket)];
+        args.extend(more);
+        Spawned::start_in(&self.namespace, &args)
+    }
+
+    fn refusal(&self, more: &[&str]) -> String {
+        let socket = self.socket();
+        let mut command = self.namespace.command(BINARY);
+        let (code, log) = Spawned::refusal(command.args(["--socket-path", arg(&socket)]).args(more));
+        assert_eq!(code, Some(1), "{log}");
+        log
+    }
+
+    fn connect(&self, guest: &Guest) -> RawFrontend {
+        let front_end = RawFrontend::connect(self.socket()).unwrap();
+        front_end.negotiate_like_cloud_hypervisor(&guest.session()).unwrap();
+        front_end
+    }
+
+    fn outside(&self) -> PacketSocket {
+        PacketSocket::open(&self.namespace, "outside")
+    }
+}
+
+/// One frame each way on queue pair 0, which has buffers.
+fn assert_frames_pass(guest: &mut Guest, outside: &PacketSocket, seq: u32) {
+    let driver = &mut guest.pairs[0];
+    let out = test_frame(&Ends::TX, Stamp { stream: 1, seq }, 200);
+    driver.send(&VnetHdr::default(), &out);
+    assert_eq!(outside.recv(PATIENCE).expect("a frame outside"), out);
+    let inn = test_frame(&Ends::RX, Stamp { stream: 2, seq }, 200);
+    outside.send(&inn);
+    assert_eq!(driver.recv(PATIENCE).expect("a frame in the guest").1, inn);
+}
+
+fn guest_with(pairs: usize, features: u64) -> Guest {
+    let mut guest = Guest::new(pairs, features);
+    let (count, len) = if features & feature::MRG_RXBUF == 0 { (8, 66_000) } else { (128, 2048) };
+    guest.pairs.iter_mut().for_each(|pair| pair.post_rx(count, len));
+    guest
+}
+
+#[test]
+fn frames_pass_both_ways_in_all_modes() {
+    for mode in MODES {
+        let Some(place) = Place::new("frames_pass_both_ways_in_all_modes") else { return };
+        place.add("mvt0", mode, GUEST_MAC);
+        let backend = place.start(&["--macvtap", "mvt0"]);
+        assert!(backend.log().contains("Attached to MACVTAP \"mvt0\" with 1 queue(s), address"), "{}", backend.log());
+        let mut guest = guest_with(1, feature::MRG_RXBUF);
+        let _front_end = place.connect(&guest);
+        let outside = place.outside();
+        (0..100).for_each(|seq| assert_frames_pass(&mut guest, &outside, seq));
+        // Too long for what a TAP would do with a burst, and in order.
+        let burst = |seq| test_frame(&Ends::RX, Stamp { stream: 3, seq }, 1500);
+        (0..100).for_each(|seq| outside.send(&burst(seq)));
+        for seq in 0..100 {
+            let (_, got) = guest.pairs[0].recv(PATIENCE).expect("a frame of the burst");
+            assert_eq!(got, burst(seq), "{mode}");
+            guest.pairs[0].post_rx(1, 2048);
+        }
+    }
+}
+
+#[test]
+fn interface_that_was_asked_for_is_made_and_taken_away() {
+    for mode in MODES {
+        let Some(place) = Place::new("interface_that_was_asked_for_is_made_and_taken_away") else { return };
+        let mut backend = place.start(&[
+            "--macvtap-parent",
+            "card",
+            "--macvtap-mode",
+            mode,
+            "--macvtap",
+            "made",
+            "--mac",
+            GUEST_MAC,
+            "--mtu",
+            "1400",
+        ]);
+        let shown = place.namespace.ip("-d link show dev made");
+        // In mode passthru it has its parent's.
+        let address = if mode == "passthru" { "link/ether" } else { GUEST_MAC };
+        for wanted in [&format!("mode {mode}"), address, "mtu 1400", "UP"] {
+            assert!(shown.contains(wanted), "{wanted}: {shown}");
+        }
+        let mut guest = guest_with(1, feature::MRG_RXBUF);
+        let front_end = place.connect(&guest);
+        assert_frames_pass(&mut guest, &place.outside(), 0);
+        assert_eq!(front_end.get_config(0, 6).unwrap(), frames::GUEST_MAC);
+        assert_eq!(front_end.get_config(10, 2).unwrap(), 1400_u16.to_le_bytes());
+        backend.signal(nix::sys::signal::Signal::SIGTERM);
+        assert!(backend.wait_end(PATIENCE).success());
+        assert!(!place.namespace.ip("link show").contains("made"));
+    }
+}
+
+#[test]
+fn guest_is_told_the_address_that_frames_come_to() {
+    let Some(place) = Place::new("guest_is_told_the_address_that_frames_come_to") else { return };
+    place.add("mvt0", "bridge", "52:54:00:12:34:56");
+    let _backend = place.start(&["--macvtap", "mvt0"]);
+    let guest = guest_with(1, 0);
+    let front_end = place.connect(&guest);
+    assert_eq!(front_end.get_config(0, 6).unwrap(), [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+}
+
+/// Unfinished frames from the world outside: whole where the guest takes them, finished where not.
+#[test]
+fn offloads_are_what_the_guest_negotiated() {
+    const CSUM: u64 = feature::CSUM | feature::GUEST_CSUM | feature::MRG_RXBUF;
+    const TSO: u64 = CSUM | feature::GUEST_TSO4 | feature::HOST_TSO4;
+    const LARGE: usize = 20_000;
+    let needs_csum =
+        VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: TCP_CSUM_OFFSET, ..VnetHdr::default() };
+    let large = VnetHdr { gso_type: gso::TCPV4, hdr_len: 54, gso_size: MSS, ..needs_csum };
+    let tcp = |ends: &Ends, len| frames::tcp4(ends, 1, &payload(Stamp { stream: 1, seq: 0 }, len), L4Csum::Partial);
+    for features in [feature::MRG_RXBUF, CSUM, TSO] {
+        let Some(place) = Place::new("offloads_are_what_the_guest_negotiated") else { return };
+        place.add("mvt0", "bridge", GUEST_MAC);
+        let _backend = place.start(&["--macvtap", "mvt0"]);
+        let mut guest = guest_with(1, features);
+        let _front_end = place.connect(&guest);
+        let outside = PacketSocket::open_vnet_hdr(&place.namespace, "outside");
+
+        outside.send_vnet(&needs_csum, &tcp(&Ends::RX, 1000)).unwrap();
+        let got = guest.pairs[0].recv_detailed(PATIENCE).expect("a frame in the guest");
+        let is_finished = got.header.flags & net_flag::NEEDS_CSUM == 0;
+        assert!(!is_finished || checksums_are_right(&got.frame));
+        assert!(is_finished || features & feature::GUEST_CSUM != 0);
+
+        outside.send_vnet(&large, &tcp(&Ends::RX, LARGE)).unwrap();
+        let mut came = 0;
+        while came < LARGE {
+            let got = guest.pairs[0].recv_detailed(PATIENCE).expect("a frame in the guest");
+            let is_whole = got.header.gso_type != gso::NONE;
+            assert_eq!(is_whole, features == TSO, "{:?}", got.header);
+            assert!(got.header.flags & net_flag::NEEDS_CSUM != 0 || checksums_are_right(&got.frame));
+            assert!(features & feature::GUEST_CSUM != 0 || checksums_are_right(&got.frame));
+            came += got.frame.len() - 54;
+        }
+        assert_eq!(came, LARGE);
+
+        if features == TSO {
+            guest.pairs[0].send(&large, &tcp(&Ends::TX, LARGE));
+            let (header, frame) = outside.recv_vnet(PATIENCE).expect("a frame outside");
+            assert_eq!((header.gso_type, header.gso_size, frame.len()), (gso::TCPV4, MSS, 54 + LARGE));
+            assert_eq!(find_stamp(&frame), Some(Ok(Stamp { stream: 1, seq: 0 })));
+        }
+    }
+}
+
+#[test]
+fn four_queue_pairs_get_every_flow() {
+    const FLOWS: u16 = 64;
+    let Some(place) = Place::new("four_queue_pairs_get_every_flow") else { return };
+    place.add("mvt0", "bridge", GUEST_MAC);
+    let _backend = place.start(&["--macvtap", "mvt0", "--queue-pairs", "4"]);
+    let mut guest = guest_with(4, feature::MRG_RXBUF);
+    let _front_end = place.connect(&guest);
+    let outside = place.outside();
+    (0..4).for_each(|pair| {
+        let out = test_frame(&Ends::TX, Stamp { stream: 1, seq: pair as u32 }, 200);
+        guest.pairs[pair].send(&VnetHdr::default(), &out);
+        assert_eq!(outside.recv(PATIENCE).expect("a frame outside"), out);
+    });
+    for flow in 0..FLOWS {
+        let ends = Ends { src_port: 1000 + flow, ..Ends::RX };
+        let bytes = payload(Stamp { stream: 1, seq: flow.into() }, 100);
+        outside.send(&frames::udp4(&ends, &bytes, L4Csum::Full));
+    }
+    let deadline = Instant::now() + PATIENCE;
+    let mut came = [0; 4];
+    while came.iter().sum::<u16>() < FLOWS {
+        assert!(Instant::now() < deadline, "{came:?} of {FLOWS} flows");
+        for (pair, came) in guest.pairs.iter_mut().zip(&mut came) {
+            while pair.recv(Duration::from_millis(1)).is_some() {
+                *came += 1;
+            }
+        }
+    }
+    assert!(came.iter().filter(|came| **came > 0).count() > 1, "One pair got all: {came:?}");
+}
+
+#[test]
+fn passed_descriptor_is_served_and_its_end_is_noticed() {
+    let Some(place) = Place::new("passed_descriptor_is_served_and_its_end_is_noticed") else { return };
+    place.add("mvt0", "bridge", GUEST_MAC);
+    let queue = open_device(&place, "mvt0");
+    let mut command = Command::new(BINARY);
+    inherit(&mut command, queue.as_fd(), 20);
+    let mut backend = Spawned::run(command.args(["--socket-path", arg(&place.socket()), "--tap-fd", "20"]));
+    backend.wait_line("Listening on");
+    assert!(backend.log().contains("Took 1 descriptor(s) of MACVTAP \"mvt0\""), "{}", backend.log());
+    let mut guest = guest_with(1, feature::MRG_RXBUF);
+    let _front_end = place.connect(&guest);
+    assert_frames_pass(&mut guest, &place.outside(), 0);
+    drop(queue);
+    assert_end_is_noticed(&place, &mut backend, Duration::from_millis(2500));
+}
+
+/// F-04
+#[test]
+fn deleted_interface_is_noticed_within_a_second() {
+    let Some(place) = Place::new("deleted_interface_is_noticed_within_a_second") else { return };
+    place.add("mvt0", "bridge", GUEST_MAC);
+    let mut backend = place.start(&["--macvtap", "mvt0"]);
+    let mut guest = guest_with(1, feature::MRG_RXBUF);
+    let _front_end = place.connect(&guest);
+    assert_frames_pass(&mut guest, &place.outside(), 0);
+    assert_end_is_noticed(&place, &mut backend, Duration::from_secs(1));
+}
+
+/// What is deleted is said, and nobody spins.
+fn assert_end_is_noticed(place: &Place, backend: &mut Spawned, within: Duration) {
+    place.namespace.ip("link del mvt0");
+    let begun = Instant::now();
+    backend.wait_line("Interface \"mvt0\" was deleted");
+    println!("noticed after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < within, "noticed after {:?}", begun.elapsed());
+    let before = backend.cpu_time();
+    std::thread::sleep(Duration::from_millis(500));
+    let spent = backend.cpu_time() - before;
+    assert!(spent < Duration::from_millis(100), "{spent:?} of processor time in 500 ms");
+}
+
+/// A queue of the interface, by a node of our own.
+fn open_device(place: &Place, name: &str) -> OwnedFd {
+    let number = place.namespace.run("sh", &["-c", &format!("cat /sys/class/net/{name}/tap*/dev")]);
+    let (major, minor) = number.trim().split_once(':').unwrap();
+    let node = TempDir::new_in("/dev").unwrap();
+    let path = node.path().join("tap");
+    let made = Command::new("mknod").args([arg(&path), "c", major, minor]).status().unwrap();
+    assert!(made.success());
+    std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap().into()
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_the_way_out() {
+    let Some(place) = Place::new("what_cannot_be_is_refused_with_the_way_out") else { return };
+    place.add("mvt0", "bridge", GUEST_MAC);
+    place.namespace.add_tap(&TapSpec::new("tap0"));
+    for (args, wanted) in [
+        (&["--macvtap", "none"][..], "There is no interface \"none\"; make it with 'ip link add link IF name none"),
+        (&["--macvtap", "tap0"], "Interface \"tap0\" is a tun interface, not a MACVTAP"),
+        (&["--macvtap", "outside"], "Interface \"outside\" is a veth interface, not a MACVTAP"),
+        (&["--tap", "mvt0"], "Interface \"mvt0\" is a macvtap interface, not a TAP"),
+        (&["--macvtap-parent", "none"], "--macvtap-parent \"none\": there is no such interface"),
+        (&["--macvtap-parent", "card", "--macvtap-mode", "passthru"], "is in use another way"),
+    ] {
+        let log = place.refusal(args);
+        assert!(log.contains(wanted), "{args:?}: {log}");
+        assert_eq!(log.lines().count(), 1, "{log}");
+    }
+    let links = place.namespace.ip("-br link");
+    assert!(!links.contains("macvtap-"), "Nothing is left behind: {links}");
+}
