@@ -22,6 +22,8 @@ left behind at the end.
   --smp N             the guest's processors (as many as queue pairs)
   --vmm NAME          qemu (default) or cloud-hypervisor; the latter needs its binary in PATH and
                       a working KVM: without them nothing is run and the exit status is 77
+  --device KIND       what the back-end ends the card on: tap (default), or macvtap: on one end of a
+                      veth pair, whose other end is the host
   --backend NAME      vhost-user-net (default) or qemu-tap: QEMU's own, to compare with
   --accel NAME        auto (default: KVM if it runs a guest here, else emulation), kvm or tcg
   --keep-logs DIR     copy the logs of guest, VMM and back-end there at the end
@@ -41,7 +43,9 @@ HOST_IP=10.99.0.1
 GUEST_IP=10.99.0.2
 MAC=52:54:00:12:34:56
 NETNS=vhost-user-net-$$
-TAP=tap0
+# The interface that the host reaches the guest through.
+HOST_SIDE=tap0
+DEVICE_OPTIONS=()
 FILE_MIB=8
 IPERF_SECONDS=3
 # An emulated guest on a busy machine takes 10 s.
@@ -49,7 +53,7 @@ BOOT_SECONDS=90
 # Without offloads no frame is longer than this.
 PLAIN_FRAME=1514
 
-MODE=console PAIRS=1 MEMORY=512M SMP='' VMM=qemu BACKEND=vhost-user-net ACCEL=auto LOGS=''
+MODE=console PAIRS=1 MEMORY=512M SMP='' VMM=qemu DEVICE=tap BACKEND=vhost-user-net ACCEL=auto LOGS=''
 BACKEND_OPTIONS=()
 
 parse_options() {
@@ -57,13 +61,14 @@ parse_options() {
         case $1 in
             --check) MODE=check ;;
             --help | -h) usage && exit 0 ;;
-            --queue-pairs | --memory | --smp | --vmm | --backend | --accel | --keep-logs)
+            --queue-pairs | --memory | --smp | --vmm | --device | --backend | --accel | --keep-logs)
                 [ $# -ge 2 ] || usage_error "$1 needs a value"
                 case $1 in
                     --queue-pairs) PAIRS=$2 ;;
                     --memory) MEMORY=$2 ;;
                     --smp) SMP=$2 ;;
                     --vmm) VMM=$2 ;;
+                    --device) DEVICE=$2 ;;
                     --backend) BACKEND=$2 ;;
                     --accel) ACCEL=$2 ;;
                     --keep-logs) LOGS=$2 ;;
@@ -80,6 +85,8 @@ parse_options() {
     [[ $SMP =~ ^[1-9][0-9]*$ ]] || usage_error "--smp wants a number, not $SMP"
     [[ $MEMORY =~ ^[1-9][0-9]*[MG]$ ]] || usage_error "--memory wants a size such as 512M, not $MEMORY"
     [[ $VMM =~ ^(qemu|cloud-hypervisor)$ ]] || usage_error "unknown VMM $VMM"
+    [[ $DEVICE =~ ^(tap|macvtap)$ ]] || usage_error "unknown device $DEVICE"
+    [ "$DEVICE$BACKEND" != macvtapqemu-tap ] || usage_error "qemu-tap has a TAP only"
     [[ $BACKEND =~ ^(vhost-user-net|qemu-tap)$ ]] || usage_error "unknown back-end $BACKEND"
     [[ $ACCEL =~ ^(auto|kvm|tcg)$ ]] || usage_error "unknown accelerator $ACCEL"
     [ "$VMM$BACKEND" != cloud-hypervisorqemu-tap ] || usage_error "qemu-tap is a part of QEMU"
@@ -124,7 +131,7 @@ clean_up() {
         for pid in $(ip netns pids "$NETNS"); do
             kill -9 "$pid" 2>/dev/null || true
         done
-        # The TAP ends with its namespace.
+        # Its interfaces end with it.
         ip netns delete "$NETNS" || true
     fi
     [ -z "$TERMINAL" ] || stty "$TERMINAL" || true
@@ -202,19 +209,35 @@ IN_NS=(ip netns exec "$NETNS")
 in_ns() { "${IN_NS[@]}" "$@"; }
 
 make_network() {
+    ip netns add "$NETNS"
+    in_ns ip link set lo up
+    "make_$DEVICE"
+    in_ns ip address add $HOST_IP/24 dev "$HOST_SIDE"
+    in_ns ip link set "$HOST_SIDE" up
+}
+
+make_tap() {
     [ -c /dev/net/tun ] || modprobe tun 2>/dev/null || die "no /dev/net/tun: this kernel has no TAP"
     local flags=(vnet_hdr)
     [ "$PAIRS" = 1 ] || flags+=(multi_queue)
-    ip netns add "$NETNS"
-    in_ns ip link set lo up
-    in_ns ip tuntap add dev $TAP mode tap "${flags[@]}"
-    in_ns ip address add $HOST_IP/24 dev $TAP
-    in_ns ip link set $TAP up
+    in_ns ip tuntap add dev tap0 mode tap "${flags[@]}"
+    DEVICE_OPTIONS=(--tap tap0)
+}
+
+make_macvtap() {
+    in_ns ip link add veth0 type veth peer name veth1
+    in_ns ip link set veth1 up
+    in_ns ip link add link veth1 name macvtap0 address $MAC type macvtap mode bridge 2>/dev/null ||
+        { modprobe macvtap 2>/dev/null && in_ns ip link add link veth1 name macvtap0 address $MAC type macvtap mode bridge; } ||
+        die "this kernel has no MACVTAP"
+    in_ns ip link set macvtap0 up
+    HOST_SIDE=veth0
+    DEVICE_OPTIONS=(--macvtap macvtap0)
 }
 
 start_backend() {
     "${IN_NS[@]}" "${CARGO_TARGET_DIR:-$ROOT/target}/release/vhost-user-net" --socket-path "$WORK/net.sock" \
-        --tap $TAP --queue-pairs "$PAIRS" "${BACKEND_OPTIONS[@]}" >"$WORK/backend.log" 2>&1 </dev/null &
+        "${DEVICE_OPTIONS[@]}" --queue-pairs "$PAIRS" "${BACKEND_OPTIONS[@]}" >"$WORK/backend.log" 2>&1 </dev/null &
     BACKEND_PID=$!
     wait_for 5 socket_or_gone || die "the back-end did not make its socket within 5 s"
     ! gone "$BACKEND_PID" || die "the back-end has ended"
@@ -260,7 +283,7 @@ vmm_command() {
         COMMAND+=(-chardev "socket,id=chr0,path=$WORK/net.sock,$(reconnect_option)")
         netdev="vhost-user,id=net0,chardev=chr0,queues=$PAIRS"
     else
-        netdev="tap,id=net0,ifname=$TAP,script=no,downscript=no,vhost=off,queues=$PAIRS"
+        netdev="tap,id=net0,ifname=$HOST_SIDE,script=no,downscript=no,vhost=off,queues=$PAIRS"
         # QEMU allows more for vhost-user only.
         ring=256
     fi
@@ -394,8 +417,8 @@ check_offloads() {
     DETAIL="the guest leaves segmentation and checksums to the host"
 }
 
-# `tap KEY` reads a counter of the TAP. What it sends is what the guest receives.
-tap() { in_ns cat "/sys/class/net/$TAP/statistics/$1"; }
+# `host_side KEY` reads a counter of that interface. What it sends is what the guest receives.
+host_side() { in_ns cat "/sys/class/net/$HOST_SIDE/statistics/$1"; }
 
 # `backend KEY` is the sum of a counter over the queue pairs, `-` where the back-end has none.
 backend() {
@@ -417,11 +440,11 @@ read_backend_counters() {
     BACKEND_COUNTERS=$(grep 'pair=[0-9]' "$WORK/backend.log" | tail -n "$PAIRS")
 }
 
-# The files went through this very TAP, not around it.
-check_tap() {
+# The files went through this very interface, not around it.
+check_host_side() {
     local least=$((FILE_MIB * 1024 * 1024))
-    DETAIL="$(tap tx_bytes) bytes to the guest, $(tap rx_bytes) from it"
-    [ "$(tap tx_bytes)" -gt $least ] && [ "$(tap rx_bytes)" -gt $least ]
+    DETAIL="$(host_side tx_bytes) bytes to the guest, $(host_side rx_bytes) from it"
+    [ "$(host_side tx_bytes)" -gt $least ] && [ "$(host_side rx_bytes)" -gt $least ]
 }
 
 check_large_frames() {
@@ -435,7 +458,7 @@ check_large_frames() {
     fi
 }
 
-mean_frame() { echo $(($(tap "$1_bytes") / ($(tap "$1_packets") + 1))); }
+mean_frame() { echo $(($(host_side "$1_bytes") / ($(host_side "$1_packets") + 1))); }
 
 check_end() {
     guest 1 poweroff || true
@@ -456,10 +479,10 @@ row() { printf '  %-34s %16s %16s\n' "$@"; }
 print_table() {
     echo
     row "What flowed ($BACKEND, $ACCEL)" "to the guest" "from the guest"
-    row "TAP frames" "$(tap tx_packets)" "$(tap rx_packets)"
-    row "TAP bytes" "$(tap tx_bytes)" "$(tap rx_bytes)"
-    row "TAP mean frame, bytes" "$(mean_frame tx)" "$(mean_frame rx)"
-    row "TAP dropped" "$(tap tx_dropped)" "$(tap rx_dropped)"
+    row "$HOST_SIDE frames" "$(host_side tx_packets)" "$(host_side rx_packets)"
+    row "$HOST_SIDE bytes" "$(host_side tx_bytes)" "$(host_side rx_bytes)"
+    row "$HOST_SIDE mean frame, bytes" "$(mean_frame tx)" "$(mean_frame rx)"
+    row "$HOST_SIDE dropped" "$(host_side tx_dropped)" "$(host_side rx_dropped)"
     row "back-end frames" "$(backend rx_frames)" "$(backend tx_frames)"
     row "back-end bytes" "$(backend rx_bytes)" "$(backend tx_bytes)"
     row "back-end frames above $PLAIN_FRAME bytes" "$(backend rx_large_frames)" "$(backend tx_large_frames)"
@@ -477,7 +500,7 @@ run_checks() {
     check "iperf3, guest to host" check_iperf_to_host
     check "iperf3, host to guest" check_iperf_to_guest
     check "Offloads in the guest" check_offloads
-    check "Bytes on the TAP" check_tap
+    check "Bytes on $HOST_SIDE" check_host_side
     check "Large frames" check_large_frames
     print_table
     check "Power off, end of the back-end" check_end
@@ -510,7 +533,7 @@ main() {
     choose_accelerator
     step "Making namespace $NETNS"
     make_network
-    step_done "$TAP, $HOST_IP/24"
+    step_done "$HOST_SIDE, $HOST_IP/24"
     if [ "$BACKEND" = vhost-user-net ]; then
         step "Starting the back-end"
         start_backend

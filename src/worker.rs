@@ -381,6 +381,9 @@ impl QueuePair {
             _ => tx.pump(&mut ring.queue, &self.device, &self.counters),
         };
         ring.publish(&self.counters.tx_calls);
+        if let Some(source) = tx.take_unexpected_source() {
+            self.device.warn_of_source(source);
+        }
         let settled = passed.and_then(|pump| match pump {
             Pump::Drained => settle(ring, &self.poller).map(|()| pump),
             _ => Ok(pump),

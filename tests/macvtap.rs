@@ -170,6 +170,28 @@ fn guest_is_told_the_address_that_frames_come_to() {
     assert_eq!(front_end.get_config(0, 6).unwrap(), [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 }
 
+#[test]
+fn guest_with_another_address_is_warned_of_once() {
+    let Some(place) = Place::new("guest_with_another_address_is_warned_of_once") else { return };
+    place.add("mvt0", "bridge", "52:54:00:12:34:56");
+    let mut backend = place.start(&["--macvtap", "mvt0"]);
+    for _ in 0..2 {
+        let mut guest = guest_with(1, feature::MRG_RXBUF);
+        let _front_end = place.connect(&guest);
+        let outside = place.outside();
+        for seq in 0..3 {
+            let out = test_frame(&Ends::TX, Stamp { stream: 1, seq }, 200);
+            guest.pairs[0].send(&VnetHdr::default(), &out);
+            assert_eq!(outside.recv(PATIENCE).expect("a frame outside"), out);
+        }
+    }
+    backend.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(backend.wait_end(PATIENCE).success());
+    let log = backend.log();
+    let wanted = "The guest sends from 52:54:00:aa:00:01, but only frames to 52:54:00:12:34:56 come to it";
+    assert_eq!(log.matches(wanted).count(), 1, "{log}");
+}
+
 /// Unfinished frames from the world outside: whole where the guest takes them, finished where not.
 #[test]
 fn offloads_are_what_the_guest_negotiated() {
@@ -273,6 +295,7 @@ fn deleted_interface_is_noticed_within_a_second() {
     let mut guest = guest_with(1, feature::MRG_RXBUF);
     let _front_end = place.connect(&guest);
     assert_frames_pass(&mut guest, &place.outside(), 0);
+    assert!(!backend.log().contains("The guest sends from"), "{}", backend.log());
     assert_end_is_noticed(&place, &mut backend, Duration::from_secs(1));
 }
 

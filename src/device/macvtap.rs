@@ -234,7 +234,7 @@ fn open_queue(name: &str, path: &Path, queue: u16, several: bool) -> Result<Devi
         return Err(MacvtapError::WrongNode { name: name.to_owned(), path: path.to_owned(), found });
     }
     let steering = if several { Steering::Attached } else { Steering::Always };
-    Ok(DeviceQueue { fd, steering, may_block: true })
+    Ok(DeviceQueue::new(fd, steering))
 }
 
 /// Makes an open `/dev/tapN` a queue with virtio-net headers; the interface's name plays no part.

@@ -21,6 +21,7 @@ use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
 pub use ioctl_flags::*;
+use macvtap::ShownMac;
 use netlink::{CreatedLink, LinkWatch};
 pub use stage::Io;
 
@@ -145,6 +146,8 @@ pub struct DeviceQueue {
     steering: Steering,
     /// Whether it may refuse a frame now and take it later.
     may_block: bool,
+    /// The one address that frames come to, where there is one, until it was said that the guest has another.
+    address: Option<[u8; 6]>,
 }
 
 /// Whether the kernel can be told to give a queue no frames.
@@ -157,14 +160,34 @@ enum Steering {
 }
 
 impl DeviceQueue {
+    fn new(fd: OwnedFd, steering: Steering) -> DeviceQueue {
+        DeviceQueue { fd, steering, may_block: true, address: None }
+    }
+
     fn always_attached(fd: OwnedFd) -> io::Result<DeviceQueue> {
         set_nonblocking(&fd)?;
-        Ok(DeviceQueue { fd, steering: Steering::Always, may_block: true })
+        Ok(DeviceQueue::new(fd, Steering::Always))
     }
 
     /// Whether the queue may refuse a frame now and take it later.
     pub fn may_block(&self) -> bool {
         self.may_block
+    }
+
+    /// The one address that frames come to, where there is one.
+    pub fn address(&self) -> Option<[u8; 6]> {
+        self.address
+    }
+
+    /// Says, once, that the guest sends from another address than frames come to.
+    pub fn warn_of_source(&mut self, source: [u8; 6]) {
+        if let Some(address) = self.address.take() {
+            let (address, source) = (ShownMac(Some(address)), ShownMac(Some(source)));
+            log::warn!(
+                "The guest sends from {source}, but only frames to {address} come to it: give its card that address \
+                 (QEMU: -device virtio-net-pci,mac={address}), or the interface the guest's"
+            );
+        }
     }
 
     /// Whether the kernel gives this queue frames.

@@ -74,7 +74,7 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), PassedErr
             flags if flags & IFF_MULTI_QUEUE != 0 => Steering::Detached,
             _ => Steering::Always,
         };
-        queues.push(DeviceQueue { fd, steering, may_block: true });
+        queues.push(DeviceQueue::new(fd, steering));
     }
     let (name, driver) = first.unwrap_or_default();
     // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known,

@@ -190,10 +190,7 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let steering = if multi_queue { Steering::Attached } else { Steering::Always };
     let index = (link.index != 0).then_some(link.index);
     let interface = Interface { name, index, mtu, mac: None, driver: Driver::Tun };
-    Ok(tap_queue::set_up(
-        interface,
-        queues.into_iter().map(|fd| DeviceQueue { fd, steering, may_block: true }).collect(),
-    )?)
+    Ok(tap_queue::set_up(interface, queues.into_iter().map(|fd| DeviceQueue::new(fd, steering)).collect())?)
 }
 
 /// Queues of a TAP, and what it was like before they were opened.

@@ -70,6 +70,8 @@ pub(super) fn set_up(
         if control.is_none() {
             queue.attach().map_err(set("the first queue to be used"))?;
             offloads = probe_offloads(queue);
+            // One queue says it for all.
+            queue.address = mac;
             control = Some(queue.fd.try_clone().map_err(set("up a second descriptor"))?);
         } else {
             queue.detach().map_err(set("aside a queue"))?;

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::coalesce::{Coalesce, Run, Segment};
+use super::filter::Mac;
 use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump};
 use crate::device::stage::Stage;
@@ -48,6 +49,10 @@ pub struct Tx {
     run: Option<(usize, Run)>,
     /// For a frame in more pieces than one call takes.
     bounce: Box<[u8]>,
+    /// The source address without which no answer would come, until a frame has another.
+    expected: Option<Mac>,
+    /// That other one.
+    unexpected: Option<Mac>,
 }
 
 /// One popped chain.
@@ -86,7 +91,15 @@ impl Tx {
             coalesce,
             run: None,
             bounce: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
+            expected: device.address(),
+            unexpected: None,
         }
+    }
+
+    /// The source address of the first frame that had another than the device has frames come to.
+    #[inline]
+    pub fn take_unexpected_source(&mut self) -> Option<Mac> {
+        self.unexpected.take()
     }
 
     /// Carries on with another view of memory.
@@ -181,6 +194,10 @@ impl Tx {
         let start = frame.get(..staged.checked_sub(HEADER_LEN)?)?;
         let checked = self.rules.check(VnetHeader::from_bytes(head), len - HEADER_LEN, start).ok()?;
         *head = checked.header.to_bytes();
+        if self.expected.is_some_and(|expected| start.get(6..12).is_some_and(|source| *source != expected)) {
+            self.expected = None;
+            self.unexpected = start.get(6..).and_then(|source| source.first_chunk()).copied();
+        }
         let segment = Segment::of(self.coalesce, checked.header, start, len - HEADER_LEN);
         if segment.is_some() || staged == len || len > SLOT_LEN {
             return Some((staged, segment));
