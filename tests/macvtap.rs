@@ -7,7 +7,8 @@
 
 mod common;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -237,6 +238,36 @@ fn offloads_are_what_the_guest_negotiated() {
     }
 }
 
+/// What goes as one is cut again as it was, into a socket behind the other end.
+#[test]
+fn coalesced_datagrams_arrive_as_they_were_sent() {
+    const DATAGRAMS: u32 = 50;
+    let Some(place) = Place::new("coalesced_datagrams_arrive_as_they_were_sent") else { return };
+    place.add("mvt0", "bridge", GUEST_MAC);
+    let mac = frames::HOST_MAC.map(|byte| format!("{byte:02x}")).join(":");
+    place.namespace.ip(&format!("link set dev outside address {mac}"));
+    place.namespace.ip("addr add 10.99.0.1/24 dev outside");
+    let mut backend = place.start(&["--macvtap", "mvt0"]);
+    let mut guest = guest_with(1, feature::CSUM | feature::EVENT_IDX);
+    let _front_end = place.connect(&guest);
+    let socket = place.namespace.within(|| UdpSocket::bind("10.99.0.1:5000").unwrap());
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let header = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 6, ..VnetHdr::default() };
+    let payload_of = |seq| payload(Stamp { stream: 1, seq }, 1400 - 300 * usize::from(seq % 10 == 9));
+    for seq in 0..DATAGRAMS {
+        guest.pairs[0].queue(&header, &frames::udp4(&Ends::TX, &payload_of(seq), L4Csum::Partial));
+    }
+    guest.pairs[0].tx.publish_and_kick();
+    let mut bytes = [0; 2000];
+    for seq in 0..DATAGRAMS {
+        let (len, _) = socket.recv_from(&mut bytes).expect("a datagram");
+        assert!(bytes[..len] == payload_of(seq), "datagram {seq} is another one");
+    }
+    backend.wait_counter("tx_frames", u64::from(DATAGRAMS));
+    let kernel_can = !backend.log().contains("Only TCP frames are coalesced");
+    assert_eq!(backend.counters(1)[0]["tx_coalesced_frames"], if kernel_can { u64::from(DATAGRAMS) } else { 0 });
+}
+
 #[test]
 fn four_queue_pairs_get_every_flow() {
     const FLOWS: u16 = 64;
@@ -273,7 +304,7 @@ fn four_queue_pairs_get_every_flow() {
 fn passed_descriptor_is_served_and_its_end_is_noticed() {
     let Some(place) = Place::new("passed_descriptor_is_served_and_its_end_is_noticed") else { return };
     place.add("mvt0", "bridge", GUEST_MAC);
-    let queue = open_device(&place, "mvt0");
+    let queue = place.namespace.open_macvtap("mvt0");
     let mut command = Command::new(BINARY);
     inherit(&mut command, queue.as_fd(), 20);
     let mut backend = Spawned::run(command.args(["--socket-path", arg(&place.socket()), "--tap-fd", "20"]));
@@ -310,17 +341,6 @@ fn assert_end_is_noticed(place: &Place, backend: &mut Spawned, within: Duration)
     std::thread::sleep(Duration::from_millis(500));
     let spent = backend.cpu_time() - before;
     assert!(spent < Duration::from_millis(100), "{spent:?} of processor time in 500 ms");
-}
-
-/// A queue of the interface, by a node of our own.
-fn open_device(place: &Place, name: &str) -> OwnedFd {
-    let number = place.namespace.run("sh", &["-c", &format!("cat /sys/class/net/{name}/tap*/dev")]);
-    let (major, minor) = number.trim().split_once(':').unwrap();
-    let node = TempDir::new_in("/dev").unwrap();
-    let path = node.path().join("tap");
-    let made = Command::new("mknod").args([arg(&path), "c", major, minor]).status().unwrap();
-    assert!(made.success());
-    std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap().into()
 }
 
 #[test]

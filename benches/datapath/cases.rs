@@ -130,8 +130,8 @@ fn transmit_in(
     frames: &[(VnetHdr, Vec<u8>)],
     count: u64,
 ) -> Sample {
-    if *contender == Contender::Floor {
-        return floor_transmit(place, frames, count);
+    if contender.is_floor() {
+        return floor_transmit(place, contender, frames, count);
     }
     let features = contender.features();
     let plain: Vec<_> = frames.iter().map(|(_, frame)| (VnetHdr::default(), frame.clone())).collect();
@@ -151,8 +151,8 @@ fn transmit_in(
     Sample::new(count, process.cpu() - cpu, wall)
 }
 
-fn floor_transmit(place: &Place, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> Sample {
-    let queue = place.floor();
+fn floor_transmit(place: &Place, contender: &Contender, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> Sample {
+    let queue = place.floor(contender);
     // As many frames as the rings have, in such memory as a guest's: as many pages are gone through.
     let mem = GuestMemory::single(256 << 20);
     let frames: Vec<_> = frames
@@ -167,7 +167,7 @@ fn floor_transmit(place: &Place, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> S
         .collect();
     let send = |count: u64| {
         for iovecs in frames.iter().cycle().take(count as usize) {
-            vectored(&queue.fd, iovecs, libc::writev);
+            vectored(&queue, iovecs, libc::writev);
         }
     };
     on_backend_cpu(|| {
@@ -218,8 +218,8 @@ fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
     };
     let frames = [datagram(&Ends::TX, len + 42)];
     let (mut cpu, mut wall) = (Duration::ZERO, Duration::ZERO);
-    if *contender == Contender::Floor {
-        let queue = place.floor();
+    if contender.is_floor() {
+        let queue = place.floor(contender);
         let mem = GuestMemory::single(1 << 20);
         let at = mem.alloc(2048, 64);
         mem.write(at, &[&frames[0].0.to_bytes()[..], &frames[0].1].concat());
@@ -227,7 +227,7 @@ fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
         for _ in 0..count / AT_ONCE {
             let (spent, took) = on_backend_cpu(|| {
                 let (cpu, begun) = (thread_cpu(), Instant::now());
-                (0..AT_ONCE).for_each(|_| vectored(&queue.fd, &iovecs, libc::writev));
+                (0..AT_ONCE).for_each(|_| vectored(&queue, &iovecs, libc::writev));
                 (thread_cpu() - cpu, begun.elapsed())
             });
             (cpu, wall) = (cpu + spent, wall + took);
@@ -267,11 +267,12 @@ fn to_veth(contender: &Contender, len: usize, count: u64) -> Sample {
 }
 
 /// A host's side whose frames wait in the TAP's queue until the guest has buffers.
-fn sender(place: &Place, vnet_hdr: bool) -> PacketSocket {
+fn sender(place: &Place, contender: &Contender, vnet_hdr: bool) -> PacketSocket {
+    let device = contender.host_side();
     let socket = if vnet_hdr {
-        PacketSocket::open_vnet_hdr(&place.namespace, TAP)
+        PacketSocket::open_vnet_hdr(&place.namespace, device)
     } else {
-        PacketSocket::open(&place.namespace, TAP)
+        PacketSocket::open(&place.namespace, device)
     };
     set_option(&socket.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, 1 << 29);
     socket
@@ -280,7 +281,7 @@ fn sender(place: &Place, vnet_hdr: bool) -> PacketSocket {
 fn receive(contender: &Contender, len: usize, count: u64) -> Sample {
     let (_, frame) = datagram(&Ends::RX, len);
     receive_with(contender, count, 1, |place| {
-        let socket = sender(place, false);
+        let socket = sender(place, contender, false);
         (0..count).for_each(|_| socket.send(&frame));
     })
 }
@@ -289,7 +290,7 @@ fn receive_large(contender: &Contender, count: u64) -> Sample {
     let frame = frames::tcp4(&Ends::RX, 1, &payload(Stamp { stream: 2, seq: 0 }, LARGE), L4Csum::Partial);
     let header = large_header();
     receive_with(contender, count, LARGE.div_ceil(1500) as u64, |place| {
-        let socket = sender(place, true);
+        let socket = sender(place, contender, true);
         (0..count).for_each(|_| socket.send_vnet(&header, &frame).expect("the TAP's queue has room"));
     })
 }
@@ -297,8 +298,8 @@ fn receive_large(contender: &Contender, count: u64) -> Sample {
 /// Fills the TAP, then gives the guest's buffers and times how they come back.
 fn receive_with(contender: &Contender, count: u64, chains: u64, fill: impl Fn(&Place)) -> Sample {
     let place = Place::new(false);
-    if *contender == Contender::Floor {
-        let queue = place.floor();
+    if contender.is_floor() {
+        let queue = place.floor(contender);
         fill(&place);
         // Buffers as a guest's: the header apart, and so many for a super-frame.
         let mem = GuestMemory::single(8 << 20);
@@ -312,7 +313,7 @@ fn receive_with(contender: &Contender, count: u64, chains: u64, fill: impl Fn(&P
                 iovecs.push(header);
                 let first = frame * chains as usize;
                 iovecs.extend((first..first + chains as usize).map(|at| buffers[at % buffers.len()]));
-                vectored(&queue.fd, &iovecs, libc::readv);
+                vectored(&queue, &iovecs, libc::readv);
             }
             Sample::new(count, thread_cpu() - cpu, begun.elapsed())
         });
@@ -357,8 +358,8 @@ fn from_socket(contender: &Contender, count: u64) -> Sample {
     const TOGETHER: u64 = 45;
     let place = Place::new(false);
     let mut guest = Guest::new(1, &[datagram(&Ends::TX, 64)], FEATURES);
-    let process = (*contender != Contender::Floor).then(|| place.start(contender, &mut guest, &[]));
-    let queue = process.is_none().then(|| place.floor());
+    let process = (!contender.is_floor()).then(|| place.start(contender, &mut guest, &[]));
+    let queue = process.is_none().then(|| place.floor(contender));
     let socket = place.namespace.within(|| UdpSocket::bind("10.99.0.1:0").expect("a socket"));
     socket.connect("10.99.0.2:5000").expect("a route");
     set_option(&socket.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, 1 << 29);
@@ -373,7 +374,7 @@ fn from_socket(contender: &Contender, count: u64) -> Sample {
         let mut frame = vec![0; 66_000];
         cpu += on_backend_cpu(|| {
             let before = thread_cpu();
-            (0..sends * TOGETHER).for_each(|_| assert!(rustix::io::read(&queue.fd, &mut frame).expect("a frame") > 0));
+            (0..sends * TOGETHER).for_each(|_| assert!(rustix::io::read(&queue, &mut frame).expect("a frame") > 0));
             thread_cpu() - before
         });
     } else {
@@ -391,10 +392,10 @@ fn ping_pong(contender: &Contender, count: u64) -> Sample {
     let (header, frame) = datagram(&Ends { dst_mac: [2, 0, 0, 0, 0, 9], ..Ends::TX }, 64);
     let (_, back) = datagram(&Ends::RX, 64);
     let mut trips = Vec::new();
-    if *contender == Contender::Floor {
-        let queue = place.floor();
+    if contender.is_floor() {
+        let queue = place.floor(contender);
         let host = PacketSocket::open(&place.namespace, TAP);
-        floor_ping_pong(&queue.fd, &host, &[&header.to_bytes()[..], &frame].concat(), &back, count, &mut trips);
+        floor_ping_pong(&queue, &host, &[&header.to_bytes()[..], &frame].concat(), &back, count, &mut trips);
     } else {
         let mut guest = Guest::new(1, &[(header, frame)], FEATURES);
         let _process = place.start(contender, &mut guest, &[]);

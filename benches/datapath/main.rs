@@ -71,6 +71,8 @@ fn cases() -> Vec<Case> {
     const URING: Contender = Contender::Ours(&["--io", "uring"]);
     const ALONE: Contender = Contender::Ours(&["--coalesce", "off"]);
     const POLLING: Contender = Contender::Ours(&["--poll-us", "50"]);
+    const ON_MACVTAP: Contender = Contender::OnMacvtap;
+    const FLOOR_ON_MACVTAP: Contender = Contender::FloorOnMacvtap;
     const ADAPTIVE: Contender = Contender::Ours(&["--poll-us", "auto"]);
     let with = |name, kind, more: &[Contender]| {
         let mut contenders = vec![Contender::Floor, Contender::Baseline, OURS];
@@ -80,19 +82,23 @@ fn cases() -> Vec<Case> {
     vec![
         with("tx 64 B, mixed flows", Kind::Tx(64), &[SYSCALL, URING, Contender::Testpmd]),
         with("tx 512 B, mixed flows", Kind::Tx(512), &[]),
-        with("tx 1500 B, mixed flows", Kind::Tx(1500), &[SYSCALL, URING, Contender::Testpmd]),
+        with(
+            "tx 1500 B, mixed flows",
+            Kind::Tx(1500),
+            &[SYSCALL, URING, Contender::Testpmd, ON_MACVTAP, FLOOR_ON_MACVTAP],
+        ),
         Case {
             name: "tx 64 B, mixed flows, 2 pairs",
             kind: Kind::TxPairs(64),
             contenders: vec![Contender::Floor, OURS],
         },
-        with("tx 64 KiB super-frames", Kind::TxLarge, &[]),
+        with("tx 64 KiB super-frames", Kind::TxLarge, &[ON_MACVTAP, FLOOR_ON_MACVTAP]),
         with("udp 1400 B to a socket", Kind::UdpToSocket(1400), &[ALONE]),
         with("udp 200 B to a socket", Kind::UdpToSocket(200), &[ALONE]),
         with("udp 1400 B to a veth", Kind::UdpToVeth(1400), &[ALONE]),
         with("rx 64 B", Kind::Rx(64), &[SYSCALL, URING]),
         with("rx 512 B", Kind::Rx(512), &[]),
-        with("rx 1500 B", Kind::Rx(1500), &[SYSCALL, URING]),
+        with("rx 1500 B", Kind::Rx(1500), &[SYSCALL, URING, ON_MACVTAP, FLOOR_ON_MACVTAP]),
         with("rx 64 KiB super-frames", Kind::RxLarge, &[]),
         with("udp 1400 B from a socket, sender's time too", Kind::UdpFromSocket, &[]),
         with("round trip", Kind::PingPong, &[POLLING, ADAPTIVE]),

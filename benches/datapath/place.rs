@@ -1,7 +1,7 @@
 //! Where it is measured: a TAP in a namespace of its own, the back-ends on it, and clocks.
 
 use std::fs;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -10,10 +10,13 @@ use tempfile::TempDir;
 
 use crate::common::frames::HOST_MAC;
 use crate::common::netns::{NetNs, TapSpec};
+use crate::common::virtio::VnetHdr;
 use crate::guest::{FEATURES, Guest};
 use crate::testpmd;
 
 pub const TAP: &str = "tap0";
+/// The far end of the veth pair that the MACVTAP is on.
+const OUTSIDE: &str = "outside";
 /// The back-ends have a CPU of their own, and so has the floor: the same.
 pub const BACKEND_CPU: usize = 0;
 /// The driver, and what sends from the host.
@@ -55,20 +58,31 @@ fn on_any_cpu<R>(act: impl FnOnce() -> R) -> R {
 pub enum Contender {
     /// A bare loop of system calls on the TAP, in this process, without a virtqueue.
     Floor,
+    /// The same on a MACVTAP, on one end of a veth pair.
+    FloorOnMacvtap,
     /// The conventional back-end.
     Baseline,
     /// DPDK's, on a TAP of its own.
     Testpmd,
+    /// This project's on such a MACVTAP.
+    OnMacvtap,
     /// This project's, with these options.
     Ours(&'static [&'static str]),
 }
 
 impl Contender {
+    /// Whether it is a bare loop.
+    pub fn is_floor(&self) -> bool {
+        matches!(self, Contender::Floor | Contender::FloorOnMacvtap)
+    }
+
     pub fn name(&self) -> String {
         match self {
             Contender::Floor => "floor".to_owned(),
+            Contender::FloorOnMacvtap => "floor on a MACVTAP".to_owned(),
             Contender::Baseline => "baseline".to_owned(),
             Contender::Testpmd => "dpdk-testpmd".to_owned(),
+            Contender::OnMacvtap => "ours on a MACVTAP".to_owned(),
             Contender::Ours([]) => "ours".to_owned(),
             Contender::Ours(options) => format!("ours {}", options.join(" ")),
         }
@@ -79,8 +93,13 @@ impl Contender {
         if *self == Contender::Testpmd { testpmd::FEATURES } else { FEATURES }
     }
 
-    fn tap(&self) -> &'static str {
-        if *self == Contender::Testpmd { testpmd::TAP } else { TAP }
+    /// The interface that the host reaches the guest through.
+    pub fn host_side(&self) -> &'static str {
+        match self {
+            Contender::Testpmd => testpmd::TAP,
+            Contender::OnMacvtap | Contender::FloorOnMacvtap => OUTSIDE,
+            _ => TAP,
+        }
     }
 }
 
@@ -110,7 +129,7 @@ impl Place {
     pub fn start(&self, contender: &Contender, guest: &mut Guest, more: &[(&str, String)]) -> Process {
         let process = self.launch(contender, guest.pairs.len(), more);
         guest.connect(&self.dir.path().join("socket"));
-        self.wait_operational(contender.tap());
+        self.wait_operational(contender.host_side());
         process
     }
 
@@ -138,7 +157,7 @@ impl Place {
 
     fn command(&self, contender: &Contender, socket: &str, pairs: usize) -> Command {
         match contender {
-            Contender::Floor => panic!("the floor is no process"),
+            Contender::Floor | Contender::FloorOnMacvtap => panic!("the floor is no process"),
             Contender::Testpmd => testpmd::command(&self.namespace, socket),
             Contender::Baseline => {
                 let this = std::env::current_exe().expect("this program");
@@ -146,13 +165,35 @@ impl Place {
                 command.args(["--as-baseline", socket]);
                 command
             }
+            Contender::OnMacvtap => {
+                self.add_macvtap();
+                self.ours(socket, pairs, &["--macvtap", "macvtap0"])
+            }
             Contender::Ours(options) => {
-                let mut command = self.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
-                command.args(["--socket-path", socket, "--tap", TAP, "--log-level", "warn"]);
-                command.arg("--queue-pairs").arg(pairs.to_string());
+                let mut command = self.ours(socket, pairs, &["--tap", TAP]);
                 command.args(*options);
                 command
             }
+        }
+    }
+
+    fn ours(&self, socket: &str, pairs: usize, device: &[&str]) -> Command {
+        let mut command = self.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
+        command.args(["--socket-path", socket, "--log-level", "warn", "--queue-pairs"]).arg(pairs.to_string());
+        command.args(device);
+        command
+    }
+
+    /// What arrives at the other end goes to nobody.
+    fn add_macvtap(&self) {
+        for words in [
+            "link add card type veth peer name outside",
+            "link set outside up",
+            "link set card up",
+            "link add link card name macvtap0 txqueuelen 20000 address 52:54:00:aa:00:01 type macvtap mode bridge",
+            "link set macvtap0 up",
+        ] {
+            self.namespace.ip(words);
         }
     }
 
@@ -166,17 +207,31 @@ impl Place {
         std::thread::sleep(Duration::from_millis(20));
     }
 
-    /// A queue of the TAP for the floor.
-    pub fn floor(&self) -> crate::common::netns::TapQueue {
-        let queue = self.namespace.open_tap(TAP, self.multi_queue);
+    /// A queue for the floor.
+    pub fn floor(&self, contender: &Contender) -> OwnedFd {
+        let fd = if *contender == Contender::FloorOnMacvtap {
+            self.add_macvtap();
+            let fd = self.namespace.open_macvtap("macvtap0");
+            set_int(&fd, libc::TUNSETVNETHDRSZ, VnetHdr::LEN as i32);
+            set_int(&fd, libc::TUNSETSNDBUF, i32::MAX);
+            fd
+        } else {
+            self.namespace.open_tap(TAP, self.multi_queue).fd
+        };
         // The offloads that the back-ends set.
         let flags = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
-        let set = unsafe { libc::ioctl(queue.fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
+        let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
         assert_eq!(set, 0, "TUNSETOFFLOAD: {}", std::io::Error::last_os_error());
-        self.wait_operational(TAP);
-        queue
+        self.wait_operational(contender.host_side());
+        fd
     }
+}
+
+fn set_int(fd: &OwnedFd, request: libc::Ioctl, value: i32) {
+    // SAFETY: both requests that this is called with read one int at the given address, that of `value`.
+    let set = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw const value) };
+    assert_eq!(set, 0, "ioctl: {}", std::io::Error::last_os_error());
 }
 
 /// A back-end's process; killed and reaped when dropped.

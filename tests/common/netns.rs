@@ -157,6 +157,16 @@ impl NetNs {
         self.within(|| tun_queue(device, flags))
     }
 
+    /// Opens the device of a MACVTAP, by a node of our own: that in /dev may be another namespace's.
+    pub fn open_macvtap(&self, name: &str) -> OwnedFd {
+        let number = self.run("sh", &["-c", &format!("cat /sys/class/net/{name}/tap*/dev")]);
+        let (major, minor) = number.trim().split_once(':').unwrap();
+        let folder = tempfile::TempDir::new_in("/dev").unwrap();
+        let node = folder.path().join("tap");
+        must(Command::new("mknod").arg(&node).args(["c", major, minor]));
+        rustix::fs::open(&node, OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()).unwrap()
+    }
+
     /// How many queues of a multi-queue TAP are attached, and how many detached.
     pub fn tap_queues(&self, device: &str) -> (u32, u32) {
         let shown = self.ip(&format!("-d link show dev {device}"));
