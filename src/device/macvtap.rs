@@ -145,6 +145,10 @@ fn hint_make(parent: &str, cause: &io::Error) -> String {
 
 fn hint_open(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
+        Some(libc::ENOENT) => {
+            ": no node there has the interface's device numbers (/sys/class/net/NAME/tapN/dev), and this user may not make \
+             one; make it as root with 'mknod', or pass open descriptors with --tap-fd"
+        }
         Some(libc::EPERM | libc::EACCES) => {
             ": this user may not; give it access ('chown' the device), or pass open descriptors with --tap-fd"
         }
