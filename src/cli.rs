@@ -73,6 +73,24 @@ pub struct Cli {
     #[arg(long, requires = "tap", conflicts_with = "tap_fd")]
     pub shared: bool,
 
+    /// Make a TAP that is created a port of bridge BR; an existing one is left as it is
+    #[arg(long, value_name = "BR", requires = "tap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    pub bridge: Option<InterfaceName>,
+
+    /// Let USER (a name or number) attach to a TAP that is created
+    #[arg(long, value_name = "USER", requires = "tap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    pub owner: Option<String>,
+
+    /// Let members of GROUP (a name or number) attach to a TAP that is created
+    #[arg(long, value_name = "GROUP", requires = "tap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    pub group: Option<String>,
+
+    /// Let a TAP that is created stay when this process ends
+    ///
+    /// The next process attaches to it, and frames that come meanwhile are not refused but lost.
+    #[arg(long, requires = "tap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    pub persist: bool,
+
     /// Number of queue pairs, 1 to 127 [default: 1, or the number of descriptors of --tap-fd]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=127))]
     pub queue_pairs: Option<u16>,

@@ -7,7 +7,7 @@ use thiserror::Error;
 use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LogLevel, ModeChoice};
 use crate::device::Io;
 use crate::device::macvtap::{Macvtap, MacvtapMode};
-use crate::device::tap::TapByName;
+use crate::device::tap::{Extras, TapByName};
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
 use crate::tuning::{Coalescing, Tuning};
 use crate::vhost_user::listener::SocketAccess;
@@ -75,8 +75,16 @@ pub enum ConfigError {
         fd: i32,
     },
     /// There is no such group.
-    #[error("--socket-group {name:?}: there is no such group; 'getent group' lists them")]
+    #[error("{option} {name:?}: there is no such group; 'getent group' lists them")]
     Group {
+        /// Where it was named.
+        option: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// There is no such user.
+    #[error("--owner {name:?}: there is no such user; 'getent passwd' lists them")]
+    User {
         /// The name.
         name: String,
     },
@@ -101,8 +109,10 @@ impl TryFrom<Cli> for Config {
             cpus: cli.cpu_affinity,
         };
         let nic = NicSetup { mac: cli.mac, mtu: cli.mtu, is_generic: cli.front_end == FrontEndKind::Generic, tuning };
-        let access =
-            SocketAccess { mode: cli.socket_mode, group: cli.socket_group.as_deref().map(group_number).transpose()? };
+        let access = SocketAccess {
+            mode: cli.socket_mode,
+            group: cli.socket_group.as_deref().map(|name| group_number("--socket-group", name)).transpose()?,
+        };
         let front_ends = match (cli.socket_path, cli.fd) {
             (Some(path), _) => FrontEnds::Socket { path, access },
             (None, Some(fd)) => FrontEnds::Descriptor(fd),
@@ -110,7 +120,13 @@ impl TryFrom<Cli> for Config {
         };
         let (mac, mtu) = (cli.mac, cli.mtu);
         let device = if let Some(name) = cli.tap {
-            DeviceChoice::Tap(TapByName { name, queue_pairs, shared: cli.shared, mtu })
+            let extras = Extras {
+                bridge: cli.bridge,
+                owner: cli.owner.as_deref().map(user_number).transpose()?,
+                group: cli.group.as_deref().map(|name| group_number("--group", name)).transpose()?,
+                persists: cli.persist,
+            };
+            DeviceChoice::Tap(TapByName { name, queue_pairs, shared: cli.shared, mtu, extras })
         } else if cli.macvtap.is_some() || cli.macvtap_parent.is_some() {
             let parent = cli.macvtap_parent.map(|parent| (parent, mode(cli.macvtap_mode)));
             DeviceChoice::Macvtap(Macvtap { name: cli.macvtap, parent, queue_pairs, mac, mtu })
@@ -150,8 +166,16 @@ fn queue_pairs(cli: &Cli) -> Result<u16, ConfigError> {
     Ok(queue_pairs)
 }
 
-fn group_number(name: &str) -> Result<u32, ConfigError> {
-    let unknown = || ConfigError::Group { name: name.to_owned() };
+fn user_number(name: &str) -> Result<u32, ConfigError> {
+    let unknown = || ConfigError::User { name: name.to_owned() };
+    name.parse().or_else(|_| {
+        let user = nix::unistd::User::from_name(name).ok().flatten();
+        user.map(|user| user.uid.as_raw()).ok_or_else(unknown)
+    })
+}
+
+fn group_number(option: &'static str, name: &str) -> Result<u32, ConfigError> {
+    let unknown = || ConfigError::Group { option, name: name.to_owned() };
     name.parse().or_else(|_| {
         let group = nix::unistd::Group::from_name(name).ok().flatten();
         group.map(|group| group.gid.as_raw()).ok_or_else(unknown)
@@ -229,6 +253,10 @@ mod tests {
             ("--socket-path s --tap t --mtu 67", "68..=65535"),
             ("--socket-path s --tap sixteen-bytes-xx", "16 bytes"),
             ("--socket-path s --tap t --socket-group no-such-group-here", "no such group"),
+            ("--socket-path s --tap t --group no-such-group-here", "--group \"no-such-group-here\""),
+            ("--socket-path s --tap t --owner no-such-user-here", "no such user"),
+            ("--socket-path s --macvtap t --bridge br0", "cannot be used with"),
+            ("--socket-path s --tap-fd 5 --persist", "cannot be used with"),
             ("--socket-path s --tap t --socket-mode 999", "octal"),
             ("--socket-path s", "--tap"),
             ("--tap t", "--socket-path"),

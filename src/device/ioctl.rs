@@ -87,6 +87,24 @@ pub(crate) fn tun_set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETQUEUE as _, &raw const request) })
 }
 
+/// `TUNSETOWNER`: the user who may attach to the interface, besides root.
+pub(crate) fn tun_set_owner(fd: BorrowedFd<'_>, user: u32) -> io::Result<()> {
+    // SAFETY: TUNSETOWNER takes its argument by value and touches no memory of ours.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOWNER as _, libc::c_ulong::from(user)) })
+}
+
+/// `TUNSETGROUP`: the group whose members may attach to the interface.
+pub(crate) fn tun_set_group(fd: BorrowedFd<'_>, group: u32) -> io::Result<()> {
+    // SAFETY: TUNSETGROUP takes its argument by value and touches no memory of ours.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETGROUP as _, libc::c_ulong::from(group)) })
+}
+
+/// `TUNSETPERSIST`: the interface stays when its last queue is closed.
+pub(crate) fn tun_set_persistent(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: TUNSETPERSIST takes its argument by value and touches no memory of ours.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETPERSIST as _, 1 as libc::c_ulong) })
+}
+
 fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -22,6 +22,8 @@ pub(crate) struct Link {
     pub(crate) mtu: Option<u16>,
     /// `tun`, `veth`, `bridge` …; nothing for a physical card.
     pub(crate) kind: Option<String>,
+    /// The index of the bridge that it is a port of, or of another master.
+    pub(crate) master: Option<u32>,
     /// Its hardware address.
     pub(crate) mac: Option<[u8; 6]>,
     /// Whether it is a MACVTAP that takes frames to any address (mode passthru).
@@ -199,6 +201,14 @@ pub(crate) fn set_up(index: u32) -> io::Result<()> {
     request(RouteNetlinkMessage::SetLink(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
 
+/// Makes the interface a port of the bridge with index `bridge`.
+pub(crate) fn set_master(index: u32, bridge: u32) -> io::Result<()> {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::Controller(bridge));
+    request(RouteNetlinkMessage::SetLink(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
+}
+
 /// Sets the interface's MTU.
 pub(crate) fn set_mtu(index: u32, mtu: u16) -> io::Result<()> {
     let mut message = LinkMessage::default();
@@ -235,6 +245,7 @@ fn read_link(message: &LinkMessage) -> Link {
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = u16::try_from(*mtu).ok(),
+            LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::Address(address) => link.mac = address.as_slice().try_into().ok(),
             LinkAttribute::LinkInfo(infos) => infos.iter().for_each(|info| read_info(info, &mut link)),
             _ => {}

@@ -31,6 +31,21 @@ pub struct TapByName {
     pub shared: bool,
     /// The MTU of an interface that is created; an existing one keeps its own.
     pub mtu: Option<u16>,
+    /// What else one that is created gets.
+    pub extras: Extras,
+}
+
+/// What a TAP that is created gets; an existing one is left as it is.
+#[derive(Clone, Debug, Default)]
+pub struct Extras {
+    /// The bridge that it becomes a port of.
+    pub bridge: Option<InterfaceName>,
+    /// The user who may attach to it, besides root.
+    pub owner: Option<u32>,
+    /// The group whose members may.
+    pub group: Option<u32>,
+    /// Whether it stays when its last queue is closed.
+    pub persists: bool,
 }
 
 /// Why a TAP cannot be used.
@@ -101,6 +116,22 @@ pub enum TapError {
         #[source]
         cause: io::Error,
     },
+    /// There is no such bridge.
+    #[error(
+        "--bridge {bridge:?}: there is no such interface; 'ip link add {bridge} type bridge && ip link set {bridge} up'"
+    )]
+    NoBridge {
+        /// The interface that is not there.
+        bridge: String,
+    },
+    /// What is named as a bridge is none.
+    #[error("--bridge {bridge:?} is a {kind} interface, not a bridge")]
+    NotABridge {
+        /// The interface.
+        bridge: String,
+        /// What it is.
+        kind: String,
+    },
     /// A setting was refused.
     #[error(transparent)]
     Set(#[from] CannotSet),
@@ -162,6 +193,7 @@ fn hint_attach(name: &str, queue: u16, exists: bool, multi_queue: bool, cause: &
 /// [`TapError`], which says what to do about it.
 pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let name = how.name.as_str().to_owned();
+    let bridge = how.extras.bridge.as_ref().map(|bridge| find_bridge(bridge.as_str())).transpose()?;
     let deadline = Instant::now() + BUSY_PATIENCE;
     let mut attached = attach(how);
     if attached.as_ref().is_err_and(TapError::is_busy) {
@@ -176,8 +208,15 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let link = netlink::link_by_name(&name).map_err(lookup)?;
     // One that went away meanwhile, with the process that had made it, was made anew by us.
     let existing = existing.filter(|before| link.as_ref().is_none_or(|now| now.index == before.index));
-    if let (None, Some(link)) = (&existing, &link) {
-        bring_up(&name, link, how.mtu)?;
+    match (&existing, &link, queues.first()) {
+        (None, Some(link), Some(queue)) => complete(&name, link, how, bridge, queue)?,
+        (Some(_), Some(link), _) if bridge.is_some() && link.master != bridge => {
+            let bridge = how.extras.bridge.as_ref().map_or("", InterfaceName::as_str);
+            log::warn!(
+                "TAP {name:?} was there before and is no port of {bridge:?}: 'ip link set {name} master {bridge}'"
+            );
+        }
+        _ => {}
     }
     let link = link.unwrap_or_default();
     if existing.as_ref().is_some_and(|link| !link.is_up) {
@@ -247,10 +286,38 @@ fn open_queue(name: &str, queue: u16, exists: bool, multi_queue: bool) -> Result
     Ok(fd)
 }
 
-fn bring_up(name: &str, link: &Link, mtu: Option<u16>) -> Result<(), TapError> {
+/// A bridge's index.
+fn find_bridge(bridge: &str) -> Result<u32, TapError> {
+    let found = netlink::link_by_name(bridge).map_err(|cause| TapError::Lookup { name: bridge.to_owned(), cause })?;
+    let link = found.ok_or_else(|| TapError::NoBridge { bridge: bridge.to_owned() })?;
+    if link.kind.as_deref() != Some("bridge") {
+        let kind = link.kind.unwrap_or_else(|| "physical".to_owned());
+        return Err(TapError::NotABridge { bridge: bridge.to_owned(), kind });
+    }
+    if !link.is_up {
+        log::warn!("Bridge {bridge:?} is down, no frames will pass: 'ip link set {bridge} up'");
+    }
+    Ok(link.index)
+}
+
+/// Gives an interface that was just created what was asked for, and sets it up.
+fn complete(name: &str, link: &Link, how: &TapByName, bridge: Option<u32>, queue: &OwnedFd) -> Result<(), TapError> {
     let set = |what| move |cause| CannotSet { what, name: name.to_owned(), cause };
-    if let Some(mtu) = mtu {
+    if let Some(mtu) = how.mtu {
         netlink::set_mtu(link.index, mtu).map_err(set("the MTU"))?;
     }
-    Ok(netlink::set_up(link.index).map_err(set("the link up"))?)
+    if let Some(owner) = how.extras.owner {
+        ioctl::tun_set_owner(queue.as_fd(), owner).map_err(set("the owner"))?;
+    }
+    if let Some(group) = how.extras.group {
+        ioctl::tun_set_group(queue.as_fd(), group).map_err(set("the group"))?;
+    }
+    if let Some(bridge) = bridge {
+        netlink::set_master(link.index, bridge).map_err(set("the bridge"))?;
+    }
+    netlink::set_up(link.index).map_err(set("the link up"))?;
+    if how.extras.persists {
+        ioctl::tun_set_persistent(queue.as_fd()).map_err(set("that it stays"))?;
+    }
+    Ok(())
 }

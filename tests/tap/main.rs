@@ -4,6 +4,7 @@
 //! * [`descriptors`]: TAP queues and front-ends that are passed as descriptors;
 //! * [`coalescing`]: a stream of datagrams that goes as few frames;
 //! * [`engines`]: io_uring batches, and without io_uring;
+//! * [`extras`]: what a TAP that is created gets: a bridge, an owner, a life of its own;
 //! * [`lifetime`]: the socket, signals, the counters, the end;
 //! * [`link`]: queues that come and go with the guest's, the link, a TAP that is deleted;
 //! * [`offloads`]: unfinished frames both ways, as negotiated;
@@ -22,6 +23,7 @@ mod attach;
 mod coalescing;
 mod descriptors;
 mod engines;
+mod extras;
 mod lifetime;
 mod link;
 mod offloads;
