@@ -55,6 +55,10 @@ pub struct Cli {
     #[arg(long, value_name = "IF", conflicts_with_all = ["tap", "tap_fd"])]
     pub macvtap_parent: Option<InterfaceName>,
 
+    /// Open or make the device in network namespace NS, a name of 'ip netns' or a path; the socket stays here
+    #[arg(long, value_name = "NS", conflicts_with = "tap_fd")]
+    pub netns: Option<String>,
+
     /// How MACVTAPs on the same interface reach each other
     #[arg(long, value_name = "MODE", default_value = "bridge", requires = "macvtap_parent")]
     #[arg(conflicts_with_all = ["tap", "tap_fd"])]

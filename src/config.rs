@@ -7,6 +7,7 @@ use thiserror::Error;
 use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LogLevel, ModeChoice};
 use crate::device::Io;
 use crate::device::macvtap::{Macvtap, MacvtapMode};
+use crate::device::netns::NetNs;
 use crate::device::tap::{Extras, TapByName};
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
 use crate::tuning::{Coalescing, Tuning};
@@ -46,6 +47,8 @@ pub struct Config {
     pub front_ends: FrontEnds,
     /// The host's side.
     pub device: DeviceChoice,
+    /// Where it is, if not here.
+    pub netns: Option<NetNs>,
     /// What the card is like.
     pub nic: NicSetup,
     /// What of the protocol is offered.
@@ -138,6 +141,7 @@ impl TryFrom<Cli> for Config {
         Ok(Config {
             front_ends,
             device,
+            netns: cli.netns.as_deref().map(NetNs::from),
             nic,
             session: SessionOptions { offers_config: !cli.no_config, queue_size_max },
             log_level: level_filter(cli.log_level),

@@ -8,7 +8,8 @@ use clap::Parser;
 use vhost_user_net::cli::Cli;
 use vhost_user_net::config::{Config, DeviceChoice, FrontEnds};
 use vhost_user_net::daemon::{self, Daemon, Source};
-use vhost_user_net::device::{self, macvtap, passed, tap};
+use vhost_user_net::device::netlink::LinkWatch;
+use vhost_user_net::device::{self, Device, DeviceQueue, macvtap, passed, tap};
 use vhost_user_net::error_chain;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::vhost_user::listener::SocketListener;
@@ -16,7 +17,7 @@ use vhost_user_net::vhost_user::listener::SocketListener;
 /// For management software (QEMU, "Backend program conventions"); network back-ends have no features to list there.
 const CAPABILITIES: &str = r#"{"type": "net", "features": []}"#;
 
-type BoxError = Box<dyn std::error::Error>;
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
@@ -41,10 +42,9 @@ fn run(cli: Cli) -> Result<(), BoxError> {
         FrontEnds::Descriptor(fd) => Some(UnixStream::from(device::connected_socket(*fd)?)),
         FrontEnds::Socket { .. } => None,
     };
-    let (device, queues) = match &config.device {
-        DeviceChoice::Tap(how) => tap::open(how)?,
-        DeviceChoice::Macvtap(how) => macvtap::open(how)?,
-        DeviceChoice::TapFds(fds) => passed::from_fds(fds)?,
+    let Opened { device, queues, watch } = match &config.netns {
+        Some(namespace) => namespace.within(|| open(&config.device))??,
+        None => open(&config.device)?,
     };
     let source = match (config.front_ends, connected) {
         (FrontEnds::Socket { path, access }, _) => Source::Listener(SocketListener::bind(&path, access)?),
@@ -54,10 +54,25 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     if let Source::Listener(listener) = &source {
         log::info!("Listening on {:?}", listener.path());
     }
-    let watch = device.watch()?;
     let nic = Nic::new(device, queues, config.nic)?;
     Daemon::new(nic, source, config.session)?.with_signals()?.following(watch).run()?;
     Ok(())
+}
+
+/// The host's side, and what tells of it.
+struct Opened {
+    device: Device,
+    queues: Vec<DeviceQueue>,
+    watch: Option<LinkWatch>,
+}
+
+fn open(choice: &DeviceChoice) -> Result<Opened, BoxError> {
+    let (device, queues) = match choice {
+        DeviceChoice::Tap(how) => tap::open(how)?,
+        DeviceChoice::Macvtap(how) => macvtap::open(how)?,
+        DeviceChoice::TapFds(fds) => passed::from_fds(fds)?,
+    };
+    Ok(Opened { watch: device.watch()?, device, queues })
 }
 
 fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> io::Result<()> {

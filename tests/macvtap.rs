@@ -317,6 +317,67 @@ fn passed_descriptor_is_served_and_its_end_is_noticed() {
     assert_end_is_noticed(&place, &mut backend, Duration::from_millis(2500));
 }
 
+/// The process is in an empty namespace, and its socket is not in any.
+#[test]
+fn device_of_another_namespace_is_served_made_and_taken_away() {
+    let Some(place) = Place::new("device_of_another_namespace_is_served_made_and_taken_away") else { return };
+    let empty = NetNs::new();
+    let name = place.namespace.name.clone();
+    let path = format!("/run/netns/{name}");
+    for (netns, device) in [
+        (&name, &["--tap", "tap0"][..]),
+        (&path, &["--macvtap-parent", "card", "--macvtap", "made", "--mac", GUEST_MAC]),
+    ] {
+        let socket = place.socket();
+        let mut args = vec!["--socket-path", arg(&socket), "--netns", netns];
+        args.extend(device);
+        let mut backend = Spawned::start_in(&empty, &args);
+        assert_eq!(empty.ip("-br link").lines().count(), 1, "Nothing but lo is here");
+        let mut guest = guest_with(1, feature::MRG_RXBUF);
+        let front_end = place.connect(&guest);
+        let host = PacketSocket::open(&place.namespace, if netns == &name { "tap0" } else { "outside" });
+        wait_operational(&place, if netns == &name { "tap0" } else { "made" });
+        assert_frames_pass(&mut guest, &host, 0);
+        drop(front_end);
+        backend.signal(nix::sys::signal::Signal::SIGTERM);
+        assert!(backend.wait_end(PATIENCE).success());
+        let links = place.namespace.ip("-br link");
+        assert!(!links.contains("tap0") && !links.contains("made"), "{links}");
+    }
+}
+
+#[test]
+fn deleted_interface_of_another_namespace_is_noticed() {
+    let Some(place) = Place::new("deleted_interface_of_another_namespace_is_noticed") else { return };
+    place.add("mvt0", "bridge", GUEST_MAC);
+    let socket = place.socket();
+    let empty = NetNs::new();
+    let args = ["--socket-path", arg(&socket), "--netns", &place.namespace.name, "--macvtap", "mvt0"];
+    let mut backend = Spawned::start_in(&empty, &args);
+    assert_end_is_noticed(&place, &mut backend, Duration::from_secs(1));
+}
+
+#[test]
+fn namespace_that_is_none_is_refused() {
+    let Some(place) = Place::new("namespace_that_is_none_is_refused") else { return };
+    for (netns, wanted) in [
+        ("no-such", "no network namespace at \"/run/netns/no-such\"; 'ip netns list' lists names"),
+        ("/proc/self/ns/uts", "cannot enter \"/proc/self/ns/uts\": it is not a network namespace"),
+    ] {
+        let log = place.refusal(&["--netns", netns, "--tap", "tap0"]);
+        assert!(log.contains(wanted), "{log}");
+    }
+}
+
+/// For a moment after it came up the kernel drops what is sent to an interface.
+fn wait_operational(place: &Place, name: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while place.namespace.ip(&format!("link show dev {name}")).contains("state DOWN") {
+        assert!(Instant::now() < deadline, "{name} does not come up");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// F-04
 #[test]
 fn deleted_interface_is_noticed_within_a_second() {

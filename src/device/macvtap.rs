@@ -92,7 +92,7 @@ pub enum MacvtapError {
     /// Nothing tells its device numbers.
     #[error(
         "Cannot find the device numbers of MACVTAP {name:?} in /sys/class/net; is that another network namespace's? \
-         'ip netns exec NAMESPACE' shows the right one"
+         --netns and 'ip netns exec' show the right one"
     )]
     NoNumbers {
         /// The interface.

@@ -8,6 +8,7 @@ pub(crate) mod ioctl;
 pub mod macvtap;
 pub mod name;
 pub mod netlink;
+pub mod netns;
 pub mod passed;
 pub mod stage;
 pub mod tap;

@@ -82,6 +82,8 @@ pub enum MacvtapMode {
 /// An interface that we made; it is deleted when this is dropped.
 #[derive(Debug)]
 pub(crate) struct CreatedLink {
+    /// In the network namespace that it was made in.
+    socket: Socket,
     index: u32,
     name: String,
 }
@@ -96,7 +98,7 @@ impl Drop for CreatedLink {
     fn drop(&mut self) {
         let mut message = LinkMessage::default();
         message.header.index = self.index;
-        match request(RouteNetlinkMessage::DelLink(message), NLM_F_REQUEST | NLM_F_ACK) {
+        match request_on(&self.socket, RouteNetlinkMessage::DelLink(message), NLM_F_REQUEST | NLM_F_ACK) {
             Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
                 log::warn!("Cannot take {:?} away again: {error}", self.name);
             }
@@ -130,9 +132,10 @@ pub(crate) fn make_macvtap(
     ]);
     message.attributes.extend(mac.map(|mac| LinkAttribute::Address(mac.to_vec())));
     let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
-    request(RouteNetlinkMessage::NewLink(message), flags)?;
+    let socket = connected_socket()?;
+    request_on(&socket, RouteNetlinkMessage::NewLink(message), flags)?;
     let link = link_by_name(name)?.ok_or(io::ErrorKind::NotFound)?;
-    Ok(CreatedLink { index: link.index, name: name.to_owned() })
+    Ok(CreatedLink { socket, index: link.index, name: name.to_owned() })
 }
 
 /// What happened to an interface.
@@ -219,9 +222,17 @@ pub(crate) fn set_mtu(index: u32, mtu: u16) -> io::Result<()> {
 
 /// Sends one request to the kernel and takes its one answer; an acknowledgement is `None`.
 fn request(payload: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
+    request_on(&connected_socket()?, payload, flags)
+}
+
+fn connected_socket() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+fn request_on(socket: &Socket, payload: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
     let mut header = NetlinkHeader::default();
     header.flags = flags;
     header.sequence_number = 1;

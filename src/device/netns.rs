@@ -1,0 +1,84 @@
+//! Another network namespace, for as long as devices are opened or made there.
+//!
+//! A thread enters it and ends; what it opened stays there, and this process where it was. The thread sees the
+//! namespace's sysfs, too, where the numbers of a MACVTAP's device are.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use thiserror::Error;
+
+/// A network namespace by name, as `ip netns` keeps them, or by path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetNs(PathBuf);
+
+/// Why nothing can be done in a network namespace.
+#[derive(Debug, Error)]
+pub enum NetNsError {
+    /// There is none.
+    #[error("--netns: no network namespace at {path:?}; 'ip netns list' lists names, and /proc/PID/ns/net is a process's")]
+    Open {
+        /// Where it should be.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+    /// It cannot be entered.
+    #[error("--netns: cannot enter {path:?}{}", hint_enter(cause))]
+    Enter {
+        /// Where it is.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+fn hint_enter(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EPERM) => ": it needs CAP_SYS_ADMIN; pass open descriptors with --tap-fd, or start as root",
+        Some(libc::EINVAL) => ": it is not a network namespace",
+        _ => "",
+    }
+}
+
+impl From<&str> for NetNs {
+    /// What has a `/` is a path.
+    fn from(name: &str) -> NetNs {
+        NetNs(if name.contains('/') { name.into() } else { Path::new("/run/netns").join(name) })
+    }
+}
+
+impl NetNs {
+    /// Does `work` in it.
+    ///
+    /// # Errors
+    /// [`NetNsError`].
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetNsError> {
+        let namespace = File::open(&self.0).map_err(|cause| NetNsError::Open { path: self.0.clone(), cause })?;
+        let entered = thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+                if let Err(error) = show_sysfs() {
+                    log::debug!("The namespace's /sys cannot be shown: {error}");
+                }
+                Ok(work())
+            });
+            inside.join().unwrap_or_else(|_| Err(nix::Error::ECANCELED))
+        });
+        entered.map_err(|error| NetNsError::Enter { path: self.0.clone(), cause: error.into() })
+    }
+}
+
+/// Gives this thread a /sys that shows its network namespace; nobody else sees it.
+fn show_sysfs() -> nix::Result<()> {
+    const NONE: Option<&str> = None;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)?;
+    mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::MS_RDONLY, NONE)
+}
