@@ -20,7 +20,9 @@ pub struct NetNs(PathBuf);
 #[derive(Debug, Error)]
 pub enum NetNsError {
     /// There is none.
-    #[error("--netns: no network namespace at {path:?}; 'ip netns list' lists names, and /proc/PID/ns/net is a process's")]
+    #[error(
+        "--netns: no network namespace at {path:?}; 'ip netns list' lists names, and /proc/PID/ns/net is a process's"
+    )]
     Open {
         /// Where it should be.
         path: PathBuf,

@@ -1,0 +1,150 @@
+//! What the control threads may have a worker do: jobs for its mailbox, which the thread runs between two passes.
+
+use std::io;
+use std::sync::Arc;
+
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use super::{QueuePair, Usage, ring_of};
+use crate::memory::MemView;
+use crate::net::features::GuestOffloads;
+use crate::net::filter::RxFilter;
+use crate::net::rx::Rx;
+use crate::net::tx::Tx;
+use crate::poll::Event;
+use crate::running_ring::{Direction, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
+use crate::virtqueue::SplitRing;
+
+/// Its rings, for the control thread, through the mailbox.
+impl RunsRings for QueuePair {
+    fn start(&mut self, direction: Direction, start: StartRing) -> io::Result<()> {
+        let (mem, features) = (Arc::clone(start.queue.mem()), start.features);
+        drop(self.stop(direction));
+        match direction {
+            Direction::Rx => {
+                let ring = RunningRing::start(start, &self.poll, Event::RxKick, &self.counters)?;
+                let left = std::mem::take(&mut self.left);
+                self.rx = Some((ring, Rx::new(mem, features, self.admission.clone(), (&self.device, self.io), left)));
+            }
+            Direction::Tx => {
+                let ring = RunningRing::start(start, &self.poll, Event::TxKick, &self.counters)?;
+                self.tx = Some((ring, Tx::new(mem, features, &self.device, (self.io, self.coalesce))));
+            }
+        }
+        self.look_again();
+        Ok(())
+    }
+
+    fn stop(&mut self, direction: Direction) -> Option<StoppedRing> {
+        let ring = match direction {
+            Direction::Rx => self.rx.take().map(|(ring, rx)| {
+                self.left = rx.into_held_frames();
+                ring
+            }),
+            Direction::Tx => self.tx.take().map(|(ring, _)| ring),
+        }?;
+        Some(ring.stop(&self.poll))
+    }
+
+    fn abandon(&mut self, direction: Direction) -> Option<StoppedRing> {
+        self.counters.broken_rings.add(1);
+        self.stop(direction)
+    }
+
+    fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()> {
+        let ring = ring_of(direction, &mut self.rx, &mut self.tx);
+        let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll));
+        self.look_again();
+        changed
+    }
+
+    fn relocate(&mut self, direction: Direction, mem: &Arc<MemView>, found: SplitRing) {
+        match (direction, &mut self.rx, &mut self.tx) {
+            (Direction::Rx, Some((ring, rx)), _) => {
+                rx.relocate(&mut ring.queue, Arc::clone(mem));
+                ring.queue.relocate(found, Arc::clone(mem));
+            }
+            (Direction::Tx, _, Some((ring, tx))) => {
+                tx.relocate(Arc::clone(mem));
+                ring.queue.relocate(found, Arc::clone(mem));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What else the control threads may ask for, through the mailbox.
+impl QueuePair {
+    /// Binds the thread to one CPU.
+    ///
+    /// # Errors
+    /// What `sched_setaffinity(2)` says: `EINVAL` where this process has no such CPU.
+    pub fn bind_to_cpu(&mut self, cpu: usize) -> io::Result<()> {
+        let mut cpus = CpuSet::new();
+        if cpu >= CpuSet::MAX_CPU {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        cpus.set(cpu);
+        Ok(sched_setaffinity(None, &cpus)?)
+    }
+
+    /// Changes which frames reach the guest.
+    pub fn set_filter(&mut self, filter: Arc<RxFilter>) {
+        self.admission.filter = filter;
+        self.admit();
+    }
+
+    /// Changes which unfinished frames the guest takes.
+    pub fn set_offloads(&mut self, offloads: GuestOffloads) {
+        self.admission.offloads = offloads;
+        self.admit();
+    }
+
+    fn admit(&mut self) {
+        if let Some((ring, rx)) = &mut self.rx {
+            rx.set_admission(self.admission.clone());
+            // A frame that waits for buffers may not be for the guest any more.
+            ring.can_run = true;
+        }
+    }
+
+    /// Says whether the driver may use this pair; the kernel gives one that it may not use no frames.
+    pub fn set_allowed(&mut self, allowed: bool) {
+        self.allowed = allowed;
+        if allowed { self.look_again() } else { self.detach() }
+    }
+
+    /// Whether this pair passes frames, and whether the kernel gives it any.
+    pub fn usage(&self) -> Usage {
+        let in_use = self.allowed && self.rx.as_ref().is_some_and(|(ring, _)| ring.passes());
+        Usage { in_use, attached: self.device.is_attached() }
+    }
+
+    /// Detaches the device's queue unless the pair passes frames.
+    pub fn detach_if_unused(&mut self) {
+        if !self.usage().in_use {
+            self.detach();
+        }
+    }
+
+    /// Has the kernel give the device's queue no frames any more.
+    fn detach(&mut self) {
+        let detached = self.device.detach();
+        self.log_steering("detach from", detached);
+    }
+
+    /// Passes no frames any more: the device is gone.
+    pub fn lose_device(&mut self) {
+        if !std::mem::replace(&mut self.lost, true) {
+            log::error!("Queue pair {}: the device is gone; no frames will pass", self.index);
+        }
+    }
+
+    /// Puts a frame of ours, with its virtio-net header, on the device.
+    ///
+    /// # Errors
+    /// What `write(2)` says.
+    pub fn inject(&mut self, frame: &[u8]) -> io::Result<()> {
+        rustix::io::write(&self.device, frame).map(drop).map_err(io::Error::from)
+    }
+}
