@@ -22,8 +22,9 @@ left behind at the end.
   --smp N             the guest's processors (as many as queue pairs)
   --vmm NAME          qemu (default) or cloud-hypervisor; the latter needs its binary in PATH and
                       a working KVM: without them nothing is run and the exit status is 77
-  --device KIND       what the back-end ends the card on: tap (default), or macvtap: on one end of a
-                      veth pair, whose other end is the host
+  --device KIND       what the back-end ends the card on: tap (default); macvtap: on one end of a veth
+                      pair, whose other end is the host; tun: a routed network, with another host
+                      (10.98.0.1, fd98::1) beyond this one
   --backend NAME      vhost-user-net (default) or qemu-tap: QEMU's own, to compare with
   --accel NAME        auto (default: KVM if it runs a guest here, else emulation), kvm or tcg
   --keep-logs DIR     copy the logs of guest, VMM and back-end there at the end
@@ -41,6 +42,11 @@ usage_error() {
 
 HOST_IP=10.99.0.1
 GUEST_IP=10.99.0.2
+# For --device tun: the guest's, its gateway's, and those of a host beyond.
+GUEST_IP6=fd99::2
+GATEWAY6=fe80::1
+BEYOND_IP=10.98.0.1
+BEYOND_IP6=fd98::1
 MAC=52:54:00:12:34:56
 NETNS=vhost-user-net-$$
 # The interface that the host reaches the guest through.
@@ -85,8 +91,8 @@ parse_options() {
     [[ $SMP =~ ^[1-9][0-9]*$ ]] || usage_error "--smp wants a number, not $SMP"
     [[ $MEMORY =~ ^[1-9][0-9]*[MG]$ ]] || usage_error "--memory wants a size such as 512M, not $MEMORY"
     [[ $VMM =~ ^(qemu|cloud-hypervisor)$ ]] || usage_error "unknown VMM $VMM"
-    [[ $DEVICE =~ ^(tap|macvtap)$ ]] || usage_error "unknown device $DEVICE"
-    [ "$DEVICE$BACKEND" != macvtapqemu-tap ] || usage_error "qemu-tap has a TAP only"
+    [[ $DEVICE =~ ^(tap|macvtap|tun)$ ]] || usage_error "unknown device $DEVICE"
+    [ "$DEVICE" = tap ] || [ "$BACKEND" != qemu-tap ] || usage_error "qemu-tap has a TAP only"
     [[ $BACKEND =~ ^(vhost-user-net|qemu-tap)$ ]] || usage_error "unknown back-end $BACKEND"
     [[ $ACCEL =~ ^(auto|kvm|tcg)$ ]] || usage_error "unknown accelerator $ACCEL"
     [ "$VMM$BACKEND" != cloud-hypervisorqemu-tap ] || usage_error "qemu-tap is a part of QEMU"
@@ -133,6 +139,7 @@ clean_up() {
         done
         # Its interfaces end with it.
         ip netns delete "$NETNS" || true
+        [ "$DEVICE" != tun ] || ip netns delete "$NETNS-beyond" || true
     fi
     [ -z "$TERMINAL" ] || stty "$TERMINAL" || true
     [ -z "$WORK" ] || rm -rf "$WORK"
@@ -189,6 +196,11 @@ choose_accelerator() {
 }
 
 # Exit status 77 is the convention for "skipped".
+skip_run() {
+    say "launch-vm.sh: nothing was run: $*"
+    exit 77
+}
+
 require_cloud_hypervisor() {
     local fault=
     if ! command -v cloud-hypervisor >/dev/null; then
@@ -196,10 +208,7 @@ require_cloud_hypervisor() {
     elif ! kvm_runs_a_guest; then
         fault="KVM runs no guest here ($KVM_FAULT)"
     fi
-    if [ -n "$fault" ]; then
-        say "launch-vm.sh: nothing was run: $fault"
-        exit 77
-    fi
+    [ -z "$fault" ] || skip_run "$fault"
     ACCEL=kvm
 }
 
@@ -229,10 +238,33 @@ make_macvtap() {
     in_ns ip link set veth1 up
     in_ns ip link add link veth1 name macvtap0 address $MAC type macvtap mode bridge 2>/dev/null ||
         { modprobe macvtap 2>/dev/null && in_ns ip link add link veth1 name macvtap0 address $MAC type macvtap mode bridge; } ||
-        die "this kernel has no MACVTAP"
+        skip_run "this kernel has no MACVTAP"
     in_ns ip link set macvtap0 up
     HOST_SIDE=veth0
     DEVICE_OPTIONS=(--macvtap macvtap0)
+}
+
+make_tun() {
+    [ -c /dev/net/tun ] || modprobe tun 2>/dev/null || die "no /dev/net/tun: this kernel has no TUN"
+    local flags=(vnet_hdr)
+    [ "$PAIRS" = 1 ] || flags+=(multi_queue)
+    in_ns ip tuntap add dev tun0 mode tun "${flags[@]}"
+    in_ns ip link set tun0 up
+    HOST_SIDE=tun0
+    DEVICE_OPTIONS=(--tun tun0 --gateway "$HOST_IP,$GATEWAY6")
+    # What the guest reaches through the host: it is routed there, and back.
+    ip netns add "$NETNS-beyond"
+    in_ns ip link add veth0 type veth peer name veth1 netns "$NETNS-beyond"
+    in_ns ip address add 10.98.0.2/24 dev veth0
+    in_ns ip address add fd98::2/64 dev veth0 nodad
+    in_ns ip link set veth0 up
+    in_ns ip -6 route add "$GUEST_IP6/128" dev tun0
+    in_ns sh -c 'echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding'
+    ip -n "$NETNS-beyond" address add $BEYOND_IP/24 dev veth1
+    ip -n "$NETNS-beyond" address add $BEYOND_IP6/64 dev veth1 nodad
+    ip -n "$NETNS-beyond" link set veth1 up
+    ip -n "$NETNS-beyond" route add default via 10.98.0.2
+    ip -n "$NETNS-beyond" -6 route add default via fd98::2
 }
 
 start_backend() {
@@ -349,6 +381,13 @@ check_ping() {
     guest 20 "ping -c 5 -i 0.2 -W 2 $HOST_IP"
     DETAIL=$(grep -o '[0-9]* packets received\|min/avg.*' <<<"$GUEST_OUT" | paste -sd' ')
     [[ $GUEST_OUT == *" 0% packet loss"* ]]
+}
+
+check_beyond() {
+    guest 60 "ip address add $GUEST_IP6/128 dev eth0 nodad && ip -6 route add default via $GATEWAY6 dev eth0 &&
+        ping -c 3 -i 0.2 -W 2 $BEYOND_IP && ping -6 -c 3 -i 0.2 -W 2 $BEYOND_IP6" || true
+    DETAIL=$(grep -o '[0-9]* packets received' <<<"$GUEST_OUT" | paste -sd' ')
+    [ "$(grep -c ' 0% packet loss' <<<"$GUEST_OUT")" = 2 ] || { DETAIL=$GUEST_OUT && return 1; }
 }
 
 listening() { in_ns ss -Hltn "sport = :$1" | grep -q .; }
@@ -495,6 +534,7 @@ print_table() {
 run_checks() {
     check "Address" check_address
     check "Ping" check_ping
+    [ "$DEVICE" != tun ] || check "Ping beyond the gateway" check_beyond
     check "File, guest to host" check_file_to_host
     check "File, host to guest" check_file_to_guest
     check "iperf3, guest to host" check_iperf_to_host

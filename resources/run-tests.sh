@@ -19,7 +19,7 @@ Installs what the tests need (apt) and runs these stages, in this order, up to t
   docs         no rustdoc warning
   release      the release build
   guest        Linux guests for the tests: QEMU and User Mode Linux
-  vm           launch-vm.sh --check passes, with one and with two queue pairs
+  vm           launch-vm.sh --check passes, with two queue pairs too, and on each kind of device
   build-tests  the tests compile
   doctests     the examples in the documentation
   engines      the data path's tests with each way to read and write frames, and with polling
@@ -44,8 +44,14 @@ stage_vm() {
         say "SKIP: not root, so no VM"
         return
     fi
-    "$ROOT/resources/launch-vm.sh" --check
-    "$ROOT/resources/launch-vm.sh" --check --queue-pairs 2
+    local options status
+    for options in "" "--queue-pairs 2" "--device macvtap" "--device tun"; do
+        status=0
+        # shellcheck disable=SC2086 # words
+        "$ROOT/resources/launch-vm.sh" --check $options || status=$?
+        [ $status != 77 ] || { say "SKIP: launch-vm.sh --check $options" && continue; }
+        [ $status = 0 ] || return $status
+    done
 }
 stage_build-tests() { run_rust cargo test --lib --bins --tests --no-run; }
 # Apart, because rustdoc prints more after its "test result".

@@ -7,6 +7,7 @@ use clap::{ArgGroup, Parser, ValueEnum};
 
 use crate::device::name::InterfaceName;
 use crate::net::filter::Mac;
+use crate::net::ip_link::Gateway;
 use crate::polling::Polling;
 
 /// End a virtual machine's network card on a TAP, in a process of its own.
@@ -18,7 +19,8 @@ use crate::polling::Polling;
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 #[command(group = needed("front-end-socket", &["socket_path", "fd", "print_capabilities"]))]
-#[command(group = needed("device", &["tap", "tap_fd", "macvtap", "macvtap_parent", "print_capabilities"]))]
+#[command(group = needed("device", &["tap", "tun", "tap_fd", "macvtap", "macvtap_parent", "print_capabilities"]))]
+#[command(group = ArgGroup::new("tuntap").args(["tap", "tun"]))]
 #[command(after_help = EXAMPLES)]
 pub struct Cli {
     /// Listen for front-ends on a Unix socket at PATH
@@ -43,6 +45,20 @@ pub struct Cli {
     #[arg(long, value_name = "NAME")]
     pub tap: Option<InterfaceName>,
 
+    /// Use TUN interface NAME, a routed network without Ethernet; it is created if it does not exist
+    ///
+    /// An existing one must have been made with 'ip tuntap add dev NAME mode tun vnet_hdr', and with 'multi_queue' for
+    /// more than one queue pair. Addresses and routes are given to it with ip(8), such as 'ip route add GUEST dev NAME'.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    pub tun: Option<InterfaceName>,
+
+    /// Answer the guest's ARP requests and neighbour solicitations for these addresses [default: for all]
+    ///
+    /// It is the gateway that the guest is configured with, one IPv4 and one IPv6 address or one of them; not
+    /// necessarily an address of the host. Without it everybody seems to be on the guest's network.
+    #[arg(long, value_name = "ADDR[,ADDR]", conflicts_with_all = ["tap", "macvtap", "macvtap_parent"])]
+    pub gateway: Option<Gateway>,
+
     /// Use MACVTAP interface NAME
     ///
     /// Made with 'ip link add link IF name NAME type macvtap mode bridge'. The guest's card must have its address.
@@ -66,33 +82,33 @@ pub struct Cli {
 
     /// Use queues that were opened by someone else and passed as descriptors N,…: one for each queue pair
     ///
-    /// Those of a TAP must have been opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, several of them with
+    /// Those of a TAP or TUN must have been opened with IFF_NO_PI and IFF_VNET_HDR, several of them with
     /// IFF_MULTI_QUEUE; those of a MACVTAP are its open /dev/tapN. All of one interface.
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(3..))]
     #[arg(conflicts_with = "tap")]
     pub tap_fd: Vec<i32>,
 
-    /// Attach to a multi-queue TAP even though another process has queues on it, and share its frames with that one
+    /// Attach to a multi-queue TAP or TUN even though another process has queues on it, and share its frames with that one
     // Not only `requires`: clap lets that go where what is required conflicts with something that is there.
-    #[arg(long, requires = "tap", conflicts_with = "tap_fd")]
+    #[arg(long, requires = "tuntap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
     pub shared: bool,
 
     /// Make a TAP that is created a port of bridge BR; an existing one is left as it is
-    #[arg(long, value_name = "BR", requires = "tap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    #[arg(long, value_name = "BR", requires = "tap", conflicts_with_all = ["tap_fd", "tun", "macvtap", "macvtap_parent"])]
     pub bridge: Option<InterfaceName>,
 
-    /// Let USER (a name or number) attach to a TAP that is created
-    #[arg(long, value_name = "USER", requires = "tap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    /// Let USER (a name or number) attach to a TAP or TUN that is created
+    #[arg(long, value_name = "USER", requires = "tuntap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
     pub owner: Option<String>,
 
-    /// Let members of GROUP (a name or number) attach to a TAP that is created
-    #[arg(long, value_name = "GROUP", requires = "tap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    /// Let members of GROUP (a name or number) attach to a TAP or TUN that is created
+    #[arg(long, value_name = "GROUP", requires = "tuntap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
     pub group: Option<String>,
 
-    /// Let a TAP that is created stay when this process ends
+    /// Let a TAP or TUN that is created stay when this process ends
     ///
     /// The next process attaches to it, and frames that come meanwhile are not refused but lost.
-    #[arg(long, requires = "tap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    #[arg(long, requires = "tuntap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
     pub persist: bool,
 
     /// Number of queue pairs, 1 to 127 [default: 1, or the number of descriptors of --tap-fd]

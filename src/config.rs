@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LogLevel, ModeChoice};
-use crate::device::Io;
 use crate::device::macvtap::{Macvtap, MacvtapMode};
 use crate::device::netns::NetNs;
 use crate::device::tap::{Extras, TapByName};
+use crate::device::{Io, Layer};
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
 use crate::tuning::{Coalescing, Tuning};
 use crate::vhost_user::listener::SocketAccess;
@@ -32,11 +32,11 @@ pub enum FrontEnds {
 /// The host's side.
 #[derive(Clone, Debug)]
 pub enum DeviceChoice {
-    /// A TAP by its name.
+    /// A TAP or TUN by its name.
     Tap(TapByName),
     /// A MACVTAP, by its name or to be made.
     Macvtap(Macvtap),
-    /// Queues of a TAP or MACVTAP, as descriptors.
+    /// Queues of a TAP, TUN or MACVTAP, as descriptors.
     TapFds(Vec<i32>),
 }
 
@@ -93,7 +93,7 @@ pub enum ConfigError {
     },
     /// Neither socket nor device was named.
     #[error(
-        "A socket (--socket-path or --fd) and a device (--tap, --macvtap, --macvtap-parent or --tap-fd) are needed"
+        "A socket (--socket-path or --fd) and a device (--tap, --tun, --macvtap, --macvtap-parent or --tap-fd) are needed"
     )]
     Incomplete,
 }
@@ -111,7 +111,13 @@ impl TryFrom<Cli> for Config {
             polling: cli.poll_us,
             cpus: cli.cpu_affinity,
         };
-        let nic = NicSetup { mac: cli.mac, mtu: cli.mtu, is_generic: cli.front_end == FrontEndKind::Generic, tuning };
+        let nic = NicSetup {
+            mac: cli.mac,
+            mtu: cli.mtu,
+            gateway: cli.gateway,
+            is_generic: cli.front_end == FrontEndKind::Generic,
+            tuning,
+        };
         let access = SocketAccess {
             mode: cli.socket_mode,
             group: cli.socket_group.as_deref().map(|name| group_number("--socket-group", name)).transpose()?,
@@ -122,14 +128,15 @@ impl TryFrom<Cli> for Config {
             (None, None) => return Err(ConfigError::Incomplete),
         };
         let (mac, mtu) = (cli.mac, cli.mtu);
-        let device = if let Some(name) = cli.tap {
+        let layer = if cli.tun.is_some() { Layer::Ip } else { Layer::Ethernet };
+        let device = if let Some(name) = cli.tap.or(cli.tun) {
             let extras = Extras {
                 bridge: cli.bridge,
                 owner: cli.owner.as_deref().map(user_number).transpose()?,
                 group: cli.group.as_deref().map(|name| group_number("--group", name)).transpose()?,
                 persists: cli.persist,
             };
-            DeviceChoice::Tap(TapByName { name, queue_pairs, shared: cli.shared, mtu, extras })
+            DeviceChoice::Tap(TapByName { layer, name, queue_pairs, shared: cli.shared, mtu, extras })
         } else if cli.macvtap.is_some() || cli.macvtap_parent.is_some() {
             let parent = cli.macvtap_parent.map(|parent| (parent, mode(cli.macvtap_mode)));
             DeviceChoice::Macvtap(Macvtap { name: cli.macvtap, parent, queue_pairs, mac, mtu })
@@ -261,6 +268,11 @@ mod tests {
             ("--socket-path s --tap t --owner no-such-user-here", "no such user"),
             ("--socket-path s --macvtap t --bridge br0", "cannot be used with"),
             ("--socket-path s --tap-fd 5 --persist", "cannot be used with"),
+            ("--socket-path s --tun t --bridge br0", "cannot be used with"),
+            ("--socket-path s --tun t --tap u", "cannot be used with"),
+            ("--socket-path s --tap t --gateway 10.0.0.1", "cannot be used with"),
+            ("--socket-path s --tun t --gateway 10.0.0.1,10.0.0.2", "one IPv4 and one IPv6"),
+            ("--socket-path s --tun t --gateway ff02::1", "of a host"),
             ("--socket-path s --tap t --socket-mode 999", "octal"),
             ("--socket-path s", "--tap"),
             ("--tap t", "--socket-path"),

@@ -77,6 +77,10 @@ counters! {
     rx_drop_short,
     /// Dropped: the kernel could not hand the frame over.
     rx_drop_refused,
+    /// Answers of the gateway to ARP requests and neighbour solicitations, and questions of its own.
+    rx_neighbour_answers,
+    /// Dropped: such an answer, because too many waited.
+    rx_drop_answers,
     /// Buffers returned unused: malformed chains, and good ones that stood in the way of a malformed one.
     rx_bad_chains,
     /// Frames that were read before the guest had enough buffers, and had to be kept and copied.
@@ -93,6 +97,10 @@ counters! {
     tx_drop_bad_length,
     /// Dropped: the virtio-net header asks for what was not negotiated or does not fit the frame.
     tx_drop_bad_header,
+    /// Dropped: no IP packet, where the device takes nothing else.
+    tx_drop_not_ip,
+    /// ARP requests and neighbour solicitations, where there is nobody but the gateway.
+    tx_neighbour_requests,
     /// Discarded: the ring was disabled (vhost-user, "Ring states").
     tx_drop_disabled,
     /// Dropped: the interface is down.

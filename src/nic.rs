@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 
 use crate::control_queue::{self, ControlQueue, Surroundings};
-use crate::device::{Device, DeviceQueue, TUN_F_USO4, TUN_F_USO6};
+use crate::device::{Device, DeviceQueue, Layer, TUN_F_USO4, TUN_F_USO6};
 use crate::mailbox::{Mailbox, Stuck};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
@@ -18,6 +18,7 @@ use crate::net::config_space::{ConfigSpace, MTU_MIN};
 use crate::net::features::{self, Circumstances, GuestOffloads, MQ};
 use crate::net::filter::Mac;
 use crate::net::header::HEADER_LEN;
+use crate::net::ip_link::{Gateway, IpLink};
 use crate::running_ring::{Direction, RingChange, RunsRings, StartRing, StoppedRing};
 use crate::tuning::{Coalescing, Tuning};
 use crate::virtqueue::SplitRing;
@@ -37,6 +38,8 @@ pub struct NicSetup {
     pub mac: Option<Mac>,
     /// The largest MTU; the device's if not given.
     pub mtu: Option<u16>,
+    /// By what the guest asks for its gateway, where the device has packets only; by any address if not given.
+    pub gateway: Option<Gateway>,
     /// Whether the front-end hands over the control queue.
     pub is_generic: bool,
     /// How the workers go about it.
@@ -98,6 +101,7 @@ enum Place {
 /// See the file's head.
 pub struct Nic {
     device: Arc<Device>,
+    link: Option<Arc<IpLink>>,
     pairs: Arc<[Mailbox<QueuePair>]>,
     counters: Vec<Arc<PairCounters>>,
     control: Mailbox<ControlQueue>,
@@ -116,10 +120,15 @@ impl Nic {
         let device = Arc::new(device);
         let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
         let coalesce = coalesce(&device, setup.tuning.coalescing);
+        let has_packets = device.layer() == Layer::Ip;
+        if setup.gateway.is_some() && !has_packets {
+            log::warn!("--gateway has no meaning for {:?}, which carries Ethernet frames", device.name());
+        }
+        let link = has_packets.then(|| Arc::new(IpLink::new(setup.gateway, setup.mac)));
         let spawned = queues.into_iter().zip(&counters).enumerate();
         let pairs: Arc<[_]> = spawned
             .map(|(index, (queue, counters))| {
-                worker::spawn(index, queue, &setup.tuning, coalesce, Arc::clone(counters))
+                worker::spawn(index, queue, &setup.tuning, (coalesce, link.clone()), Arc::clone(counters))
             })
             .collect::<io::Result<Vec<_>>>()?
             .into();
@@ -134,7 +143,7 @@ impl Nic {
             Surroundings { device: Arc::clone(&device), pairs: Arc::clone(&pairs), config: Arc::clone(&config) };
         let control_counters = Arc::new(PairCounters::default());
         let control = control_queue::spawn(around, Arc::clone(&control_counters))?;
-        Ok(Nic { device, pairs, counters, control, control_counters, config, initial_config, setup })
+        Ok(Nic { device, link, pairs, counters, control, control_counters, config, initial_config, setup })
     }
 
     /// The virtio features to offer.
@@ -323,6 +332,11 @@ impl Nic {
     /// # Errors
     /// [`NicError`].
     pub fn send_rarp(&self, mac: Mac) -> Result<(), NicError> {
+        if let Some(link) = &self.link {
+            // There is no switch to be told; but this is whom to send to from now on.
+            link.learn(mac);
+            return Ok(());
+        }
         let frame = rarp_frame(mac);
         self.on_pair(0, move |pair| pair.inject(&frame))?
             .map_err(|cause| NicError::Inject { name: self.device.name().to_owned(), cause })

@@ -25,6 +25,7 @@ use crate::mailbox::{Inbox, Mailbox};
 use crate::metrics::PairCounters;
 use crate::net::Pump;
 use crate::net::coalesce::Coalesce;
+use crate::net::ip_link::IpLink;
 use crate::net::rx::{Admission, HeldFrame, Rx};
 use crate::net::tx::Tx;
 use crate::notify::KickState;
@@ -64,6 +65,7 @@ pub struct QueuePair {
     left: Vec<HeldFrame>,
     io: Io,
     coalesce: Coalesce,
+    link: Option<Arc<IpLink>>,
     poller: Poller,
     admission: Admission,
     /// Whether the device may have frames.
@@ -86,7 +88,7 @@ pub fn spawn(
     index: usize,
     device: DeviceQueue,
     how: &Tuning,
-    coalesce: Coalesce,
+    (coalesce, link): (Coalesce, Option<Arc<IpLink>>),
     counters: Arc<PairCounters>,
 ) -> io::Result<Mailbox<QueuePair>> {
     let poll = Poll::new()?;
@@ -101,6 +103,7 @@ pub fn spawn(
         left: Vec::new(),
         io: how.io,
         coalesce,
+        link,
         poller: Poller::new(how.polling),
         admission: Admission::default(),
         readable: true,
@@ -247,6 +250,13 @@ impl QueuePair {
         ring.publish(&self.counters.tx_calls);
         if let Some(source) = tx.take_unexpected_source() {
             self.device.warn_of_source(source);
+        }
+        if let Some((_, rx)) = &mut self.rx {
+            for answer in tx.take_answers() {
+                rx.answer(answer, &self.counters);
+                // It goes out with what the device has.
+                self.readable = true;
+            }
         }
         let settled = passed.and_then(|pump| match pump {
             Pump::Drained => settle(ring, &self.poller).map(|()| pump),

@@ -15,8 +15,9 @@ use common::memory::GuestMemory;
 use common::split_ring::{Buf, SplitRing};
 use common::tap_double::TapDouble;
 use common::virtio::{VnetHdr, feature};
-use vhost_user_net::device::{Device, DeviceQueue, Io};
+use vhost_user_net::device::{Device, DeviceQueue, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
+use vhost_user_net::net::Uplink;
 use vhost_user_net::net::coalesce::Coalesce;
 use vhost_user_net::net::rx::{Admission, Rx};
 use vhost_user_net::net::tx::Tx;
@@ -67,11 +68,17 @@ struct Place {
 
 fn place() -> Place {
     let (tap, fd) = TapDouble::new();
-    let (_, mut queues) = Device::from_sockets(vec![fd]).unwrap();
+    let (_, mut queues) = Device::from_sockets(vec![fd], Layer::Ethernet).unwrap();
     let mem = Arc::new(GuestMemory::single(16 << 20));
     let ring = SplitRing::new(&mem, 256);
     let buffers = (0..FRAMES).map(|_| mem.alloc(66_000, 64)).collect();
     Place { tap, device: queues.remove(0), mem, ring, buffers, counters: PairCounters::default() }
+}
+
+impl Place {
+    fn uplink(&self, io: Io, coalesce: Coalesce) -> Uplink<'_> {
+        Uplink { device: &self.device, io, coalesce, link: None }
+    }
 }
 
 /// A plain frame, one that can be part of a run, and one that is too large for either.
@@ -92,7 +99,7 @@ fn frames_from_the_guest_need_no_memory() {
         let mut side = DeviceSide::start(&place.ring, ALL).unwrap();
         let coalesce = Coalesce { tcp: true, udp: true };
         let features = feature::CSUM;
-        let mut tx = Tx::new(Arc::clone(side.queue.mem()), features, &place.device, (io, coalesce));
+        let mut tx = Tx::new(Arc::clone(side.queue.mem()), features, &place.uplink(io, coalesce));
         for round in 0..ROUNDS {
             for (index, &at) in place.buffers.iter().enumerate() {
                 // Runs of four.
@@ -121,7 +128,13 @@ fn frames_to_the_guest_need_no_memory() {
         let mut place = place();
         let mut side = DeviceSide::start(&place.ring, ALL).unwrap();
         let mem = Arc::clone(side.queue.mem());
-        let mut rx = Rx::new(mem, feature::MRG_RXBUF, Admission::default(), (&place.device, io), Vec::new());
+        let mut rx = Rx::new(
+            mem,
+            feature::MRG_RXBUF,
+            Admission::default(),
+            &place.uplink(io, Coalesce { tcp: false, udp: false }),
+            Vec::new(),
+        );
         for round in 0..ROUNDS {
             for index in 0..FRAMES {
                 // Rounds of small frames, then one with large ones, which need buffers together.

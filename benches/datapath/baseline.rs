@@ -11,7 +11,7 @@ use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use vhost_user_net::device::tap::{self, Extras, TapByName};
-use vhost_user_net::device::{Device, DeviceQueue, TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6};
+use vhost_user_net::device::{Device, DeviceQueue, Layer, TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{
     Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryLoadGuard, GuestMemoryMmap as Mmap,
@@ -32,7 +32,8 @@ const HEADER: usize = 12;
 /// Serves one front-end on `socket` with TAP `name`, and ends with it.
 pub fn serve(socket: &Path, name: &str) {
     let name = name.parse().expect("a name");
-    let how = TapByName { name, queue_pairs: 1, shared: false, mtu: None, extras: Extras::default() };
+    let how =
+        TapByName { layer: Layer::Ethernet, name, queue_pairs: 1, shared: false, mtu: None, extras: Extras::default() };
     let (device, mut queues) = tap::open(&how).expect("the TAP");
     device.set_offloads(TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6).expect("offloads");
     let queue = queues.remove(0);

@@ -21,7 +21,7 @@ use thiserror::Error;
 use super::name::InterfaceName;
 use super::netlink::{self, CreatedLink, Link};
 use super::tap_queue::{self, CannotSet, Interface};
-use super::{Device, DeviceQueue, Driver, Steering, ioctl};
+use super::{Device, DeviceQueue, Driver, Layer, Steering, ioctl};
 
 pub use super::netlink::MacvtapMode;
 
@@ -190,7 +190,14 @@ pub fn open(how: &Macvtap) -> Result<(Device, Vec<DeviceQueue>), MacvtapError> {
     let verb = if created.is_some() { "Made" } else { "Attached to" };
     log::info!("{verb} MACVTAP {name:?} with {} queue(s), address {}", how.queue_pairs, ShownMac(link.mac));
     let mac = link.mac.filter(|_| !link.takes_all);
-    let interface = Interface { name, index: Some(link.index), mtu: link.mtu, mac, driver: Driver::Macvtap };
+    let interface = Interface {
+        name,
+        layer: Layer::Ethernet,
+        index: Some(link.index),
+        mtu: link.mtu,
+        mac,
+        driver: Driver::Macvtap,
+    };
     let (device, queues) = tap_queue::set_up(interface, queues)?;
     Ok((Device { _created: created, ..device }, queues))
 }

@@ -35,6 +35,7 @@ mod ioctl_flags {
 #[derive(Debug)]
 pub struct Device {
     name: String,
+    layer: Layer,
     /// In our network namespace.
     index: Option<u32>,
     driver: Driver,
@@ -46,6 +47,46 @@ pub struct Device {
     /// Taken away with this.
     _created: Option<CreatedLink>,
 }
+
+/// What goes over a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Layer {
+    /// Ethernet frames.
+    #[default]
+    Ethernet,
+    /// IP packets.
+    Ip,
+}
+
+impl Layer {
+    /// Bytes of a frame's start that do not go over the device.
+    pub fn omitted(self) -> usize {
+        match self {
+            Layer::Ethernet => 0,
+            Layer::Ip => ETHERNET_HEADER,
+        }
+    }
+}
+
+impl Layer {
+    /// What such an interface of the TUN driver is called.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Layer::Ethernet => "TAP",
+            Layer::Ip => "TUN",
+        }
+    }
+
+    /// The same, as ip(8) has it.
+    fn mode(self) -> &'static str {
+        match self {
+            Layer::Ethernet => "tap",
+            Layer::Ip => "tun",
+        }
+    }
+}
+
+const ETHERNET_HEADER: usize = 14;
 
 /// Who serves a queue's descriptor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,15 +107,17 @@ enum Kind {
 }
 
 impl Device {
-    /// A device whose queues are sockets that keep frame borders (`SOCK_SEQPACKET`), for tests and embedders.
+    /// A device whose queues are sockets that keep the borders of what goes over them, of `layer` (`SOCK_SEQPACKET`), for
+    /// tests and embedders.
     ///
     /// # Errors
     /// What `fcntl(2)` says where a socket cannot be made non-blocking.
-    pub fn from_sockets(sockets: Vec<OwnedFd>) -> io::Result<(Device, Vec<DeviceQueue>)> {
+    pub fn from_sockets(sockets: Vec<OwnedFd>, layer: Layer) -> io::Result<(Device, Vec<DeviceQueue>)> {
         let offloads = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_UFO | TUN_F_USO4 | TUN_F_USO6;
         let name = "socket".to_owned();
         let device = Device {
             name,
+            layer,
             index: None,
             driver: Driver::Tun,
             kind: Kind::Sockets,
@@ -83,13 +126,19 @@ impl Device {
             mac: None,
             _created: None,
         };
-        let queues = sockets.into_iter().map(DeviceQueue::always_attached).collect::<io::Result<_>>()?;
+        let queue = |socket| Ok(DeviceQueue { layer, ..DeviceQueue::always_attached(socket)? });
+        let queues = sockets.into_iter().map(queue).collect::<io::Result<_>>()?;
         Ok((device, queues))
     }
 
     /// The interface's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What goes over it.
+    pub fn layer(&self) -> Layer {
+        self.layer
     }
 
     /// The `TUN_F_` offloads that the interface can be asked for.
@@ -145,6 +194,7 @@ impl Device {
 pub struct DeviceQueue {
     fd: OwnedFd,
     steering: Steering,
+    layer: Layer,
     /// Whether it may refuse a frame now and take it later.
     may_block: bool,
     /// The one address that frames come to, where there is one, until it was said that the guest has another.
@@ -162,12 +212,17 @@ enum Steering {
 
 impl DeviceQueue {
     fn new(fd: OwnedFd, steering: Steering) -> DeviceQueue {
-        DeviceQueue { fd, steering, may_block: true, address: None }
+        DeviceQueue { fd, steering, layer: Layer::Ethernet, may_block: true, address: None }
     }
 
     fn always_attached(fd: OwnedFd) -> io::Result<DeviceQueue> {
         set_nonblocking(&fd)?;
         Ok(DeviceQueue::new(fd, Steering::Always))
+    }
+
+    /// What goes over it.
+    pub fn layer(&self) -> Layer {
+        self.layer
     }
 
     /// Whether the queue may refuse a frame now and take it later.

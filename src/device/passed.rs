@@ -1,4 +1,4 @@
-//! Queues that somebody else opened and passed as descriptors: of a TAP or of a MACVTAP.
+//! Queues that somebody else opened and passed as descriptors: of a TAP, TUN or MACVTAP.
 //!
 //! `TUNGETIFF` always says `IFF_NO_PI` of a TAP without a packet filter, since that bit is `IFF_NOFILTER` too; netlink
 //! tells whether there is packet information.
@@ -12,7 +12,7 @@ use thiserror::Error;
 use super::netlink::{self, Link};
 use super::tap::TUN_PATH;
 use super::tap_queue::{self, CannotSet, Interface};
-use super::{Device, DeviceQueue, Driver, Steering, ioctl, macvtap};
+use super::{Device, DeviceQueue, Driver, Layer, Steering, ioctl, macvtap};
 
 /// Why descriptors cannot be used.
 #[derive(Debug, Error)]
@@ -40,7 +40,7 @@ pub enum PassedError {
 pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
     let bad = |fd, wrong: String| PassedError::BadFd { fd, wrong };
     let mut queues = Vec::new();
-    let mut first: Option<(String, Driver)> = None;
+    let mut first: Option<(String, Driver, Layer)> = None;
     for &number in numbers {
         let fd = ioctl::take_inherited_fd(number).map_err(|e| bad(number, format!("is not open: {e}")))?;
         let driver = driver_of(&fd);
@@ -50,9 +50,6 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), PassedErr
         let (name, flags) = ioctl::tun_get_iff(fd.as_fd())
             .map_err(|e| bad(number, format!("is no TAP queue (open {TUN_PATH} and TUNSETIFF it first): {e}")))?;
         let wrong = |wrong: &str| Err(bad(number, format!("is a queue of {name:?} {wrong}")));
-        if flags & IFF_TAP == 0 {
-            return wrong("which is a TUN, without Ethernet headers; a TAP is needed (IFF_TAP)");
-        }
         if flags & IFF_VNET_HDR == 0 {
             return wrong("without the virtio-net header; open it with IFF_VNET_HDR");
         }
@@ -65,7 +62,8 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), PassedErr
         if numbers.len() > 1 && flags & IFF_MULTI_QUEUE == 0 {
             return wrong("that takes one queue only; open all of them with IFF_MULTI_QUEUE");
         }
-        let (first_name, _) = first.get_or_insert_with(|| (name.clone(), driver));
+        let layer = if flags & IFF_TAP == 0 { Layer::Ip } else { Layer::Ethernet };
+        let (first_name, ..) = first.get_or_insert_with(|| (name.clone(), driver, layer));
         if *first_name != name {
             return wrong(&format!("and the first one is of {first_name:?}; all must be of one interface"));
         }
@@ -76,7 +74,7 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), PassedErr
         };
         queues.push(DeviceQueue::new(fd, steering));
     }
-    let (name, driver) = first.unwrap_or_default();
+    let (name, driver, layer) = first.unwrap_or_default();
     // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known,
     // and packet information is not noticed.
     let link = netlink::link_by_name(&name).ok().flatten().unwrap_or_default();
@@ -87,12 +85,16 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), PassedErr
     }
     let is_here = driver == Driver::Tun || link.kind.as_deref() == Some("macvtap");
     let link = if is_here { link } else { Link::default() };
-    let what = if driver == Driver::Macvtap { "MACVTAP" } else { "TAP" };
+    let what = match (driver, layer) {
+        (Driver::Macvtap, _) => "MACVTAP",
+        (Driver::Tun, Layer::Ethernet) => "TAP",
+        (Driver::Tun, Layer::Ip) => "TUN",
+    };
     log::info!("Took {} descriptor(s) of {what} {name:?}", queues.len());
     // A MACVTAP says nothing of its end, so one that may be in another namespace has to be asked.
     let index = Some(link.index).filter(|index| driver == Driver::Tun && *index != 0);
     let mac = link.mac.filter(|_| driver == Driver::Macvtap && !link.takes_all);
-    let interface = Interface { name, index, mtu: link.mtu, mac, driver };
+    let interface = Interface { name, layer, index, mtu: link.mtu, mac, driver };
     Ok(tap_queue::set_up(interface, queues)?)
 }
 

@@ -10,6 +10,7 @@
 //! of memory, never late.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::io::Errno;
@@ -72,10 +73,11 @@ impl Io {
 }
 
 /// One frame's transfer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Job {
     pub(super) slot: usize,
-    pub(super) len: usize,
+    /// Which bytes of the slot.
+    pub(super) bytes: Range<usize>,
     pub(super) result: Result<usize, Errno>,
 }
 
@@ -83,6 +85,8 @@ pub struct Job {
 pub struct Stage {
     memory: Memory,
     slot_len: usize,
+    /// Bytes of a slot's start that do not go over the device.
+    omitted: usize,
     io: Io,
     /// Whether the device may refuse a frame now and take it later.
     may_block: bool,
@@ -98,7 +102,8 @@ impl Stage {
     /// A stage of `slots` slots of `slot_len` bytes for `device`. Memory is taken as it is used.
     pub fn new(device: &DeviceQueue, io: Io, slots: usize, slot_len: usize) -> Stage {
         let memory = Memory::Plain(vec![0; slots * slot_len].into_boxed_slice());
-        Stage { memory, slot_len, io, may_block: device.may_block(), jobs: Vec::with_capacity(slots) }
+        let omitted = device.layer().omitted();
+        Stage { memory, slot_len, omitted, io, may_block: device.may_block(), jobs: Vec::with_capacity(slots) }
     }
 
     /// How frames are moved.
@@ -142,10 +147,10 @@ impl Stage {
         self.jobs.clear();
     }
 
-    /// Adds a job on the first `len` bytes of slot `slot`.
+    /// Adds a job on the first `len` bytes of slot `slot`, but for those that do not go over the device.
     #[inline]
     pub fn add(&mut self, slot: usize, len: usize) {
-        self.jobs.push(Job { slot, len: len.min(self.slot_len), result: Err(Errno::CANCELED) });
+        self.jobs.push(Job { slot, bytes: self.omitted..len.min(self.slot_len), result: Err(Errno::CANCELED) });
     }
 
     /// What became of the jobs, in order: the slot, and how many bytes were moved. `CANCELED` is one that was not tried.
@@ -175,8 +180,8 @@ impl Stage {
 
     fn write_singly(&mut self, device: BorrowedFd<'_>, first: usize) {
         for at in first..self.jobs.len() {
-            let Some(job) = self.jobs.get(at).copied() else { return };
-            let frame = self.slot(job.slot).get(..job.len).unwrap_or_default();
+            let Some(Job { slot, bytes, .. }) = self.jobs.get(at).cloned() else { return };
+            let frame = self.slot(slot).get(bytes).unwrap_or_default();
             let mut result = rustix::io::write(device, frame);
             if matches!(result, Err(Errno::NOBUFS | Errno::NOMEM | Errno::INTR)) {
                 // Memory was short, or a signal came: it may work the next moment.
@@ -215,8 +220,8 @@ impl Stage {
             return self.transfer(Operation::Read, 0);
         }
         for at in 0..self.jobs.len() {
-            let Some(job) = self.jobs.get(at).copied() else { return };
-            let room = self.slot_mut(job.slot).get_mut(..job.len).unwrap_or_default();
+            let Some(Job { slot, bytes, .. }) = self.jobs.get(at).cloned() else { return };
+            let room = self.slot_mut(slot).get_mut(bytes).unwrap_or_default();
             let result = rustix::io::read(device, room);
             if let Some(job) = self.jobs.get_mut(at) {
                 job.result = result;

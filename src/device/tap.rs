@@ -1,28 +1,30 @@
-//! TAP interfaces: attaching to one by name, or creating one.
+//! TAP and TUN interfaces: attaching to one by name, or creating one.
 //!
 //! Everything that an operator can get wrong here ends the start with one message: what was tried, on what, the cause,
 //! and the command that puts it right. The facts about the driver behind the checks:
 //! * `TUNSETIFF` cuts a name of more than 15 bytes, expands `%d`, and creates what does not exist;
-//! * a single-queue TAP and a multi-queue one open with different flags, `EINVAL` if they do not match;
-//! * on a multi-queue TAP anybody who may open it can add queues, and the kernel then spreads flows over all of them;
+//! * a single-queue interface and a multi-queue one open with different flags, `EINVAL` if they do not match;
+//! * on a multi-queue one anybody who may open it can add queues, and the kernel then spreads flows over all of them.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, c_int};
+use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR, c_int};
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 
 use super::name::InterfaceName;
 use super::netlink::{self, Link};
 use super::tap_queue::{self, CannotSet, Interface};
-use super::{Device, DeviceQueue, Driver, Steering, ioctl};
+use super::{Device, DeviceQueue, Driver, Layer, Steering, ioctl};
 
-/// How to open a TAP by name.
+/// How to open a TAP or TUN by name.
 #[derive(Clone, Debug)]
 pub struct TapByName {
+    /// Which of the two.
+    pub layer: Layer,
     /// The interface.
     pub name: InterfaceName,
     /// How many queues to open.
@@ -48,7 +50,7 @@ pub struct Extras {
     pub persists: bool,
 }
 
-/// Why a TAP cannot be used.
+/// Why a TAP or TUN cannot be used.
 #[derive(Debug, Error)]
 pub enum TapError {
     /// `/dev/net/tun` cannot be opened.
@@ -69,10 +71,13 @@ pub enum TapError {
     },
     /// There is an interface of that name, of another kind.
     #[error(
-        "Interface {name:?} is a {kind} interface, not a TAP; make a TAP of another name with \
-         'ip tuntap add dev NAME mode tap vnet_hdr'"
+        "Interface {name:?} is a {kind} interface, not a {0}; make a {0} of another name with \
+         'ip tuntap add dev NAME mode {1} vnet_hdr'",
+        layer.name(), layer.mode()
     )]
-    NotATap {
+    OtherKind {
+        /// What it should be.
+        layer: Layer,
         /// The interface.
         name: String,
         /// What it is.
@@ -80,10 +85,13 @@ pub enum TapError {
     },
     /// Several queue pairs on a TAP that has one queue.
     #[error(
-        "TAP {name:?} was made with a single queue, {queue_pairs} queue pairs need a multi-queue one: \
-         'ip link delete {name} && ip tuntap add dev {name} mode tap vnet_hdr multi_queue', or use --queue-pairs 1"
+        "{0} {name:?} was made with a single queue, {queue_pairs} queue pairs need a multi-queue one: 'ip link delete \
+         {name} && ip tuntap add dev {name} mode {1} vnet_hdr multi_queue', or use --queue-pairs 1",
+        layer.name(), layer.mode()
     )]
     SingleQueue {
+        /// TAP or TUN.
+        layer: Layer,
         /// The interface.
         name: String,
         /// What was asked.
@@ -91,19 +99,27 @@ pub enum TapError {
     },
     /// Somebody else has queues on it.
     #[error(
-        "TAP {name:?} is in use: {open_queues} of its queues are open in another process, which would get a share of \
+        "{} {name:?} is in use: {open_queues} of its queues are open in another process, which would get a share of \
          this guest's frames; end that process ('grep -l \"iff:.*{name}\" /proc/[0-9]*/fdinfo/*' finds it), \
-         or pass --shared if that is what you want"
+         or pass --shared if that is what you want",
+        layer.name()
     )]
     InUse {
+        /// TAP or TUN.
+        layer: Layer,
         /// The interface.
         name: String,
         /// How many.
         open_queues: u32,
     },
     /// `TUNSETIFF` failed.
-    #[error("Cannot attach to TAP {name:?} (queue {queue}){}", hint_attach(name, *queue, *exists, *multi_queue, cause))]
+    #[error(
+        "Cannot attach to {} {name:?} (queue {queue}){}",
+        layer.name(), hint_attach((*layer, name), *queue, *exists, *multi_queue, cause)
+    )]
     Attach {
+        /// TAP or TUN.
+        layer: Layer,
         /// The interface.
         name: String,
         /// Which of its queues, from 0.
@@ -164,15 +180,16 @@ fn hint_tun(cause: &io::Error) -> &'static str {
     }
 }
 
-fn hint_attach(name: &str, queue: u16, exists: bool, multi_queue: bool, cause: &io::Error) -> String {
+fn hint_attach((layer, name): (Layer, &str), queue: u16, exists: bool, multi_queue: bool, cause: &io::Error) -> String {
     let multi = if multi_queue { " multi_queue" } else { "" };
+    let mode = layer.mode();
     match cause.raw_os_error() {
         Some(libc::EPERM) if exists => format!(
-            ": this user is not its owner; as root: 'ip link delete {name} && ip tuntap add dev {name} mode tap \
+            ": this user is not its owner; as root: 'ip link delete {name} && ip tuntap add dev {name} mode {mode} \
              vnet_hdr{multi} user USER'"
         ),
         Some(libc::EPERM) => format!(
-            ": it does not exist, and this user may not create it; as root: 'ip tuntap add dev {name} mode tap \
+            ": it does not exist, and this user may not create it; as root: 'ip tuntap add dev {name} mode {mode} \
              vnet_hdr{multi} user USER && ip link set {name} up'"
         ),
         Some(libc::EBUSY) => ": another process has it open (another back-end for the same guest?)".to_owned(),
@@ -184,7 +201,7 @@ fn hint_attach(name: &str, queue: u16, exists: bool, multi_queue: bool, cause: &
     }
 }
 
-/// Attaches to the TAP that `how` names, or creates it.
+/// Attaches to the TAP or TUN that `how` names, or creates it.
 ///
 /// An interface that was created is set up, and goes away with its last descriptor; an existing one is changed in
 /// nothing but what its queues need (header size, offloads).
@@ -193,11 +210,12 @@ fn hint_attach(name: &str, queue: u16, exists: bool, multi_queue: bool, cause: &
 /// [`TapError`], which says what to do about it.
 pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let name = how.name.as_str().to_owned();
+    let what = how.layer.name();
     let bridge = how.extras.bridge.as_ref().map(|bridge| find_bridge(bridge.as_str())).transpose()?;
     let deadline = Instant::now() + BUSY_PATIENCE;
     let mut attached = attach(how);
     if attached.as_ref().is_err_and(TapError::is_busy) {
-        log::info!("TAP {name:?} is in use; waiting up to {} s for it", BUSY_PATIENCE.as_secs());
+        log::info!("{what} {name:?} is in use; waiting up to {} s for it", BUSY_PATIENCE.as_secs());
     }
     while attached.as_ref().is_err_and(TapError::is_busy) && Instant::now() < deadline {
         thread::sleep(BUSY_INTERVAL);
@@ -220,15 +238,15 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     }
     let link = link.unwrap_or_default();
     if existing.as_ref().is_some_and(|link| !link.is_up) {
-        log::warn!("TAP {name:?} is down, no frames will pass: 'ip link set {name} up'");
+        log::warn!("{what} {name:?} is down, no frames will pass: 'ip link set {name} up'");
     }
     let verb = if existing.is_some() { "Attached to" } else { "Created" };
-    log::info!("{verb} TAP {name:?} with {} queue(s)", how.queue_pairs);
+    log::info!("{verb} {what} {name:?} with {} queue(s)", how.queue_pairs);
     // An MTU that was asked for on creation was set there; netlink's answer may be from before.
     let mtu = if existing.is_none() { how.mtu.or(link.mtu) } else { link.mtu };
     let steering = if multi_queue { Steering::Attached } else { Steering::Always };
     let index = (link.index != 0).then_some(link.index);
-    let interface = Interface { name, index, mtu, mac: None, driver: Driver::Tun };
+    let interface = Interface { name, layer: how.layer, index, mtu, mac: None, driver: Driver::Tun };
     Ok(tap_queue::set_up(interface, queues.into_iter().map(|fd| DeviceQueue::new(fd, steering)).collect())?)
 }
 
@@ -247,7 +265,7 @@ fn attach(how: &TapByName) -> Result<Attached, TapError> {
         None => how.queue_pairs > 1,
     };
     let queues = (0..how.queue_pairs)
-        .map(|queue| open_queue(name, queue, existing.is_some(), multi_queue))
+        .map(|queue| open_queue(how, queue, existing.is_some(), multi_queue))
         .collect::<Result<_, _>>()?;
     Ok(Attached { existing, queues, multi_queue })
 }
@@ -255,28 +273,46 @@ fn attach(how: &TapByName) -> Result<Attached, TapError> {
 /// Whether an existing interface will do; tells whether it is a multi-queue one.
 fn check_existing(how: &TapByName, link: &Link) -> Result<bool, TapError> {
     let name = how.name.as_str().to_owned();
-    let is_tun = link.kind.as_deref() == Some("tun");
-    if !is_tun || c_int::from(link.tun.mode) != IFF_TAP {
-        let kind = if is_tun { "TUN" } else { link.kind.as_deref().unwrap_or("physical") }.to_owned();
-        return Err(TapError::NotATap { name, kind });
+    let layer = how.layer;
+    let found = match (link.kind.as_deref(), c_int::from(link.tun.mode)) {
+        (Some("tun"), IFF_TAP) => Ok(Layer::Ethernet),
+        (Some("tun"), _) => Ok(Layer::Ip),
+        (kind, _) => Err(kind.unwrap_or("physical")),
+    };
+    if found != Ok(layer) {
+        let kind = match found {
+            Ok(layer) => layer.name(),
+            Err(kind) => kind,
+        };
+        let kind = kind.to_owned();
+        return Err(TapError::OtherKind { layer, name, kind });
     }
     if how.queue_pairs > 1 && !link.tun.multi_queue {
-        return Err(TapError::SingleQueue { name, queue_pairs: how.queue_pairs });
+        return Err(TapError::SingleQueue { layer, name, queue_pairs: how.queue_pairs });
     }
     if link.tun.multi_queue && link.tun.open_queues > 0 && !how.shared {
-        return Err(TapError::InUse { name, open_queues: link.tun.open_queues });
+        return Err(TapError::InUse { layer, name, open_queues: link.tun.open_queues });
     }
     if !link.tun.has_owner {
-        log::warn!("TAP {name:?} has no owner, so any user of this host may attach to it: 'ip tuntap add … user USER'");
+        let what = layer.name();
+        log::warn!(
+            "{what} {name:?} has no owner, so any user of this host may attach to it: 'ip tuntap add … user USER'"
+        );
     }
     Ok(link.tun.multi_queue)
 }
 
-fn open_queue(name: &str, queue: u16, exists: bool, multi_queue: bool) -> Result<OwnedFd, TapError> {
+fn open_queue(how: &TapByName, queue: u16, exists: bool, multi_queue: bool) -> Result<OwnedFd, TapError> {
     let fd = rustix::fs::open(TUN_PATH, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
         .map_err(|cause| TapError::OpenTun { cause: cause.into() })?;
-    let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if multi_queue { IFF_MULTI_QUEUE } else { 0 };
+    let name = how.name.as_str();
+    let kind = match how.layer {
+        Layer::Ethernet => IFF_TAP,
+        Layer::Ip => IFF_TUN,
+    };
+    let flags = kind | IFF_NO_PI | IFF_VNET_HDR | if multi_queue { IFF_MULTI_QUEUE } else { 0 };
     ioctl::tun_set_iff(fd.as_fd(), name, flags).map_err(|cause| TapError::Attach {
+        layer: how.layer,
         name: name.to_owned(),
         queue,
         exists,

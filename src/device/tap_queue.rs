@@ -12,7 +12,7 @@ use libc::c_int;
 use thiserror::Error;
 
 use super::{
-    Device, DeviceQueue, Driver, Kind, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
+    Device, DeviceQueue, Driver, Kind, Layer, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
     TUN_F_USO6, ioctl, set_nonblocking,
 };
 
@@ -33,6 +33,7 @@ pub struct CannotSet {
 #[derive(Debug, Default)]
 pub(super) struct Interface {
     pub(super) name: String,
+    pub(super) layer: Layer,
     /// Its index, where it is in our network namespace.
     pub(super) index: Option<u32>,
     pub(super) mtu: Option<u16>,
@@ -46,7 +47,7 @@ pub(super) fn set_up(
     interface: Interface,
     mut queues: Vec<DeviceQueue>,
 ) -> Result<(Device, Vec<DeviceQueue>), CannotSet> {
-    let Interface { name, index, mtu, mac, driver } = interface;
+    let Interface { name, layer, index, mtu, mac, driver } = interface;
     let set = |what| {
         let name = name.clone();
         move |cause| CannotSet { what, name, cause }
@@ -54,6 +55,7 @@ pub(super) fn set_up(
     let mut offloads = 0;
     let mut control = None;
     for queue in &mut queues {
+        queue.layer = layer;
         set_nonblocking(&queue.fd).map_err(set("O_NONBLOCK"))?;
         ioctl::tun_set_vnet_header_size(queue.as_fd(), VNET_HEADER_LEN).map_err(set("the header size"))?;
         ioctl::tun_set_vnet_little_endian(queue.as_fd()).map_err(set("the header's byte order"))?;
@@ -79,7 +81,7 @@ pub(super) fn set_up(
     }
     let control = control.ok_or_else(|| set("up a device without queues")(io::ErrorKind::InvalidInput.into()))?;
     ioctl::tun_set_offload(control.as_fd(), 0).map_err(set("offloads off"))?;
-    Ok((Device { name, index, driver, kind: Kind::Tap { control }, offloads, mtu, mac, _created: None }, queues))
+    Ok((Device { name, layer, index, driver, kind: Kind::Tap { control }, offloads, mtu, mac, _created: None }, queues))
 }
 
 /// The offloads that the kernel takes. Each needs the checksum; USO comes for both IP versions or for none.

@@ -120,7 +120,8 @@ impl Uring {
         let last = jobs.len().saturating_sub(1);
         for (index, job) in jobs.iter().enumerate() {
             let from = job.slot * *slot_len;
-            let Some(bytes) = memory.get_mut(from..from + job.len.min(*slot_len)) else {
+            let slot = memory.get_mut(from..from + *slot_len);
+            let Some(bytes) = slot.and_then(|slot| slot.get_mut(job.bytes.clone())) else {
                 return Err(io::ErrorKind::InvalidInput.into());
             };
             let mut entry = entry(operation, bytes).user_data(index as u64);

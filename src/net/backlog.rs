@@ -4,13 +4,15 @@
 //! dropped; new frames are read only into an empty backlog, so the slots' order is the frames' order.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
 use super::header::{HEADER_LEN, VnetHeader};
-use super::{ETH_HEADER, FRAME_MAX, Pump};
+use super::ip_link::{Answer, IpLink};
+use super::{ETH_HEADER, FRAME_MAX, Pump, Uplink};
+use crate::device::DeviceQueue;
 use crate::device::stage::Stage;
-use crate::device::{DeviceQueue, Io};
 use crate::metrics::PairCounters;
 
 /// How many frames are read at a time at most.
@@ -25,6 +27,8 @@ pub struct HeldFrame(Vec<u8>, usize);
 /// See the file's head.
 pub(super) struct Backlog {
     stage: Stage,
+    /// What makes frames of a device's packets.
+    link: Option<Arc<IpLink>>,
     waiting: VecDeque<Waiting>,
 }
 
@@ -39,9 +43,9 @@ struct Waiting {
 
 impl Backlog {
     /// The backlog of a ring that starts, with the frames that one before it left.
-    pub(super) fn new(device: &DeviceQueue, io: Io, left: Vec<HeldFrame>) -> Backlog {
-        let stage = Stage::new(device, io, SLOTS, SLOT_LEN);
-        let mut backlog = Backlog { stage, waiting: VecDeque::with_capacity(SLOTS) };
+    pub(super) fn new(uplink: &Uplink<'_>, left: Vec<HeldFrame>) -> Backlog {
+        let stage = Stage::new(uplink.device, uplink.io, SLOTS, SLOT_LEN);
+        let mut backlog = Backlog { stage, link: uplink.link.clone(), waiting: VecDeque::with_capacity(SLOTS) };
         for (slot, HeldFrame(frame, delivered)) in left.into_iter().take(SLOTS).enumerate() {
             backlog.stage.slot_mut(slot).iter_mut().zip(&frame).for_each(|(to, from)| *to = *from);
             backlog.waiting.push_back(Waiting { slot, len: frame.len(), delivered });
@@ -109,6 +113,17 @@ impl Backlog {
         self.waiting.push_back(Waiting { slot: 0, len: HEADER_LEN + len, delivered: 0 });
     }
 
+    /// Puts a frame of ours here; only into an empty backlog.
+    pub(super) fn put(&mut self, answer: &Answer) {
+        let frame = answer.frame();
+        let len = HEADER_LEN + frame.len();
+        if let Some((header, place)) = self.stage.slot_mut(0).get_mut(..len).and_then(<[u8]>::split_first_chunk_mut) {
+            *header = VnetHeader::default().to_bytes();
+            place.copy_from_slice(frame);
+            self.waiting.push_back(Waiting { slot: 0, len, delivered: 0 });
+        }
+    }
+
     /// Reads up to `count` frames; tells how many came, and how it ended, if not only because there were so many.
     pub(super) fn read(
         &mut self,
@@ -121,18 +136,19 @@ impl Backlog {
         self.stage.read(device);
         // A frame may come between two reads: what ended the last read counts, not one before it.
         let mut end = None;
+        let omitted = device.layer().omitted();
         for (slot, result) in self.stage.results() {
-            end = match result {
-                Ok(0) => Some(Pump::DeviceLost),
-                Ok(len) if len < HEADER_LEN + ETH_HEADER => {
+            end = match result.map(|len| (len, len + omitted)) {
+                Ok((0, _)) => Some(Pump::DeviceLost),
+                Ok((_, len)) if len < HEADER_LEN + ETH_HEADER => {
                     counters.rx_drop_short.add(1);
                     None
                 }
-                Ok(SLOT_LEN) => {
+                Ok((_, SLOT_LEN)) => {
                     counters.rx_drop_too_large.add(1);
                     None
                 }
-                Ok(len) => {
+                Ok((_, len)) => {
                     self.waiting.push_back(Waiting { slot, len, delivered: 0 });
                     None
                 }
@@ -140,7 +156,22 @@ impl Backlog {
                 Err(error) => after_read_error(error, counters),
             };
         }
-        (self.waiting.len(), end)
+        let came = self.waiting.len();
+        self.enclose(counters);
+        (came, end)
+    }
+}
+
+/// Of packets.
+impl Backlog {
+    /// Makes frames of the packets that were just read.
+    fn enclose(&mut self, counters: &PairCounters) {
+        let Backlog { stage, link: Some(link), waiting } = self else { return };
+        waiting.retain(|Waiting { slot, len, .. }| {
+            let is_packet = stage.slot_mut(*slot).get_mut(..*len).is_some_and(|bytes| link.enclose(bytes));
+            counters.rx_drop_short.add(u64::from(!is_packet));
+            is_packet
+        });
     }
 }
 

@@ -8,10 +8,30 @@ pub mod control;
 pub mod features;
 pub mod filter;
 pub mod header;
+pub mod ip_link;
 pub mod rx;
 pub mod segment;
 pub mod tx;
 mod window;
+
+use std::sync::Arc;
+
+use crate::device::{DeviceQueue, Io};
+use coalesce::Coalesce;
+use ip_link::IpLink;
+
+/// The host's side of a queue pair, and how frames are moved there.
+#[derive(Clone)]
+pub struct Uplink<'a> {
+    /// The interface's queue.
+    pub device: &'a DeviceQueue,
+    /// How frames are read and written.
+    pub io: Io,
+    /// What may go as one.
+    pub coalesce: Coalesce,
+    /// What there is of a network where the device has packets only.
+    pub link: Option<Arc<IpLink>>,
+}
 
 /// How a pass over one direction ended. Ordinary ends, all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -23,6 +23,7 @@
 //! A malformed chain is returned unused. In the middle of buffers that one frame needs it cannot be: a frame's used
 //! entries follow each other. Then the buffers before it are returned unused too, before anything is written.
 
+use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -32,10 +33,11 @@ use super::backlog::{Backlog, after_read_error};
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
 use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx};
+use super::ip_link::{self, Answer, IpLink};
 use super::segment::{Need as Work, Plan, complete_checksum, plan};
 use super::window::{Filled, Need, Window};
-use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump};
-use crate::device::{DeviceQueue, Io};
+use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
+use crate::device::{DeviceQueue, Layer};
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::{Queue, RingBroken};
@@ -50,6 +52,8 @@ const EXPECT_PERIOD: u32 = 1024;
 const STAGED_MAX: usize = 4096;
 /// After how many frames that needed no finishing they are read straight into the guest's buffers again.
 const UNFINISHED_PERIOD: u32 = 64;
+/// How many answers of the gateway wait at most.
+const ANSWERS_MAX: usize = 16;
 /// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
 const CHAIN_MIN: usize = HEADER_LEN + 60;
 
@@ -75,7 +79,11 @@ pub struct Rx {
     held: bool,
     /// What the backlog's oldest frame needs, once that was looked at.
     work: Option<Work>,
-    /// A segment's headers, the virtio-net header before them.
+    /// What there is of a network, where the device has packets only.
+    link: Option<Arc<IpLink>>,
+    /// What it has to say to the guest.
+    answers: VecDeque<Answer>,
+    /// A segment's headers, the virtio-net header before them; or the start of a frame that is read.
     headers: Box<[u8; HEADER_LEN + PROTOCOL_HEADERS_MAX]>,
     /// Frames that may still come before unfinished ones are not expected any more.
     unfinished: u32,
@@ -94,13 +102,13 @@ enum Step {
 }
 
 impl Rx {
-    /// A direction from `device` for a guest that acknowledged `features`, whose memory is `mem`; `left` is delivered
+    /// A direction from `uplink` for a guest that acknowledged `features`, whose memory is `mem`; `left` is delivered
     /// first.
     pub fn new(
         mem: Arc<MemView>,
         features: u64,
         admission: Admission,
-        (device, io): (&DeviceQueue, Io),
+        uplink: &Uplink<'_>,
         left: Vec<HeldFrame>,
     ) -> Rx {
         Rx {
@@ -108,14 +116,21 @@ impl Rx {
             mergeable: features & MRG_RXBUF != 0,
             admission,
             expect: Expect::default(),
-            backlog: Backlog::new(device, io, left),
+            backlog: Backlog::new(uplink, left),
             ready: 0,
             held: false,
             work: None,
+            link: uplink.link.clone(),
+            answers: VecDeque::with_capacity(ANSWERS_MAX),
             headers: Box::new([0; HEADER_LEN + PROTOCOL_HEADERS_MAX]),
             unfinished: 0,
             last_len: 0,
         }
+    }
+
+    /// Has the gateway say something to the guest.
+    pub fn answer(&mut self, answer: Answer, counters: &PairCounters) {
+        say(&mut self.answers, answer, counters);
     }
 
     /// Ends this direction, with the frames that could not be delivered.
@@ -155,6 +170,9 @@ impl Rx {
         for _ in 0..BUDGET {
             let step = if !self.backlog.is_empty() {
                 self.deliver(queue, counters)?
+            } else if let Some(answer) = self.answers.pop_front() {
+                self.backlog.put(&answer);
+                Step::Again
             } else if let Some(end) = end {
                 Step::End(end)
             } else {
@@ -196,15 +214,20 @@ impl Rx {
         let (came, ended) = self.backlog.read(device, asked, counters);
         self.ready = if came == asked { 2 * asked } else { came };
         *end = ended;
+        self.ask_for_guest(counters);
         Ok(Step::Again)
     }
 
     /// Reads one frame straight into the window.
     fn receive_one(&mut self, queue: &mut Queue, device: &DeviceQueue, counters: &PairCounters) -> Step {
-        let room = self.window.read_room() - HEADER_LEN;
-        let mut header = [0; HEADER_LEN];
-        let len = match self.window.read(device.as_fd(), &mut header, self.backlog.spill()) {
-            Ok(len) if len >= HEADER_LEN + ETH_HEADER => len - HEADER_LEN,
+        let (omitted, start_len) = match device.layer() {
+            Layer::Ethernet => (0, HEADER_LEN),
+            Layer::Ip => (ETH_HEADER, HEADER_LEN + ETH_HEADER + ip_link::PEEK),
+        };
+        let room = self.window.read_room().max(start_len) - HEADER_LEN;
+        let place = self.headers.get_mut(omitted..start_len).unwrap_or_default();
+        let len = match self.window.read(device.as_fd(), place, start_len, self.backlog.spill()) {
+            Ok(len) if len + omitted >= HEADER_LEN + ETH_HEADER => len + omitted - HEADER_LEN,
             Ok(0) => return Step::End(Pump::DeviceLost),
             Ok(_) => return Step::Counted(|c| &c.rx_drop_short),
             Err(error) => {
@@ -214,28 +237,53 @@ impl Rx {
             }
         };
         self.ready = self.ready.saturating_add(1);
-        let header = VnetHeader::from_bytes(&header);
         self.last_len = len;
         if len > FRAME_MAX {
             return Step::Counted(|c| &c.rx_drop_too_large);
         }
+        let Rx { window, backlog, headers, link, answers, .. } = self;
+        let start = headers.get_mut(..start_len.min(HEADER_LEN + len)).unwrap_or_default();
+        if link.as_ref().is_some_and(|link| !link.enclose(start)) {
+            return Step::Counted(|c| &c.rx_drop_short);
+        }
+        let Some((header, first)) = start.split_first_chunk() else { return Step::Counted(|c| &c.rx_drop_short) };
+        let header = VnetHeader::from_bytes(header);
+        let question = link.as_ref().and_then(|link| link.question(first));
+        question.into_iter().for_each(|question| say(answers, question, counters));
+        let put_together = |backlog: &mut Backlog| {
+            backlog.put_together(header, len, room, |frame| {
+                window.copy_frame_to(frame);
+                frame.iter_mut().zip(first).for_each(|(to, from)| *to = *from);
+            });
+        };
         if len > room {
-            self.backlog.put_together(header, len, room, |start| self.window.copy_frame_to(start));
+            put_together(backlog);
             self.held = true;
             self.expect.note(HEADER_LEN + len);
             return Step::Counted(|c| &c.rx_held);
         }
         let Ok(header) = check_rx(header, self.admission.offloads) else {
-            self.backlog.put_together(header, len, room, |start| self.window.copy_frame_to(start));
+            put_together(backlog);
             return Step::Again;
         };
         self.expect.note(HEADER_LEN + len);
-        if !self.admission.filter.passes_all() && !self.admission.filter.accepts(&self.window.start_of_frame()) {
-            return Step::Counted(|c| &c.rx_drop_filtered);
+        if !self.admission.filter.passes_all() {
+            let start = first.first_chunk().copied().unwrap_or_else(|| window.start_of_frame());
+            if !self.admission.filter.accepts(&start) {
+                return Step::Counted(|c| &c.rx_drop_filtered);
+            }
         }
-        self.window.complete(queue, header, len);
+        window.complete(queue, header, start, len);
         count_delivered(counters, len);
         Step::Delivered
+    }
+
+    /// Has the gateway ask for the guest's address, if that is not known, and a packet came for it.
+    fn ask_for_guest(&mut self, counters: &PairCounters) {
+        let Rx { link: Some(link), backlog, answers, .. } = self else { return };
+        let front = backlog.front().and_then(|(_, bytes)| bytes.get(HEADER_LEN..));
+        let question = front.and_then(|frame| link.question(frame));
+        question.into_iter().for_each(|question| say(answers, question, counters));
     }
 
     /// Which buffers a frame of `bytes` with its header needs.
@@ -375,6 +423,16 @@ impl Rx {
         self.backlog.pop();
         self.held = false;
         self.work = None;
+    }
+}
+
+/// Has the gateway say something to the guest, once it is its turn.
+fn say(answers: &mut VecDeque<Answer>, answer: Answer, counters: &PairCounters) {
+    if answers.len() < ANSWERS_MAX {
+        answers.push_back(answer);
+        counters.rx_neighbour_answers.add(1);
+    } else {
+        counters.rx_drop_answers.add(1);
     }
 }
 

@@ -22,9 +22,10 @@ use rustix::io::Errno;
 use super::coalesce::{Coalesce, Run, Segment};
 use super::filter::Mac;
 use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
-use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump};
+use super::ip_link::{Answer, IpLink, Way};
+use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
+use crate::device::DeviceQueue;
 use crate::device::stage::Stage;
-use crate::device::{DeviceQueue, Io};
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::iovec::{IOV_MAX, Part};
@@ -35,6 +36,9 @@ use crate::virtqueue::{GuestIovecs, Head, Popped, Queue, RingBroken, Shape};
 const SLOT_LEN: usize = 2048 + 64;
 /// What is copied of a larger one.
 const START_LEN: usize = HEADER_LEN + PROTOCOL_HEADERS_MAX;
+
+/// How many answers of the gateway there are in one pass at most.
+const ANSWERS_MAX: usize = 16;
 
 /// Everything that one direction from the guest needs besides its queue.
 pub struct Tx {
@@ -53,6 +57,10 @@ pub struct Tx {
     expected: Option<Mac>,
     /// That other one.
     unexpected: Option<Mac>,
+    /// What there is of a network, where the device takes packets only.
+    link: Option<Arc<IpLink>>,
+    /// The gateway's, for the guest.
+    answers: Vec<Answer>,
 }
 
 /// One popped chain.
@@ -75,14 +83,17 @@ struct Frame {
 enum Fate {
     ToSend,
     Sent,
+    /// It asks the gateway for its address.
+    ForGateway,
     Dropped(Reason),
 }
 
 type Reason = fn(&PairCounters) -> &Counter;
 
 impl Tx {
-    /// A direction to `device` for a guest that acknowledged `features`, whose memory is `mem`.
-    pub fn new(mem: Arc<MemView>, features: u64, device: &DeviceQueue, (io, coalesce): (Io, Coalesce)) -> Tx {
+    /// A direction to `uplink` for a guest that acknowledged `features`, whose memory is `mem`.
+    pub fn new(mem: Arc<MemView>, features: u64, uplink: &Uplink<'_>) -> Tx {
+        let Uplink { device, io, coalesce, .. } = *uplink;
         Tx {
             iovecs: iovecs(mem),
             rules: TxRules::of(features),
@@ -93,7 +104,15 @@ impl Tx {
             bounce: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
             expected: device.address(),
             unexpected: None,
+            link: uplink.link.clone(),
+            answers: Vec::with_capacity(ANSWERS_MAX),
         }
+    }
+
+    /// What the gateway has to say to the guest, since this was last asked.
+    #[inline]
+    pub fn take_answers(&mut self) -> impl Iterator<Item = Answer> {
+        self.answers.drain(..)
     }
 
     /// The source address of the first frame that had another than the device has frames come to.
@@ -181,7 +200,18 @@ impl Tx {
         let Some((staged, segment)) = self.stage_start(chain, len) else {
             return dropped(head, |c| &c.tx_drop_bad_header);
         };
-        Frame { head, len, staged, pieces: chain.readable(), segment, run: 1, fate: Fate::ToSend }
+        let pieces = chain.readable();
+        match self.link.as_ref().map_or(Way::Device, |link| link.way(self.staged(self.frames.len(), staged))) {
+            Way::Device => Frame { head, len, staged, pieces, segment, run: 1, fate: Fate::ToSend },
+            Way::Neighbour => Frame { head, len, staged, pieces, segment: None, run: 1, fate: Fate::ForGateway },
+            Way::Nowhere => dropped(head, |c| &c.tx_drop_not_ip),
+        }
+    }
+
+    /// The frame of which `staged` bytes, virtio-net header included, are in `slot`: as far as it is there.
+    #[inline]
+    fn staged(&self, slot: usize, staged: usize) -> &[u8] {
+        self.stage.slot(slot).get(HEADER_LEN..staged).unwrap_or_default()
     }
 
     /// Copies the start of a frame to its slot and checks the header there; a small frame that cannot be part of a run is
@@ -266,8 +296,13 @@ impl Tx {
         for frame in self.frames.get(*at..).unwrap_or_default() {
             match frame.fate {
                 Fate::ToSend if frame.is_gathered() => break,
-                Fate::ToSend => self.stage.add(*at, frame.len),
-                Fate::Sent | Fate::Dropped(_) => {}
+                Fate::ToSend => {
+                    if self.link.is_some() {
+                        IpLink::cut(self.stage.slot_mut(*at));
+                    }
+                    self.stage.add(*at, frame.len);
+                }
+                Fate::Sent | Fate::ForGateway | Fate::Dropped(_) => {}
             }
             *at += 1;
         }
@@ -283,6 +318,9 @@ impl Tx {
 
     /// Sends the frame or run that begins at `at` from the stage and from guest memory.
     fn send_gathered(&mut self, at: &mut usize, device: &DeviceQueue) -> Option<Pump> {
+        if self.link.is_some() {
+            IpLink::cut(self.stage.slot_mut(*at));
+        }
         let mut sent = self.write(*at, device);
         if sent.is_err_and(is_passing) {
             sent = self.write(*at, device);
@@ -310,7 +348,8 @@ impl Tx {
         let frames = frames.get(at..at + count).unwrap_or_default();
         let parts = frames.iter().enumerate().map(|(index, frame)| {
             // The headers of the first are those of the whole.
-            let headers = frame.segment.filter(|_| index > 0).map_or(0, |segment| HEADER_LEN + segment.headers_len());
+            let later = frame.segment.filter(|_| index > 0);
+            let headers = later.map_or(device.layer().omitted(), |segment| HEADER_LEN + segment.headers_len());
             let private = stage.slot(at + index).get(headers..frame.staged).unwrap_or_default();
             Part { private, pieces: frame.pieces.clone(), skip: frame.staged }
         });
@@ -344,8 +383,18 @@ impl Tx {
         let done = self.frames.iter().take_while(|frame| !matches!(frame.fate, Fate::ToSend)).count();
         self.frames.drain(done..).rev().for_each(|frame| queue.rewind(frame.head));
         let (mut sent, mut bytes, mut large, mut runs, mut coalesced) = (0, 0, 0, 0, 0);
-        for frame in self.frames.drain(..) {
+        for (slot, frame) in self.frames.drain(..).enumerate() {
             match frame.fate {
+                Fate::ForGateway => {
+                    counters.tx_neighbour_requests.add(1);
+                    let request = self.stage.slot(slot).get(HEADER_LEN..frame.staged).unwrap_or_default();
+                    let answer = self.link.as_ref().and_then(|link| link.answer(request));
+                    if self.answers.len() < ANSWERS_MAX {
+                        self.answers.extend(answer);
+                    } else if answer.is_some() {
+                        counters.rx_drop_answers.add(1);
+                    }
+                }
                 Fate::Dropped(reason) => reason(counters).add(1),
                 Fate::Sent | Fate::ToSend => {
                     let len = frame.len - HEADER_LEN;

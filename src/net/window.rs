@@ -149,16 +149,18 @@ impl Window {
         }
     }
 
-    /// Reads one frame: its header to `header`, then the guest's buffers behind the place of the header, then `private`.
+    /// Reads one frame: its start to `start`, then the guest's buffers without their first `skip` bytes, which are the
+    /// start's place, then `private`.
     #[inline]
     pub(super) fn read(
         &mut self,
         device: BorrowedFd<'_>,
-        header: &mut [u8; HEADER_LEN],
+        start: &mut [u8],
+        skip: usize,
         private: &mut [u8],
     ) -> io::Result<usize> {
         let pieces = self.read_pieces();
-        self.iovecs.readv(device, header, (pieces, HEADER_LEN), private)
+        self.iovecs.readv(device, start, (pieces, skip), private)
     }
 
     /// The first bytes of the frame that was just read, as they are in guest memory.
@@ -173,11 +175,15 @@ impl Window {
         self.iovecs.copy_to(self.gone..self.iovecs.len(), HEADER_LEN, out);
     }
 
-    /// Completes the chains that hold a frame of `len` bytes, which is in them already, and writes `header` before it.
+    /// Completes the chains that hold a frame of `len` bytes, which is in them already but for `start`: that begins with
+    /// the place for `header`.
     #[inline]
-    pub(super) fn complete(&mut self, queue: &mut Queue, header: VnetHeader, len: usize) {
+    pub(super) fn complete(&mut self, queue: &mut Queue, header: VnetHeader, start: &mut [u8], len: usize) {
         let (count, header) = self.take_up(header, HEADER_LEN + len);
-        self.iovecs.copy_from(self.gone..self.iovecs.len(), 0, &header.to_bytes());
+        if let Some(place) = start.first_chunk_mut() {
+            *place = header.to_bytes();
+        }
+        self.iovecs.copy_from(self.gone..self.iovecs.len(), 0, start);
         self.push_used(queue, count, HEADER_LEN + len);
     }
 

@@ -7,6 +7,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::{QueuePair, Usage, ring_of};
 use crate::memory::MemView;
+use crate::net::Uplink;
 use crate::net::features::GuestOffloads;
 use crate::net::filter::RxFilter;
 use crate::net::rx::Rx;
@@ -24,11 +25,11 @@ impl RunsRings for QueuePair {
             Direction::Rx => {
                 let ring = RunningRing::start(start, &self.poll, Event::RxKick, &self.counters)?;
                 let left = std::mem::take(&mut self.left);
-                self.rx = Some((ring, Rx::new(mem, features, self.admission.clone(), (&self.device, self.io), left)));
+                self.rx = Some((ring, Rx::new(mem, features, self.admission.clone(), &self.uplink(), left)));
             }
             Direction::Tx => {
                 let ring = RunningRing::start(start, &self.poll, Event::TxKick, &self.counters)?;
-                self.tx = Some((ring, Tx::new(mem, features, &self.device, (self.io, self.coalesce))));
+                self.tx = Some((ring, Tx::new(mem, features, &self.uplink())));
             }
         }
         self.look_again();
@@ -138,6 +139,10 @@ impl QueuePair {
         if !std::mem::replace(&mut self.lost, true) {
             log::error!("Queue pair {}: the device is gone; no frames will pass", self.index);
         }
+    }
+
+    fn uplink(&self) -> Uplink<'_> {
+        Uplink { device: &self.device, io: self.io, coalesce: self.coalesce, link: self.link.clone() }
     }
 
     /// Puts a frame of ours, with its virtio-net header, on the device.

@@ -16,7 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use vhost_user_net::daemon::{Daemon, Source};
-use vhost_user_net::device::{Device, Io};
+use vhost_user_net::device::{Device, Io, Layer};
 use vhost_user_net::nic::{Nic, NicSetup};
 use vhost_user_net::polling::Polling;
 use vhost_user_net::tuning::Tuning;
@@ -42,6 +42,10 @@ fn tuning_under_test() -> Tuning {
     Tuning { io, polling: Polling::Fixed(Duration::from_micros(micros)), ..Tuning::default() }
 }
 
+fn default_options() -> SessionOptions {
+    SessionOptions { offers_config: true, queue_size_max: QueueSize::try_from(32768).unwrap() }
+}
+
 /// A back-end in a thread of this process, with a TAP double for each queue pair.
 pub struct InProcess {
     pub taps: Vec<TapDouble>,
@@ -59,18 +63,27 @@ impl InProcess {
 
     /// A back-end of another kind.
     pub fn start_as(queue_pairs: usize, setup: NicSetup) -> InProcess {
-        let options = SessionOptions { offers_config: true, queue_size_max: QueueSize::try_from(32768).unwrap() };
-        InProcess::start_with(queue_pairs, setup, options)
+        InProcess::start_with(queue_pairs, setup, default_options())
+    }
+
+    /// A back-end with one queue pair, whose device carries packets.
+    pub fn start_on_packets(setup: NicSetup) -> InProcess {
+        let setup = NicSetup { tuning: tuning_under_test(), ..setup };
+        InProcess::start_over(Layer::Ip, 1, setup, default_options())
     }
 
     /// A back-end that offers other things of the protocol.
     pub fn start_with(queue_pairs: usize, setup: NicSetup, options: SessionOptions) -> InProcess {
+        InProcess::start_over(Layer::Ethernet, queue_pairs, setup, options)
+    }
+
+    fn start_over(layer: Layer, queue_pairs: usize, setup: NicSetup, options: SessionOptions) -> InProcess {
         let dir = TempDir::new().unwrap();
         let (taps, fds): (Vec<_>, Vec<_>) = (0..queue_pairs).map(|_| TapDouble::new()).unzip();
         let path = dir.path().join("socket");
         let (started, starting) = mpsc::channel();
         let thread = thread::spawn(move || {
-            let (device, queues) = Device::from_sockets(fds).unwrap();
+            let (device, queues) = Device::from_sockets(fds, layer).unwrap();
             let nic = Nic::new(device, queues, setup).unwrap();
             let access = SocketAccess { mode: 0o600, group: None };
             let listener = SocketListener::bind(&path, access).unwrap();

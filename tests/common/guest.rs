@@ -73,11 +73,64 @@ fn image() -> Option<PathBuf> {
     std::env::var_os("VHOST_USER_NET_GUEST").map(PathBuf::from)
 }
 
+/// What the back-end ends the card on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostDevice {
+    Tap,
+    /// On one end of a veth pair, whose other end is the host.
+    Macvtap,
+    Tun,
+}
+
+impl HostDevice {
+    /// Whether this kernel has such devices; says aloud that `test` is skipped if not.
+    pub fn require(self, test: &str) -> bool {
+        let has = self != HostDevice::Macvtap || {
+            let namespace = NetNs::new();
+            namespace.ip("link add card type veth peer name outside");
+            namespace.try_ip("link add link card name probe type macvtap")
+        };
+        if !has {
+            skip(test, "this kernel has no MACVTAP");
+        }
+        has
+    }
+
+    /// Makes it, with the host's address; tells how the back-end is told of it.
+    fn make(self, namespace: &NetNs, queue_pairs: usize) -> [&'static str; 2] {
+        let address = format!("{HOST}/24");
+        match self {
+            HostDevice::Tap => {
+                let multi_queue = queue_pairs > 1;
+                namespace.add_tap(&TapSpec { addr: Some(&address), multi_queue, ..TapSpec::new(TAP) });
+                ["--tap", TAP]
+            }
+            HostDevice::Macvtap => {
+                namespace.ip("link add card type veth peer name outside");
+                namespace.ip("link set card up");
+                namespace.ip(&format!("addr add {address} dev outside"));
+                namespace.ip("link set outside up");
+                namespace.ip(&format!("link add link card name mvt0 address {MAC} type macvtap mode bridge"));
+                namespace.ip("link set mvt0 up");
+                ["--macvtap", "mvt0"]
+            }
+            HostDevice::Tun => {
+                let multi_queue = if queue_pairs > 1 { "multi_queue" } else { "" };
+                namespace.ip(&format!("tuntap add dev tun0 mode tun vnet_hdr {multi_queue}"));
+                namespace.ip(&format!("addr add {address} dev tun0"));
+                namespace.ip("link set tun0 up");
+                ["--tun", "tun0"]
+            }
+        }
+    }
+}
+
 /// A guest to boot; `..GuestSpec::new(vmm)` for the rest.
 #[derive(Clone, Debug)]
 pub struct GuestSpec<'a> {
     pub vmm: Vmm,
     pub queue_pairs: usize,
+    pub device: HostDevice,
     pub backend: &'a [&'a str],
     /// More words of QEMU's command line.
     pub qemu: &'a [&'a str],
@@ -85,7 +138,7 @@ pub struct GuestSpec<'a> {
 
 impl GuestSpec<'_> {
     pub fn new(vmm: Vmm) -> Self {
-        Self { vmm, queue_pairs: 1, backend: &[], qemu: &[] }
+        Self { vmm, queue_pairs: 1, device: HostDevice::Tap, backend: &[], qemu: &[] }
     }
 }
 
@@ -110,13 +163,13 @@ impl Bench {
     /// Boots a guest in a namespace that has further devices.
     pub fn boot_in(namespace: NetNs, spec: &GuestSpec<'_>) -> Self {
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let address = format!("{HOST}/24");
-        namespace.add_tap(&TapSpec { addr: Some(&address), multi_queue: spec.queue_pairs > 1, ..TapSpec::new(TAP) });
+        let device = spec.device.make(&namespace, spec.queue_pairs);
         let dir = TempDir::new().unwrap();
         let socket = dir.path().join("net.sock");
         let pairs = spec.queue_pairs.to_string();
-        let own = ["--socket-path", arg(&socket), "--tap", TAP, "--queue-pairs", &pairs];
-        let backend_args: Vec<String> = own.iter().chain(spec.backend).map(|&word| word.to_owned()).collect();
+        let own = ["--socket-path", arg(&socket), "--queue-pairs", &pairs];
+        let backend_args: Vec<String> =
+            own.iter().chain(&device).chain(spec.backend).map(|&word| word.to_owned()).collect();
         let backend = Some(start_backend(&namespace, &backend_args));
         let mut command = match spec.vmm {
             Vmm::Qemu => qemu_command(spec, &namespace, dir.path()),

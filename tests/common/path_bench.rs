@@ -56,7 +56,11 @@ impl Bench {
 
     /// One queue pair in this memory.
     pub fn on(mem: Arc<GuestMemory>, spec: NetDriverSpec) -> Self {
-        let backend = InProcess::start(1);
+        Self::before(InProcess::start(1), mem, spec)
+    }
+
+    /// One queue pair before this back-end.
+    pub fn before(backend: InProcess, mem: Arc<GuestMemory>, spec: NetDriverSpec) -> Self {
         let features = spec.features | feature::VERSION_1 | feature::PROTOCOL_FEATURES;
         let driver = NetDriver::new(&mem, &NetDriverSpec { features, ..spec });
         let front_end = RawFrontend::connect(backend.socket()).unwrap();
