@@ -46,17 +46,34 @@ fn frame_without_mergeable_buffers_is_in_one_buffer_and_says_so() {
 }
 
 #[test]
-fn frame_larger_than_its_buffer_is_dropped_and_the_next_one_passes() {
+fn frame_larger_than_its_buffer_is_dropped_and_the_next_one_has_the_buffer() {
     for features in FEATURE_SETS.into_iter().filter(|features| features & MERGEABLE == 0) {
         let mut bench = Bench::new(features);
-        bench.driver.post_rx(8, 200);
-        bench.pass_rx(0, 188);
-        for len in [189, 1514, 65_549] {
+        bench.driver.post_rx(2, 1526);
+        bench.pass_rx(0, 1514);
+        for len in [1515, 9000, 65_549] {
             bench.tap().send(&VnetHdr::default(), &rx_frame(9, len));
         }
         bench.pass_rx(1, 60);
         assert_eq!(bench.counter("rx_drop_too_large"), 3);
+        assert_eq!(bench.counter("rx_bad_chains"), 0);
         bench.assert_balance(5, 0);
+    }
+}
+
+/// Else a driver's one such buffer would keep all but small frames from its good ones.
+#[test]
+fn buffer_shorter_than_a_standard_frame_that_a_frame_does_not_fit_is_returned_unused() {
+    for features in FEATURE_SETS.into_iter().filter(|features| features & MERGEABLE == 0) {
+        let mut bench = Bench::new(features);
+        bench.driver.post_rx(1, 200);
+        bench.driver.post_rx(1, 2048);
+        bench.tap().send(&VnetHdr::default(), &rx_frame(9, 189));
+        let (_, used_len) = bench.driver.rx.wait_used(PATIENCE).expect("the short one back");
+        assert_eq!(used_len, 0);
+        bench.pass_rx(1, 1514);
+        assert_eq!((bench.counter("rx_drop_too_large"), bench.counter("rx_bad_chains")), (1, 1));
+        bench.assert_balance(2, 0);
     }
 }
 

@@ -56,6 +56,8 @@ const UNFINISHED_PERIOD: u32 = 64;
 const ANSWERS_MAX: usize = 16;
 /// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
 const CHAIN_MIN: usize = HEADER_LEN + 60;
+/// And a driver is to post chains of at least this (VIRTIO 1.3, "Setting Up Receive Buffers").
+const CHAIN_STANDARD: usize = 1526;
 
 /// Which frames may reach the guest.
 #[derive(Clone, Debug, Default)]
@@ -407,6 +409,10 @@ impl Rx {
         }
         // One chain is all that there can be, or all that the ring can hold is there: it never fits.
         if room > 0 && (!self.mergeable || self.window.holds_all_of(queue.size())) {
+            // It would be in the way of all frames but small ones for as long as none of those comes.
+            if !self.mergeable && room < CHAIN_STANDARD {
+                self.window.return_all_unused(queue, counters);
+            }
             return Ok(Step::Counted(|c| &c.rx_drop_too_large));
         }
         Ok(Step::End(Pump::NoBuffers))

@@ -114,9 +114,15 @@ impl Window {
 
     /// Returns a malformed entry unused, and before it the good ones that a frame cannot use across it.
     fn return_unused(&mut self, queue: &mut Queue, bad: Head, counters: &PairCounters) {
-        let heads = self.chains.drain(..).map(|buffer| buffer.head).chain([bad]);
-        for head in heads {
-            queue.push_used(head, 0);
+        self.return_all_unused(queue, counters);
+        queue.push_used(bad, 0);
+        counters.rx_bad_chains.add(1);
+    }
+
+    /// Returns everything unused, as malformed.
+    pub(super) fn return_all_unused(&mut self, queue: &mut Queue, counters: &PairCounters) {
+        for buffer in self.chains.drain(..) {
+            queue.push_used(buffer.head, 0);
             counters.rx_bad_chains.add(1);
         }
         self.clear();
