@@ -23,8 +23,8 @@ left behind at the end.
   --vmm NAME          qemu (default) or cloud-hypervisor; the latter needs its binary in PATH and
                       a working KVM: without them nothing is run and the exit status is 77
   --device KIND       what the back-end ends the card on: tap (default); macvtap: on one end of a veth
-                      pair, whose other end is the host; tun: a routed network, with another host
-                      (10.98.0.1, fd98::1) beyond this one
+                      pair, whose other end is the host; macvlan: the same, through a packet socket;
+                      tun: a routed network, with another host (10.98.0.1, fd98::1) beyond this one
   --backend NAME      vhost-user-net (default) or qemu-tap: QEMU's own, to compare with
   --accel NAME        auto (default: KVM if it runs a guest here, else emulation), kvm or tcg
   --keep-logs DIR     copy the logs of guest, VMM and back-end there at the end
@@ -91,7 +91,7 @@ parse_options() {
     [[ $SMP =~ ^[1-9][0-9]*$ ]] || usage_error "--smp wants a number, not $SMP"
     [[ $MEMORY =~ ^[1-9][0-9]*[MG]$ ]] || usage_error "--memory wants a size such as 512M, not $MEMORY"
     [[ $VMM =~ ^(qemu|cloud-hypervisor)$ ]] || usage_error "unknown VMM $VMM"
-    [[ $DEVICE =~ ^(tap|macvtap|tun)$ ]] || usage_error "unknown device $DEVICE"
+    [[ $DEVICE =~ ^(tap|macvtap|macvlan|tun)$ ]] || usage_error "unknown device $DEVICE"
     [ "$DEVICE" = tap ] || [ "$BACKEND" != qemu-tap ] || usage_error "qemu-tap has a TAP only"
     [[ $BACKEND =~ ^(vhost-user-net|qemu-tap)$ ]] || usage_error "unknown back-end $BACKEND"
     [[ $ACCEL =~ ^(auto|kvm|tcg)$ ]] || usage_error "unknown accelerator $ACCEL"
@@ -233,15 +233,25 @@ make_tap() {
     DEVICE_OPTIONS=(--tap tap0)
 }
 
-make_macvtap() {
+# `make_on_veth KIND`: a device on one end of a veth pair, with the guest's address.
+make_on_veth() {
+    local make=(in_ns ip link add link veth1 name "${1}0" address "$MAC" type "$1" mode bridge)
     in_ns ip link add veth0 type veth peer name veth1
     in_ns ip link set veth1 up
-    in_ns ip link add link veth1 name macvtap0 address $MAC type macvtap mode bridge 2>/dev/null ||
-        { modprobe macvtap 2>/dev/null && in_ns ip link add link veth1 name macvtap0 address $MAC type macvtap mode bridge; } ||
-        skip_run "this kernel has no MACVTAP"
-    in_ns ip link set macvtap0 up
+    "${make[@]}" 2>/dev/null || { modprobe "$1" 2>/dev/null && "${make[@]}"; } ||
+        skip_run "this kernel has no ${1^^}"
+    in_ns ip link set "${1}0" up
     HOST_SIDE=veth0
+}
+
+make_macvtap() {
+    make_on_veth macvtap
     DEVICE_OPTIONS=(--macvtap macvtap0)
+}
+
+make_macvlan() {
+    make_on_veth macvlan
+    DEVICE_OPTIONS=(--interface macvlan0)
 }
 
 make_tun() {

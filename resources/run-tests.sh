@@ -45,7 +45,7 @@ stage_vm() {
         return
     fi
     local options status
-    for options in "" "--queue-pairs 2" "--device macvtap" "--device tun"; do
+    for options in "" "--queue-pairs 2" "--device macvtap" "--device macvlan" "--device tun"; do
         status=0
         # shellcheck disable=SC2086 # words
         "$ROOT/resources/launch-vm.sh" --check $options || status=$?

@@ -10,17 +10,18 @@ use crate::net::filter::Mac;
 use crate::net::ip_link::Gateway;
 use crate::polling::Polling;
 
-/// End a virtual machine's network card on a TAP, in a process of its own.
+/// End a virtual machine's network card on an interface of the host, in a process of its own.
 ///
 /// A vhost-user back-end for QEMU, cloud-hypervisor and other virtual machine monitors: they connect to the socket and
-/// hand over the guest's memory and virtqueues, and frames move straight between those and the TAP. One process
-/// serves one network card. It does not daemonize, logs to standard error, serves front-ends one after another, and
-/// ends on SIGTERM, SIGINT or SIGHUP with status 0. SIGUSR1 logs the counters.
+/// hand over the guest's memory and virtqueues, and frames move straight between those and a TAP, TUN, MACVTAP or packet
+/// socket. One process serves one network card. It does not daemonize, logs to standard error, serves front-ends one
+/// after another, and ends on SIGTERM, SIGINT or SIGHUP with status 0. SIGUSR1 logs the counters.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 #[command(group = needed("front-end-socket", &["socket_path", "fd", "print_capabilities"]))]
-#[command(group = needed("device", &["tap", "tun", "tap_fd", "macvtap", "macvtap_parent", "print_capabilities"]))]
+#[command(group = needed("device", &DEVICES))]
 #[command(group = ArgGroup::new("tuntap").args(["tap", "tun"]))]
+#[command(group = ArgGroup::new("existing").multiple(true).args(["interface", "macvlan_parent"]))]
 #[command(after_help = EXAMPLES)]
 pub struct Cli {
     /// Listen for front-ends on a Unix socket at PATH
@@ -56,7 +57,7 @@ pub struct Cli {
     ///
     /// It is the gateway that the guest is configured with, one IPv4 and one IPv6 address or one of them; not
     /// necessarily an address of the host. Without it everybody seems to be on the guest's network.
-    #[arg(long, value_name = "ADDR[,ADDR]", conflicts_with_all = ["tap", "macvtap", "macvtap_parent"])]
+    #[arg(long, value_name = "ADDR[,ADDR]", conflicts_with_all = ["tap", "macvtap", "macvtap_parent", "existing"])]
     pub gateway: Option<Gateway>,
 
     /// Use MACVTAP interface NAME
@@ -70,6 +71,26 @@ pub struct Cli {
     /// It gets the address of --mac, if given (but in mode passthru), and the MTU of --mtu.
     #[arg(long, value_name = "IF", conflicts_with_all = ["tap", "tap_fd"])]
     pub macvtap_parent: Option<InterfaceName>,
+
+    /// Use existing interface NAME, whatever it is (a MACVLAN, a veth end, a card), through a packet socket
+    ///
+    /// Frames to the guest's address (--mac, else the interface's) and to groups come to the guest. Needs CAP_NET_RAW.
+    #[arg(long, value_name = "NAME", conflicts_with_all = NOT_PACKET)]
+    pub interface: Option<InterfaceName>,
+
+    /// Make a MACVLAN on interface IF, by the name of --interface if given; it goes away when this process ends
+    ///
+    /// It gets the address of --mac, if given, and the MTU of --mtu.
+    #[arg(long, value_name = "IF", conflicts_with_all = NOT_PACKET)]
+    pub macvlan_parent: Option<InterfaceName>,
+
+    /// How MACVLANs on the same interface reach each other
+    #[arg(long, value_name = "MODE", default_value = "bridge", requires = "macvlan_parent", conflicts_with_all = NOT_PACKET)]
+    pub macvlan_mode: ModeChoice,
+
+    /// Let frames to any address come to the guest from the interface of --interface
+    #[arg(long, requires = "existing", conflicts_with_all = NOT_PACKET)]
+    pub promiscuous: bool,
 
     /// Open or make the device in network namespace NS, a name of 'ip netns' or a path; the socket stays here
     #[arg(long, value_name = "NS", conflicts_with = "tap_fd")]
@@ -90,25 +111,25 @@ pub struct Cli {
 
     /// Attach to a multi-queue TAP or TUN even though another process has queues on it, and share its frames with that one
     // Not only `requires`: clap lets that go where what is required conflicts with something that is there.
-    #[arg(long, requires = "tuntap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    #[arg(long, requires = "tuntap", conflicts_with_all = NOT_TUNTAP)]
     pub shared: bool,
 
     /// Make a TAP that is created a port of bridge BR; an existing one is left as it is
-    #[arg(long, value_name = "BR", requires = "tap", conflicts_with_all = ["tap_fd", "tun", "macvtap", "macvtap_parent"])]
+    #[arg(long, value_name = "BR", requires = "tap", conflicts_with_all = NOT_TAP)]
     pub bridge: Option<InterfaceName>,
 
     /// Let USER (a name or number) attach to a TAP or TUN that is created
-    #[arg(long, value_name = "USER", requires = "tuntap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    #[arg(long, value_name = "USER", requires = "tuntap", conflicts_with_all = NOT_TUNTAP)]
     pub owner: Option<String>,
 
     /// Let members of GROUP (a name or number) attach to a TAP or TUN that is created
-    #[arg(long, value_name = "GROUP", requires = "tuntap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    #[arg(long, value_name = "GROUP", requires = "tuntap", conflicts_with_all = NOT_TUNTAP)]
     pub group: Option<String>,
 
     /// Let a TAP or TUN that is created stay when this process ends
     ///
     /// The next process attaches to it, and frames that come meanwhile are not refused but lost.
-    #[arg(long, requires = "tuntap", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    #[arg(long, requires = "tuntap", conflicts_with_all = NOT_TUNTAP)]
     pub persist: bool,
 
     /// Number of queue pairs, 1 to 127 [default: 1, or the number of descriptors of --tap-fd]
@@ -119,7 +140,7 @@ pub struct Cli {
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub queue_size: u32,
 
-    /// MAC address of the card, for front-ends that take it from the back-end [default: that of a MACVTAP]
+    /// MAC address of the card, for front-ends that take it from the back-end [default: a MACVTAP's or interface's own]
     ///
     /// QEMU does not: there it is the device's 'mac=' property.
     #[arg(long, value_name = "MAC", value_parser = parse_mac)]
@@ -235,6 +256,14 @@ pub enum LogLevel {
     /// And every message of the protocol
     Trace,
 }
+
+/// What names the host's side.
+const DEVICES: [&str; 8] =
+    ["tap", "tun", "tap_fd", "macvtap", "macvtap_parent", "interface", "macvlan_parent", "print_capabilities"];
+/// What an option that is of the TUN driver's interfaces alone does not go with; one of TAPs alone; one of packet sockets.
+const NOT_TUNTAP: [&str; 4] = ["tap_fd", "macvtap", "macvtap_parent", "existing"];
+const NOT_TAP: [&str; 5] = ["tap_fd", "tun", "macvtap", "macvtap_parent", "existing"];
+const NOT_PACKET: [&str; 5] = ["tap", "tun", "tap_fd", "macvtap", "macvtap_parent"];
 
 const EXAMPLES: &str = "\
 Examples:

@@ -7,6 +7,7 @@ use thiserror::Error;
 use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LogLevel, ModeChoice};
 use crate::device::macvtap::{Macvtap, MacvtapMode};
 use crate::device::netns::NetNs;
+use crate::device::packet::Existing;
 use crate::device::tap::{Extras, TapByName};
 use crate::device::{Io, Layer};
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
@@ -36,6 +37,8 @@ pub enum DeviceChoice {
     Tap(TapByName),
     /// A MACVTAP, by its name or to be made.
     Macvtap(Macvtap),
+    /// An existing interface, or a MACVLAN to be made.
+    Existing(Existing),
     /// Queues of a TAP, TUN or MACVTAP, as descriptors.
     TapFds(Vec<i32>),
 }
@@ -93,7 +96,8 @@ pub enum ConfigError {
     },
     /// Neither socket nor device was named.
     #[error(
-        "A socket (--socket-path or --fd) and a device (--tap, --tun, --macvtap, --macvtap-parent or --tap-fd) are needed"
+        "A socket (--socket-path or --fd) and a device (--tap, --tun, --macvtap, --macvtap-parent, --interface, \
+         --macvlan-parent or --tap-fd) are needed"
     )]
     Incomplete,
 }
@@ -140,6 +144,10 @@ impl TryFrom<Cli> for Config {
         } else if cli.macvtap.is_some() || cli.macvtap_parent.is_some() {
             let parent = cli.macvtap_parent.map(|parent| (parent, mode(cli.macvtap_mode)));
             DeviceChoice::Macvtap(Macvtap { name: cli.macvtap, parent, queue_pairs, mac, mtu })
+        } else if cli.interface.is_some() || cli.macvlan_parent.is_some() {
+            let parent = cli.macvlan_parent.map(|parent| (parent, mode(cli.macvlan_mode)));
+            let promiscuous = cli.promiscuous;
+            DeviceChoice::Existing(Existing { name: cli.interface, parent, queue_pairs, mac, mtu, promiscuous })
         } else if cli.tap_fd.is_empty() {
             return Err(ConfigError::Incomplete);
         } else {
@@ -270,6 +278,10 @@ mod tests {
             ("--socket-path s --tap-fd 5 --persist", "cannot be used with"),
             ("--socket-path s --tun t --bridge br0", "cannot be used with"),
             ("--socket-path s --tun t --tap u", "cannot be used with"),
+            ("--socket-path s --interface t --persist", "cannot be used with"),
+            ("--socket-path s --macvlan-parent t --macvtap u", "cannot be used with"),
+            ("--socket-path s --interface t --macvlan-mode vepa", "--macvlan-parent"),
+            ("--socket-path s --tap t --promiscuous", "cannot be used with"),
             ("--socket-path s --tap t --gateway 10.0.0.1", "cannot be used with"),
             ("--socket-path s --tun t --gateway 10.0.0.1,10.0.0.2", "one IPv4 and one IPv6"),
             ("--socket-path s --tun t --gateway ff02::1", "of a host"),

@@ -1,8 +1,10 @@
-//! A vhost-user network back-end: ends a virtual machine's network card on a TAP, in a process of its own.
+//! A vhost-user network back-end: ends a virtual machine's network card on an interface of the host, in a process of its
+//! own.
 //!
 //! On one side a Unix socket speaks vhost-user with a virtual machine monitor, which hands over the guest's memory, the
-//! addresses of the virtqueues and an eventfd pair (kick, call) for each. On the other side is a TAP. One worker thread
-//! for each queue pair moves frames between the two. The guest is an enemy; the front-end is trusted little.
+//! addresses of the virtqueues and an eventfd pair (kick, call) for each. On the other side is a TAP or another
+//! interface. One worker thread for each queue pair moves frames between the two. The guest is an enemy; the front-end
+//! is trusted little.
 //!
 //! rx and tx are the guest's everywhere: tx leaves the guest.
 //!

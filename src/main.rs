@@ -9,7 +9,7 @@ use vhost_user_net::cli::Cli;
 use vhost_user_net::config::{Config, DeviceChoice, FrontEnds};
 use vhost_user_net::daemon::{self, Daemon, Source};
 use vhost_user_net::device::netlink::LinkWatch;
-use vhost_user_net::device::{self, Device, DeviceQueue, macvtap, passed, tap};
+use vhost_user_net::device::{self, Device, DeviceQueue, macvtap, packet, passed, tap};
 use vhost_user_net::error_chain;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::vhost_user::listener::SocketListener;
@@ -70,6 +70,7 @@ fn open(choice: &DeviceChoice) -> Result<Opened, BoxError> {
     let (device, queues) = match choice {
         DeviceChoice::Tap(how) => tap::open(how)?,
         DeviceChoice::Macvtap(how) => macvtap::open(how)?,
+        DeviceChoice::Existing(how) => packet::open(how)?,
         DeviceChoice::TapFds(fds) => passed::from_fds(fds)?,
     };
     Ok(Opened { watch: device.watch()?, device, queues })

@@ -17,6 +17,7 @@ use crate::net::coalesce::Coalesce;
 use crate::net::config_space::{ConfigSpace, MTU_MIN};
 use crate::net::features::{self, Circumstances, GuestOffloads, MQ};
 use crate::net::filter::Mac;
+use crate::net::framing::Framing;
 use crate::net::header::HEADER_LEN;
 use crate::net::ip_link::{Gateway, IpLink};
 use crate::running_ring::{Direction, RingChange, RunsRings, StartRing, StoppedRing};
@@ -128,7 +129,8 @@ impl Nic {
         let spawned = queues.into_iter().zip(&counters).enumerate();
         let pairs: Arc<[_]> = spawned
             .map(|(index, (queue, counters))| {
-                worker::spawn(index, queue, &setup.tuning, (coalesce, link.clone()), Arc::clone(counters))
+                let how = (coalesce, framing(&queue, link.as_ref()));
+                worker::spawn(index, queue, &setup.tuning, how, Arc::clone(counters))
             })
             .collect::<io::Result<Vec<_>>>()?
             .into();
@@ -337,8 +339,8 @@ impl Nic {
             link.learn(mac);
             return Ok(());
         }
-        let frame = rarp_frame(mac);
-        self.on_pair(0, move |pair| pair.inject(&frame))?
+        let mut frame = rarp_frame(mac);
+        self.on_pair(0, move |pair| pair.inject(&mut frame))?
             .map_err(|cause| NicError::Inject { name: self.device.name().to_owned(), cause })
     }
 
@@ -396,6 +398,15 @@ fn coalesce(device: &Device, wanted: Coalescing) -> Coalesce {
         log::log!(level, "Only TCP frames are coalesced: {:?} cannot segment UDP, which Linux 6.2 can", device.name());
     }
     Coalesce { tcp: true, udp }
+}
+
+/// How frames stand on the device's side.
+fn framing(queue: &DeviceQueue, link: Option<&Arc<IpLink>>) -> Framing {
+    match link {
+        Some(link) => Framing::Packets(Arc::clone(link)),
+        None if queue.is_packet_socket() => Framing::ShortHeader,
+        None => Framing::Whole,
+    }
 }
 
 /// Binds the workers to `cpus`, in turn.

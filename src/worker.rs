@@ -25,7 +25,7 @@ use crate::mailbox::{Inbox, Mailbox};
 use crate::metrics::PairCounters;
 use crate::net::Pump;
 use crate::net::coalesce::Coalesce;
-use crate::net::ip_link::IpLink;
+use crate::net::framing::Framing;
 use crate::net::rx::{Admission, HeldFrame, Rx};
 use crate::net::tx::Tx;
 use crate::notify::KickState;
@@ -65,7 +65,7 @@ pub struct QueuePair {
     left: Vec<HeldFrame>,
     io: Io,
     coalesce: Coalesce,
-    link: Option<Arc<IpLink>>,
+    framing: Framing,
     poller: Poller,
     admission: Admission,
     /// Whether the device may have frames.
@@ -88,7 +88,7 @@ pub fn spawn(
     index: usize,
     device: DeviceQueue,
     how: &Tuning,
-    (coalesce, link): (Coalesce, Option<Arc<IpLink>>),
+    (coalesce, framing): (Coalesce, Framing),
     counters: Arc<PairCounters>,
 ) -> io::Result<Mailbox<QueuePair>> {
     let poll = Poll::new()?;
@@ -103,7 +103,7 @@ pub fn spawn(
         left: Vec::new(),
         io: how.io,
         coalesce,
-        link,
+        framing,
         poller: Poller::new(how.polling),
         admission: Admission::default(),
         readable: true,

@@ -19,6 +19,7 @@ use vhost_user_net::device::{Device, DeviceQueue, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::Uplink;
 use vhost_user_net::net::coalesce::Coalesce;
+use vhost_user_net::net::framing::Framing;
 use vhost_user_net::net::rx::{Admission, Rx};
 use vhost_user_net::net::tx::Tx;
 
@@ -77,7 +78,7 @@ fn place() -> Place {
 
 impl Place {
     fn uplink(&self, io: Io, coalesce: Coalesce) -> Uplink<'_> {
-        Uplink { device: &self.device, io, coalesce, link: None }
+        Uplink { device: &self.device, io, coalesce, framing: &Framing::Whole }
     }
 }
 

@@ -1,5 +1,5 @@
-//! The TUN/TAP driver's ioctls: unsafe door 2. Each function is one call with its types; what to call when, and what an
-//! error means, is for those to know who use them.
+//! The TUN/TAP driver's ioctls and packet sockets' options: unsafe door 2. Each function is one call with its types; what
+//! to call when, and what an error means, is for those to know who use them.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -103,6 +103,112 @@ pub(crate) fn tun_set_group(fd: BorrowedFd<'_>, group: u32) -> io::Result<()> {
 pub(crate) fn tun_set_persistent(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: TUNSETPERSIST takes its argument by value and touches no memory of ours.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETPERSIST as _, 1 as libc::c_ulong) })
+}
+
+/// `PACKET_VNET_HDR` (linux/if_packet.h).
+pub(crate) const PACKET_VNET_HDR: c_int = 15;
+/// `PACKET_IGNORE_OUTGOING`.
+pub(crate) const PACKET_IGNORE_OUTGOING: c_int = 23;
+/// `PACKET_FANOUT`.
+const PACKET_FANOUT: c_int = 18;
+/// `PACKET_FANOUT_DATA`.
+const PACKET_FANOUT_DATA: c_int = 22;
+/// `PACKET_FANOUT_CBPF` and `PACKET_FANOUT_FLAG_IGNORE_OUTGOING`, where the kind of a group stands in its number: what each
+/// socket ignores counts for nothing in a group.
+const FANOUT_KIND: c_int = (6 | 0x4000) << 16;
+/// `PACKET_FANOUT_FLAG_UNIQUEID`, there too.
+const FANOUT_UNIQUE: c_int = 0x2000 << 16;
+
+/// Sets one of a packet socket's options that are a number.
+pub(crate) fn set_packet_option(fd: BorrowedFd<'_>, option: c_int, value: c_int) -> io::Result<()> {
+    set_option(fd, (libc::SOL_PACKET, option), &value)
+}
+
+/// Has the packet socket get frames of the interface with this index.
+pub(crate) fn bind_to_interface(fd: BorrowedFd<'_>, index: u32) -> io::Result<()> {
+    // SAFETY: all zeros is a valid sockaddr_ll: numbers and bytes.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    address.sll_ifindex = c_int::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: bind reads one sockaddr_ll at the given address, that of `address`.
+    check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as _) })
+}
+
+/// Which frames an interface lets in besides those to its own address, for as long as a socket asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Membership {
+    /// Those to all groups.
+    AllGroups,
+    /// Those to this address.
+    Address([u8; 6]),
+    /// All.
+    Promiscuous,
+}
+
+/// Has the interface with this index let frames in.
+pub(crate) fn add_membership(fd: BorrowedFd<'_>, index: u32, membership: Membership) -> io::Result<()> {
+    let (mr_type, address) = match membership {
+        Membership::AllGroups => (libc::PACKET_MR_ALLMULTI, None),
+        Membership::Address(address) => (PACKET_MR_UNICAST, Some(address)),
+        Membership::Promiscuous => (libc::PACKET_MR_PROMISC, None),
+    };
+    let mut request = libc::packet_mreq {
+        mr_ifindex: c_int::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?,
+        mr_type: mr_type as u16,
+        mr_alen: address.map_or(0, |address| address.len() as u16),
+        mr_address: [0; 8],
+    };
+    request.mr_address.iter_mut().zip(address.iter().flatten()).for_each(|(to, from)| *to = *from);
+    set_option(fd, (libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP), &request)
+}
+
+/// `PACKET_MR_UNICAST`.
+const PACKET_MR_UNICAST: c_int = 3;
+
+/// Lets `bytes` wait in the socket each way, or as many as this process may.
+pub(crate) fn enlarge_buffers(fd: BorrowedFd<'_>, bytes: c_int) {
+    for (forced, polite) in [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)] {
+        let set = |option| set_option(fd, (libc::SOL_SOCKET, option), &bytes);
+        // The polite one takes less without an error.
+        let _ = set(forced).or_else(|_| set(polite));
+    }
+}
+
+/// Attaches a program that says which frames come to the socket.
+pub(crate) fn attach_filter(fd: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
+    set_program(fd, (libc::SOL_SOCKET, libc::SO_ATTACH_FILTER), program)
+}
+
+/// Has the socket join the group `id`, or begin one; tells which.
+pub(crate) fn join_fan_out(fd: BorrowedFd<'_>, id: Option<c_int>) -> io::Result<c_int> {
+    set_packet_option(fd, PACKET_FANOUT, id.map_or(FANOUT_KIND | FANOUT_UNIQUE, |id| FANOUT_KIND | id))?;
+    let mut value: c_int = 0;
+    let mut len = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: getsockopt writes at most `len` bytes, an int, at the address of `value`, and the length at that of `len`.
+    check(unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_PACKET, PACKET_FANOUT, (&raw mut value).cast(), &raw mut len)
+    })?;
+    Ok(value & 0xffff)
+}
+
+/// Sets the program that says to which socket of the group a frame comes.
+pub(crate) fn set_fan_out_program(fd: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
+    set_program(fd, (libc::SOL_PACKET, PACKET_FANOUT_DATA), program)
+}
+
+fn set_program(fd: BorrowedFd<'_>, option: (c_int, c_int), program: &[libc::sock_filter]) -> io::Result<()> {
+    let len = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // The kernel copies the instructions within the call, and only reads them.
+    set_option(fd, option, &libc::sock_fprog { len, filter: program.as_ptr().cast_mut() })
+}
+
+/// `value` is what the option's documentation says that it reads.
+fn set_option<T>(fd: BorrowedFd<'_>, (level, option): (c_int, c_int), value: &T) -> io::Result<()> {
+    let len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: setsockopt reads `len` bytes at the address of `value`, which is that long; what a sock_fprog points to is
+    // borrowed by `set_program` for longer than the call.
+    check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), len) })
 }
 
 fn check(result: c_int) -> io::Result<()> {

@@ -4,11 +4,14 @@
 //! it, owned by one worker, through which frames with their virtio-net header are read and written. A socket pair can
 //! stand in for a queue, which is how the data path is tested without privileges.
 
+mod bpf;
 pub(crate) mod ioctl;
 pub mod macvtap;
+pub(crate) mod mmsg;
 pub mod name;
 pub mod netlink;
 pub mod netns;
+pub mod packet;
 pub mod passed;
 pub mod stage;
 pub mod tap;
@@ -17,13 +20,16 @@ mod uring;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
 pub use ioctl_flags::*;
 use macvtap::ShownMac;
+pub use mmsg::VlanTag;
 use netlink::{CreatedLink, LinkWatch};
+use packet::FanOut;
 pub use stage::Io;
 
 /// `TUN_F_` offload flags, under the names of linux/if_tun.h.
@@ -59,16 +65,6 @@ pub enum Layer {
 }
 
 impl Layer {
-    /// Bytes of a frame's start that do not go over the device.
-    pub fn omitted(self) -> usize {
-        match self {
-            Layer::Ethernet => 0,
-            Layer::Ip => ETHERNET_HEADER,
-        }
-    }
-}
-
-impl Layer {
     /// What such an interface of the TUN driver is called.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -87,6 +83,8 @@ impl Layer {
 }
 
 const ETHERNET_HEADER: usize = 14;
+/// The virtio-net header's last field, which a packet socket's lacks.
+const NUM_BUFFERS: usize = 2;
 
 /// Who serves a queue's descriptor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -195,6 +193,10 @@ pub struct DeviceQueue {
     fd: OwnedFd,
     steering: Steering,
     layer: Layer,
+    /// Whether it is a packet socket.
+    is_packet_socket: bool,
+    /// What it is one of several sockets of, and its place there.
+    group: Option<(Arc<FanOut>, u32)>,
     /// Whether it may refuse a frame now and take it later.
     may_block: bool,
     /// The one address that frames come to, where there is one, until it was said that the guest has another.
@@ -212,7 +214,15 @@ enum Steering {
 
 impl DeviceQueue {
     fn new(fd: OwnedFd, steering: Steering) -> DeviceQueue {
-        DeviceQueue { fd, steering, layer: Layer::Ethernet, may_block: true, address: None }
+        DeviceQueue {
+            fd,
+            steering,
+            layer: Layer::Ethernet,
+            is_packet_socket: false,
+            group: None,
+            may_block: true,
+            address: None,
+        }
     }
 
     fn always_attached(fd: OwnedFd) -> io::Result<DeviceQueue> {
@@ -223,6 +233,20 @@ impl DeviceQueue {
     /// What goes over it.
     pub fn layer(&self) -> Layer {
         self.layer
+    }
+
+    /// Whether it is a packet socket: its virtio-net header is of 10 bytes, and VLAN tags stand beside the frames.
+    pub fn is_packet_socket(&self) -> bool {
+        self.is_packet_socket
+    }
+
+    /// Bytes at the start of what the guest reads or writes for a frame, header included, that do not go over the device.
+    pub fn omitted(&self) -> usize {
+        match self.layer {
+            Layer::Ethernet if self.is_packet_socket => NUM_BUFFERS,
+            Layer::Ethernet => 0,
+            Layer::Ip => ETHERNET_HEADER,
+        }
     }
 
     /// Whether the queue may refuse a frame now and take it later.
@@ -271,7 +295,11 @@ impl DeviceQueue {
         if self.steering != from {
             return Ok(false);
         }
-        ioctl::tun_set_queue(self.as_fd(), to == Steering::Attached)?;
+        let attached = to == Steering::Attached;
+        match &self.group {
+            Some((group, place)) => group.steer(self.as_fd(), *place, attached)?,
+            None => ioctl::tun_set_queue(self.as_fd(), attached)?,
+        }
         self.steering = to;
         Ok(true)
     }

@@ -9,7 +9,8 @@ use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
 };
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoMacVtap, InfoTun, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoMacVlan, InfoMacVtap, InfoTun, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
+    LinkMessage,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -26,8 +27,10 @@ pub(crate) struct Link {
     pub(crate) master: Option<u32>,
     /// Its hardware address.
     pub(crate) mac: Option<[u8; 6]>,
-    /// Whether it is a MACVTAP that takes frames to any address (mode passthru).
+    /// Whether it is a MACVTAP or MACVLAN that takes frames to any address (mode passthru).
     pub(crate) takes_all: bool,
+    /// Whether it carries Ethernet frames.
+    pub(crate) is_ethernet: bool,
     pub(crate) tun: TunInfo,
 }
 
@@ -114,21 +117,37 @@ pub(crate) fn make_macvtap(
     mode: MacvtapMode,
     mac: Option<[u8; 6]>,
 ) -> io::Result<CreatedLink> {
+    let data = InfoData::MacVtap(vec![InfoMacVtap::Mode(kernel_mode(mode))]);
+    make(name, parent, vec![LinkInfo::Kind(InfoKind::MacVtap), LinkInfo::Data(data)], mac)
+}
+
+/// Makes a MACVLAN on the interface with index `parent`.
+pub(crate) fn make_macvlan(
+    name: &str,
+    parent: u32,
+    mode: MacvtapMode,
+    mac: Option<[u8; 6]>,
+) -> io::Result<CreatedLink> {
+    let data = InfoData::MacVlan(vec![InfoMacVlan::Mode(kernel_mode(mode))]);
+    make(name, parent, vec![LinkInfo::Kind(InfoKind::MacVlan), LinkInfo::Data(data)], mac)
+}
+
+fn kernel_mode(mode: MacvtapMode) -> netlink_packet_route::link::MacVtapMode {
     use netlink_packet_route::link::MacVtapMode as Kernel;
-    let mode = match mode {
+    match mode {
         MacvtapMode::Bridge => Kernel::Bridge,
         MacvtapMode::Vepa => Kernel::Vepa,
         MacvtapMode::Private => Kernel::Private,
         MacvtapMode::Passthru => Kernel::Passthrough,
-    };
+    }
+}
+
+fn make(name: &str, parent: u32, info: Vec<LinkInfo>, mac: Option<[u8; 6]>) -> io::Result<CreatedLink> {
     let mut message = LinkMessage::default();
     message.attributes.extend([
         LinkAttribute::IfName(name.to_owned()),
         LinkAttribute::Link(parent),
-        LinkAttribute::LinkInfo(vec![
-            LinkInfo::Kind(InfoKind::MacVtap),
-            LinkInfo::Data(InfoData::MacVtap(vec![InfoMacVtap::Mode(mode)])),
-        ]),
+        LinkAttribute::LinkInfo(info),
     ]);
     message.attributes.extend(mac.map(|mac| LinkAttribute::Address(mac.to_vec())));
     let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
@@ -253,6 +272,7 @@ fn request_on(socket: &Socket, payload: RouteNetlinkMessage, flags: u16) -> io::
 fn read_link(message: &LinkMessage) -> Link {
     let mut link =
         Link { index: message.header.index, is_up: message.header.flags.contains(LinkFlags::Up), ..Link::default() };
+    link.is_ethernet = message.header.link_layer_type == LinkLayerType::Ether;
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = u16::try_from(*mtu).ok(),
@@ -272,8 +292,10 @@ fn read_info(info: &LinkInfo, link: &mut Link) {
             attributes.iter().for_each(|attribute| read_tun(attribute, &mut link.tun));
         }
         LinkInfo::Data(InfoData::MacVtap(attributes)) => {
-            let passthru = InfoMacVtap::Mode(netlink_packet_route::link::MacVtapMode::Passthrough);
-            link.takes_all = attributes.contains(&passthru);
+            link.takes_all = attributes.contains(&InfoMacVtap::Mode(kernel_mode(MacvtapMode::Passthru)));
+        }
+        LinkInfo::Data(InfoData::MacVlan(attributes)) => {
+            link.takes_all = attributes.contains(&InfoMacVlan::Mode(kernel_mode(MacvtapMode::Passthru)));
         }
         _ => {}
     }

@@ -1,7 +1,8 @@
 //! The stage: private memory of ours through which frames go to or come from a device queue, many at a time.
 //!
 //! Slots of equal length, and a list of jobs: which slot, how many bytes. [`Stage::write`] and [`Stage::read`] do the
-//! jobs in order, through one batch of io_uring where that is better, else by a system call each. What became of a job
+//! jobs in order, through one batch of io_uring (or `sendmmsg` and `recvmmsg`, for a packet socket) where that is better,
+//! else by a system call each. What became of a job
 //! is told the same way for both, so those who use a stage do not know which it was.
 //!
 //! Order is kept exactly. A write that the device does not take now holds back those after it, which stay undone
@@ -16,8 +17,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use super::DeviceQueue;
+use super::mmsg::Messages;
 use super::uring::{self, Operation, Uring};
+use super::{DeviceQueue, VlanTag};
 
 /// From how many frames on a batch is worth its setting up.
 const BATCH_MIN: usize = 4;
@@ -79,6 +81,19 @@ pub struct Job {
     /// Which bytes of the slot.
     pub(super) bytes: Range<usize>,
     pub(super) result: Result<usize, Errno>,
+    /// A VLAN tag that belongs into the frame that was read.
+    pub(super) tag: Option<VlanTag>,
+}
+
+/// What became of a frame's transfer.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    /// Where the frame is.
+    pub slot: usize,
+    /// How many bytes were moved. `CANCELED` where it was not tried.
+    pub result: Result<usize, Errno>,
+    /// A VLAN tag that belongs into the frame that was read.
+    pub tag: Option<VlanTag>,
 }
 
 /// See the file's head.
@@ -96,13 +111,20 @@ pub struct Stage {
 enum Memory {
     Plain(Box<[u8]>),
     Ring(Uring),
+    /// Of a packet socket.
+    Messages(Box<[u8]>, Messages),
 }
 
 impl Stage {
     /// A stage of `slots` slots of `slot_len` bytes for `device`. Memory is taken as it is used.
     pub fn new(device: &DeviceQueue, io: Io, slots: usize, slot_len: usize) -> Stage {
-        let memory = Memory::Plain(vec![0; slots * slot_len].into_boxed_slice());
-        let omitted = device.layer().omitted();
+        let memory = vec![0; slots * slot_len].into_boxed_slice();
+        let memory = if device.is_packet_socket() {
+            Memory::Messages(memory, Messages::new(slots))
+        } else {
+            Memory::Plain(memory)
+        };
+        let omitted = device.omitted();
         Stage { memory, slot_len, omitted, io, may_block: device.may_block(), jobs: Vec::with_capacity(slots) }
     }
 
@@ -118,7 +140,7 @@ impl Stage {
 
     fn memory(&self) -> &[u8] {
         match &self.memory {
-            Memory::Plain(memory) => memory,
+            Memory::Plain(memory) | Memory::Messages(memory, _) => memory,
             Memory::Ring(uring) => uring.memory(),
         }
     }
@@ -135,7 +157,7 @@ impl Stage {
     pub fn slot_mut(&mut self, slot: usize) -> &mut [u8] {
         let from = slot * self.slot_len;
         let memory = match &mut self.memory {
-            Memory::Plain(memory) => memory,
+            Memory::Plain(memory) | Memory::Messages(memory, _) => memory,
             Memory::Ring(uring) => uring.memory_mut(),
         };
         memory.get_mut(from..from + self.slot_len).unwrap_or_default()
@@ -150,19 +172,26 @@ impl Stage {
     /// Adds a job on the first `len` bytes of slot `slot`, but for those that do not go over the device.
     #[inline]
     pub fn add(&mut self, slot: usize, len: usize) {
-        self.jobs.push(Job { slot, bytes: self.omitted..len.min(self.slot_len), result: Err(Errno::CANCELED) });
+        self.jobs.push(Job {
+            slot,
+            bytes: self.omitted..len.min(self.slot_len),
+            result: Err(Errno::CANCELED),
+            tag: None,
+        });
     }
 
-    /// What became of the jobs, in order: the slot, and how many bytes were moved. `CANCELED` is one that was not tried.
-    pub fn results(&self) -> impl Iterator<Item = (usize, Result<usize, Errno>)> {
-        self.jobs.iter().map(|job| (job.slot, job.result))
+    /// What became of the jobs, in order.
+    pub fn outcomes(&self) -> impl Iterator<Item = Outcome> {
+        self.jobs.iter().map(|&Job { slot, result, tag, .. }| Outcome { slot, result, tag })
     }
 
     /// Writes the jobs' bytes to `device`, each a frame, until one is refused that may be taken later.
     pub fn write(&mut self, device: &DeviceQueue) {
         let mut at = 0;
         while at < self.jobs.len() {
-            if self.takes_batch(device, self.jobs.len() - at) {
+            if device.is_packet_socket() {
+                self.write_messages(device.as_fd(), at);
+            } else if self.takes_batch(device, self.jobs.len() - at) {
                 self.write_batch(at);
             } else {
                 self.write_singly(device.as_fd(), at);
@@ -196,6 +225,18 @@ impl Stage {
         }
     }
 
+    /// Writes the jobs from `first` on to a packet socket, up to one that is refused.
+    fn write_messages(&mut self, socket: BorrowedFd<'_>, first: usize) {
+        let Memory::Messages(memory, messages) = &mut self.memory else { return };
+        let count = if self.io == Io::Syscall { 1 } else { usize::MAX };
+        let jobs = self.jobs.get_mut(first..).unwrap_or_default();
+        let jobs = jobs.split_at_mut(count.min(jobs.len())).0;
+        messages.send(socket, memory, self.slot_len, jobs);
+        if jobs.first().is_some_and(|job| matches!(job.result, Err(Errno::NOBUFS | Errno::NOMEM | Errno::INTR))) {
+            messages.send(socket, memory, self.slot_len, jobs);
+        }
+    }
+
     fn write_batch(&mut self, first: usize) {
         let operation = if self.may_block { Operation::WriteLinked } else { Operation::Write };
         self.transfer(operation, first);
@@ -216,6 +257,9 @@ impl Stage {
 
     /// Reads a frame into each job's slot, for as long as `device` has some.
     pub fn read(&mut self, device: &DeviceQueue) {
+        if let Memory::Messages(memory, messages) = &mut self.memory {
+            return messages.receive(device.as_fd(), memory, self.slot_len, &mut self.jobs);
+        }
         if self.takes_batch(device, self.jobs.len()) {
             return self.transfer(Operation::Read, 0);
         }

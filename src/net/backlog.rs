@@ -4,15 +4,15 @@
 //! dropped; new frames are read only into an empty backlog, so the slots' order is the frames' order.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::framing::{Framing, put_tag};
 use super::header::{HEADER_LEN, VnetHeader};
-use super::ip_link::{Answer, IpLink};
+use super::ip_link::Answer;
 use super::{ETH_HEADER, FRAME_MAX, Pump, Uplink};
-use crate::device::DeviceQueue;
-use crate::device::stage::Stage;
+use crate::device::stage::{Outcome, Stage};
+use crate::device::{DeviceQueue, VlanTag};
 use crate::metrics::PairCounters;
 
 /// How many frames are read at a time at most.
@@ -27,8 +27,7 @@ pub struct HeldFrame(Vec<u8>, usize);
 /// See the file's head.
 pub(super) struct Backlog {
     stage: Stage,
-    /// What makes frames of a device's packets.
-    link: Option<Arc<IpLink>>,
+    framing: Framing,
     waiting: VecDeque<Waiting>,
 }
 
@@ -39,24 +38,27 @@ struct Waiting {
     len: usize,
     /// How many of its segments were delivered, if it has to be cut.
     delivered: usize,
+    /// A VLAN tag that is not in it yet.
+    tag: Option<VlanTag>,
 }
 
 impl Backlog {
     /// The backlog of a ring that starts, with the frames that one before it left.
     pub(super) fn new(uplink: &Uplink<'_>, left: Vec<HeldFrame>) -> Backlog {
         let stage = Stage::new(uplink.device, uplink.io, SLOTS, SLOT_LEN);
-        let mut backlog = Backlog { stage, link: uplink.link.clone(), waiting: VecDeque::with_capacity(SLOTS) };
+        let mut backlog = Backlog { stage, framing: uplink.framing.clone(), waiting: VecDeque::with_capacity(SLOTS) };
         for (slot, HeldFrame(frame, delivered)) in left.into_iter().take(SLOTS).enumerate() {
             backlog.stage.slot_mut(slot).iter_mut().zip(&frame).for_each(|(to, from)| *to = *from);
-            backlog.waiting.push_back(Waiting { slot, len: frame.len(), delivered });
+            backlog.waiting.push_back(Waiting { slot, len: frame.len(), delivered, tag: None });
         }
         backlog
     }
 
     /// The frames that wait, for the next start of the ring.
     pub(super) fn into_held(self) -> Vec<HeldFrame> {
-        let frame =
-            |Waiting { slot, len, delivered }| Some(HeldFrame(self.stage.slot(slot).get(..len)?.to_vec(), delivered));
+        let frame = |Waiting { slot, len, delivered, .. }| {
+            Some(HeldFrame(self.stage.slot(slot).get(..len)?.to_vec(), delivered))
+        };
         self.waiting.iter().copied().filter_map(frame).collect()
     }
 
@@ -110,7 +112,7 @@ impl Backlog {
         if let Some(place) = self.stage.slot_mut(0).first_chunk_mut() {
             *place = header.to_bytes();
         }
-        self.waiting.push_back(Waiting { slot: 0, len: HEADER_LEN + len, delivered: 0 });
+        self.waiting.push_back(Waiting { slot: 0, len: HEADER_LEN + len, delivered: 0, tag: None });
     }
 
     /// Puts a frame of ours here; only into an empty backlog.
@@ -120,7 +122,7 @@ impl Backlog {
         if let Some((header, place)) = self.stage.slot_mut(0).get_mut(..len).and_then(<[u8]>::split_first_chunk_mut) {
             *header = VnetHeader::default().to_bytes();
             place.copy_from_slice(frame);
-            self.waiting.push_back(Waiting { slot: 0, len, delivered: 0 });
+            self.waiting.push_back(Waiting { slot: 0, len, delivered: 0, tag: None });
         }
     }
 
@@ -136,8 +138,8 @@ impl Backlog {
         self.stage.read(device);
         // A frame may come between two reads: what ended the last read counts, not one before it.
         let mut end = None;
-        let omitted = device.layer().omitted();
-        for (slot, result) in self.stage.results() {
+        let omitted = device.omitted();
+        for Outcome { slot, result, tag } in self.stage.outcomes() {
             end = match result.map(|len| (len, len + omitted)) {
                 Ok((0, _)) => Some(Pump::DeviceLost),
                 Ok((_, len)) if len < HEADER_LEN + ETH_HEADER => {
@@ -149,7 +151,7 @@ impl Backlog {
                     None
                 }
                 Ok((_, len)) => {
-                    self.waiting.push_back(Waiting { slot, len, delivered: 0 });
+                    self.waiting.push_back(Waiting { slot, len, delivered: 0, tag });
                     None
                 }
                 Err(Errno::CANCELED) => end,
@@ -162,23 +164,35 @@ impl Backlog {
     }
 }
 
-/// Of packets.
 impl Backlog {
-    /// Makes frames of the packets that were just read.
+    /// Makes of what was just read what the guest gets.
     fn enclose(&mut self, counters: &PairCounters) {
-        let Backlog { stage, link: Some(link), waiting } = self else { return };
-        waiting.retain(|Waiting { slot, len, .. }| {
-            let is_packet = stage.slot_mut(*slot).get_mut(..*len).is_some_and(|bytes| link.enclose(bytes));
-            counters.rx_drop_short.add(u64::from(!is_packet));
-            is_packet
+        let Backlog { stage, framing, waiting } = self;
+        if matches!(framing, Framing::Whole) {
+            return;
+        }
+        waiting.retain_mut(|Waiting { slot, len, tag, .. }| {
+            let bytes = stage.slot_mut(*slot);
+            let is_frame = bytes.get_mut(..*len).is_some_and(|bytes| framing.enclose(bytes));
+            let tagged = tag.take().map_or(Some(*len), |tag| put_tag(bytes, *len, tag)).filter(|_| is_frame);
+            *len = tagged.unwrap_or(*len);
+            counters.rx_drop_short.add(u64::from(tagged.is_none()));
+            tagged.is_some()
         });
+    }
+
+    /// Puts a VLAN tag into the oldest frame.
+    pub(super) fn put_tag(&mut self, tag: VlanTag) {
+        let Some(Waiting { slot, len, .. }) = self.waiting.front_mut() else { return };
+        *len = put_tag(self.stage.slot_mut(*slot), *len, tag).unwrap_or(*len);
     }
 }
 
 /// What follows from the kernel's refusal, if not that there is to be read again: the one place where that is decided.
 pub(super) fn after_read_error(error: Errno, counters: &PairCounters) -> Option<Pump> {
     match error {
-        Errno::AGAIN => Some(Pump::Drained),
+        // A packet socket says once that its interface went down.
+        Errno::AGAIN | Errno::NETDOWN => Some(Pump::Drained),
         Errno::BADFD | Errno::NXIO | Errno::CONNRESET => Some(Pump::DeviceLost),
         // The kernel takes a frame out of its queue before it finds that it cannot be handed over.
         Errno::INVAL | Errno::FAULT => {

@@ -7,6 +7,7 @@ pub mod config_space;
 pub mod control;
 pub mod features;
 pub mod filter;
+pub mod framing;
 pub mod header;
 pub mod ip_link;
 pub mod rx;
@@ -14,11 +15,9 @@ pub mod segment;
 pub mod tx;
 mod window;
 
-use std::sync::Arc;
-
-use crate::device::{DeviceQueue, Io};
+use crate::device::{DeviceQueue, Io, VlanTag};
 use coalesce::Coalesce;
-use ip_link::IpLink;
+use framing::Framing;
 
 /// The host's side of a queue pair, and how frames are moved there.
 #[derive(Clone)]
@@ -29,8 +28,8 @@ pub struct Uplink<'a> {
     pub io: Io,
     /// What may go as one.
     pub coalesce: Coalesce,
-    /// What there is of a network where the device has packets only.
-    pub link: Option<Arc<IpLink>>,
+    /// How frames stand there.
+    pub framing: &'a Framing,
 }
 
 /// How a pass over one direction ended. Ordinary ends, all of them.

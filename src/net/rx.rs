@@ -24,7 +24,6 @@
 //! entries follow each other. Then the buffers before it are returned unused too, before anything is written.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -32,12 +31,13 @@ use rustix::io::Errno;
 use super::backlog::{Backlog, after_read_error};
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
+use super::framing::Framing;
 use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx};
-use super::ip_link::{self, Answer, IpLink};
+use super::ip_link::Answer;
 use super::segment::{Need as Work, Plan, complete_checksum, plan};
 use super::window::{Filled, Need, Window};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
-use crate::device::{DeviceQueue, Layer};
+use crate::device::DeviceQueue;
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::{Queue, RingBroken};
@@ -81,9 +81,8 @@ pub struct Rx {
     held: bool,
     /// What the backlog's oldest frame needs, once that was looked at.
     work: Option<Work>,
-    /// What there is of a network, where the device has packets only.
-    link: Option<Arc<IpLink>>,
-    /// What it has to say to the guest.
+    framing: Framing,
+    /// What the gateway has to say to the guest.
     answers: VecDeque<Answer>,
     /// A segment's headers, the virtio-net header before them; or the start of a frame that is read.
     headers: Box<[u8; HEADER_LEN + PROTOCOL_HEADERS_MAX]>,
@@ -122,7 +121,7 @@ impl Rx {
             ready: 0,
             held: false,
             work: None,
-            link: uplink.link.clone(),
+            framing: uplink.framing.clone(),
             answers: VecDeque::with_capacity(ANSWERS_MAX),
             headers: Box::new([0; HEADER_LEN + PROTOCOL_HEADERS_MAX]),
             unfinished: 0,
@@ -222,13 +221,11 @@ impl Rx {
 
     /// Reads one frame straight into the window.
     fn receive_one(&mut self, queue: &mut Queue, device: &DeviceQueue, counters: &PairCounters) -> Step {
-        let (omitted, start_len) = match device.layer() {
-            Layer::Ethernet => (0, HEADER_LEN),
-            Layer::Ip => (ETH_HEADER, HEADER_LEN + ETH_HEADER + ip_link::PEEK),
-        };
+        let (omitted, start_len) = self.framing.private_start();
         let room = self.window.read_room().max(start_len) - HEADER_LEN;
         let place = self.headers.get_mut(omitted..start_len).unwrap_or_default();
-        let len = match self.window.read(device.as_fd(), place, start_len, self.backlog.spill()) {
+        let mut tag = None;
+        let len = match self.window.read(device, (place, start_len), self.backlog.spill(), &mut tag) {
             Ok(len) if len + omitted >= HEADER_LEN + ETH_HEADER => len + omitted - HEADER_LEN,
             Ok(0) => return Step::End(Pump::DeviceLost),
             Ok(_) => return Step::Counted(|c| &c.rx_drop_short),
@@ -243,14 +240,14 @@ impl Rx {
         if len > FRAME_MAX {
             return Step::Counted(|c| &c.rx_drop_too_large);
         }
-        let Rx { window, backlog, headers, link, answers, .. } = self;
+        let Rx { window, backlog, headers, framing, answers, .. } = self;
         let start = headers.get_mut(..start_len.min(HEADER_LEN + len)).unwrap_or_default();
-        if link.as_ref().is_some_and(|link| !link.enclose(start)) {
+        if !framing.enclose(start) {
             return Step::Counted(|c| &c.rx_drop_short);
         }
         let Some((header, first)) = start.split_first_chunk() else { return Step::Counted(|c| &c.rx_drop_short) };
         let header = VnetHeader::from_bytes(header);
-        let question = link.as_ref().and_then(|link| link.question(first));
+        let question = framing.link().and_then(|link| link.question(first));
         question.into_iter().for_each(|question| say(answers, question, counters));
         let put_together = |backlog: &mut Backlog| {
             backlog.put_together(header, len, room, |frame| {
@@ -258,6 +255,11 @@ impl Rx {
                 frame.iter_mut().zip(first).for_each(|(to, from)| *to = *from);
             });
         };
+        if let Some(tag) = tag {
+            put_together(backlog);
+            backlog.put_tag(tag);
+            return Step::Again;
+        }
         if len > room {
             put_together(backlog);
             self.held = true;
@@ -282,7 +284,7 @@ impl Rx {
 
     /// Has the gateway ask for the guest's address, if that is not known, and a packet came for it.
     fn ask_for_guest(&mut self, counters: &PairCounters) {
-        let Rx { link: Some(link), backlog, answers, .. } = self else { return };
+        let Rx { framing: Framing::Packets(link), backlog, answers, .. } = self else { return };
         let front = backlog.front().and_then(|(_, bytes)| bytes.get(HEADER_LEN..));
         let question = front.and_then(|frame| link.question(frame));
         question.into_iter().for_each(|question| say(answers, question, counters));

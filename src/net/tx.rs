@@ -21,11 +21,12 @@ use rustix::io::Errno;
 
 use super::coalesce::{Coalesce, Run, Segment};
 use super::filter::Mac;
+use super::framing::Framing;
 use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
-use super::ip_link::{Answer, IpLink, Way};
+use super::ip_link::{Answer, Way};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
-use crate::device::stage::Stage;
+use crate::device::stage::{Outcome, Stage};
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::iovec::{IOV_MAX, Part};
@@ -57,8 +58,7 @@ pub struct Tx {
     expected: Option<Mac>,
     /// That other one.
     unexpected: Option<Mac>,
-    /// What there is of a network, where the device takes packets only.
-    link: Option<Arc<IpLink>>,
+    framing: Framing,
     /// The gateway's, for the guest.
     answers: Vec<Answer>,
 }
@@ -104,7 +104,7 @@ impl Tx {
             bounce: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
             expected: device.address(),
             unexpected: None,
-            link: uplink.link.clone(),
+            framing: uplink.framing.clone(),
             answers: Vec::with_capacity(ANSWERS_MAX),
         }
     }
@@ -201,7 +201,7 @@ impl Tx {
             return dropped(head, |c| &c.tx_drop_bad_header);
         };
         let pieces = chain.readable();
-        match self.link.as_ref().map_or(Way::Device, |link| link.way(self.staged(self.frames.len(), staged))) {
+        match self.framing.link().map_or(Way::Device, |link| link.way(self.staged(self.frames.len(), staged))) {
             Way::Device => Frame { head, len, staged, pieces, segment, run: 1, fate: Fate::ToSend },
             Way::Neighbour => Frame { head, len, staged, pieces, segment: None, run: 1, fate: Fate::ForGateway },
             Way::Nowhere => dropped(head, |c| &c.tx_drop_not_ip),
@@ -297,9 +297,7 @@ impl Tx {
             match frame.fate {
                 Fate::ToSend if frame.is_gathered() => break,
                 Fate::ToSend => {
-                    if self.link.is_some() {
-                        IpLink::cut(self.stage.slot_mut(*at));
-                    }
+                    self.framing.cut(self.stage.slot_mut(*at));
                     self.stage.add(*at, frame.len);
                 }
                 Fate::Sent | Fate::ForGateway | Fate::Dropped(_) => {}
@@ -307,7 +305,7 @@ impl Tx {
             *at += 1;
         }
         self.stage.write(device);
-        for (slot, result) in self.stage.results() {
+        for Outcome { slot, result, .. } in self.stage.outcomes() {
             match fate(result) {
                 Ok(fate) => self.frames.get_mut(slot).into_iter().for_each(|frame| frame.fate = fate),
                 Err(stopped) => return Some(stopped),
@@ -318,9 +316,7 @@ impl Tx {
 
     /// Sends the frame or run that begins at `at` from the stage and from guest memory.
     fn send_gathered(&mut self, at: &mut usize, device: &DeviceQueue) -> Option<Pump> {
-        if self.link.is_some() {
-            IpLink::cut(self.stage.slot_mut(*at));
-        }
+        self.framing.cut(self.stage.slot_mut(*at));
         let mut sent = self.write(*at, device);
         if sent.is_err_and(is_passing) {
             sent = self.write(*at, device);
@@ -349,7 +345,7 @@ impl Tx {
         let parts = frames.iter().enumerate().map(|(index, frame)| {
             // The headers of the first are those of the whole.
             let later = frame.segment.filter(|_| index > 0);
-            let headers = later.map_or(device.layer().omitted(), |segment| HEADER_LEN + segment.headers_len());
+            let headers = later.map_or(device.omitted(), |segment| HEADER_LEN + segment.headers_len());
             let private = stage.slot(at + index).get(headers..frame.staged).unwrap_or_default();
             Part { private, pieces: frame.pieces.clone(), skip: frame.staged }
         });
@@ -388,7 +384,7 @@ impl Tx {
                 Fate::ForGateway => {
                     counters.tx_neighbour_requests.add(1);
                     let request = self.stage.slot(slot).get(HEADER_LEN..frame.staged).unwrap_or_default();
-                    let answer = self.link.as_ref().and_then(|link| link.answer(request));
+                    let answer = self.framing.link().and_then(|link| link.answer(request));
                     if self.answers.len() < ANSWERS_MAX {
                         self.answers.extend(answer);
                     } else if answer.is_some() {
@@ -435,7 +431,7 @@ fn fate(result: Result<usize, Errno>) -> Result<Fate, Pump> {
         Err(Errno::BADFD | Errno::NXIO | Errno::PIPE | Errno::CONNRESET) => Err(Pump::DeviceLost),
         // Not tried, though nothing before it stopped the others: the next pass does.
         Err(Errno::CANCELED) => Err(Pump::BudgetSpent),
-        Err(Errno::IO) => Ok(Fate::Dropped(|c| &c.tx_drop_link_down)),
+        Err(Errno::IO | Errno::NETDOWN) => Ok(Fate::Dropped(|c| &c.tx_drop_link_down)),
         Err(Errno::NOBUFS | Errno::NOMEM) => Ok(Fate::Dropped(|c| &c.tx_drop_no_memory)),
         Err(_) => Ok(Fate::Dropped(|c| &c.tx_drop_refused)),
     }

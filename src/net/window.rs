@@ -4,11 +4,13 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use super::filter::FILTER_LEN;
 use super::header::{HEADER_LEN, VnetHeader};
+use crate::device::mmsg::CONTROL_LEN;
+use crate::device::{DeviceQueue, VlanTag};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
 use crate::virtqueue::iovec::IOV_MAX;
@@ -156,17 +158,23 @@ impl Window {
     }
 
     /// Reads one frame: its start to `start`, then the guest's buffers without their first `skip` bytes, which are the
-    /// start's place, then `private`.
+    /// start's place, then `private`. A VLAN tag that belongs into it is told in `tag`.
     #[inline]
     pub(super) fn read(
         &mut self,
-        device: BorrowedFd<'_>,
-        start: &mut [u8],
-        skip: usize,
+        device: &DeviceQueue,
+        (start, skip): (&mut [u8], usize),
         private: &mut [u8],
+        tag: &mut Option<VlanTag>,
     ) -> io::Result<usize> {
-        let pieces = self.read_pieces();
-        self.iovecs.readv(device, start, (pieces, skip), private)
+        let pieces = (self.read_pieces(), skip);
+        if !device.is_packet_socket() {
+            return self.iovecs.readv(device.as_fd(), start, pieces, private);
+        }
+        let mut control = [0; CONTROL_LEN];
+        let (len, control_len) = self.iovecs.recvmsg(device.as_fd(), start, pieces, (private, &mut control))?;
+        *tag = VlanTag::from_control(control.get(..control_len).unwrap_or_default());
+        Ok(len)
     }
 
     /// The first bytes of the frame that was just read, as they are in guest memory.

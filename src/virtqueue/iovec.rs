@@ -158,6 +158,33 @@ impl GuestIovecs {
         result(unsafe { libc::readv(fd.as_raw_fd(), self.call.as_ptr(), count(&self.call)) })
     }
 
+    /// As [`GuestIovecs::readv`], from a socket, with the control messages that go with it; tells both lengths.
+    ///
+    /// # Errors
+    /// What `recvmsg(2)` says; `EMSGSIZE` also where there are more than [`IOV_MAX`] pieces.
+    pub fn recvmsg(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        head: &mut [u8],
+        (range, skip): (Range<usize>, usize),
+        (tail, control): (&mut [u8], &mut [u8]),
+    ) -> io::Result<(usize, usize)> {
+        self.call.clear();
+        self.call.push(libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
+        gather(&mut self.call, &self.list, range, skip);
+        self.call.push(libc::iovec { iov_base: tail.as_mut_ptr().cast(), iov_len: tail.len() });
+        // SAFETY: all zeros is a valid msghdr: null pointers and lengths of 0.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = self.call.as_mut_ptr();
+        message.msg_iovlen = self.call.len() as _;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = control.len() as _;
+        // SAFETY: `message` names the iovecs of `call`, of which each is memory of ours or of the guest as in `readv`, and
+        // `control`, borrowed mutably until the call returns.
+        let len = result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) })?;
+        Ok((len, message.msg_controllen as usize))
+    }
+
     fn slices(&self, range: Range<usize>, mut skip: usize) -> impl Iterator<Item = VolatileSlice<'_>> {
         self.list.get(range).unwrap_or_default().iter().filter_map(move |piece| {
             let here = skip.min(piece.iov_len);

@@ -142,14 +142,16 @@ impl QueuePair {
     }
 
     fn uplink(&self) -> Uplink<'_> {
-        Uplink { device: &self.device, io: self.io, coalesce: self.coalesce, link: self.link.clone() }
+        Uplink { device: &self.device, io: self.io, coalesce: self.coalesce, framing: &self.framing }
     }
 
     /// Puts a frame of ours, with its virtio-net header, on the device.
     ///
     /// # Errors
     /// What `write(2)` says.
-    pub fn inject(&mut self, frame: &[u8]) -> io::Result<()> {
-        rustix::io::write(&self.device, frame).map(drop).map_err(io::Error::from)
+    pub fn inject(&mut self, frame: &mut [u8]) -> io::Result<()> {
+        self.framing.cut(frame);
+        let taken = frame.get(self.device.omitted()..).unwrap_or_default();
+        rustix::io::write(&self.device, taken).map(drop).map_err(io::Error::from)
     }
 }

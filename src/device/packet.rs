@@ -1,0 +1,332 @@
+//! An existing interface, or a MACVLAN that is made, through packet sockets (packet(7)).
+//!
+//! The facts behind it:
+//! * several sockets are a fan-out group: a program of ours picks the socket for each frame by its place in the group,
+//!   which is the order of joining. So a queue that the guest does not use gets no frames;
+//! * a socket sees what the host's own stack sends over the interface too, unless told not to;
+//! * an interface lets in frames to its own address and to groups that somebody on the host joined; the guest's groups,
+//!   without which it has no IPv6, are asked for as all groups;
+//! * the kernel takes VLAN tags out of frames and tells them beside (`mmsg`);
+//! * there is no setting which unfinished frames come: all kinds do, and `net::segment` finishes them for a guest that
+//!   takes no such frames;
+//! * an interface that goes down says so once (`ENETDOWN`), and its sockets work again when it is up.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use thiserror::Error;
+
+use super::ioctl::Membership;
+use super::macvtap::ShownMac;
+use super::name::InterfaceName;
+use super::netlink::{self, CreatedLink, Link, MacvtapMode};
+use super::{Device, DeviceQueue, Driver, Kind, Layer, Steering, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
+use super::{TUN_F_USO4, TUN_F_USO6, bpf, ioctl};
+
+/// How to open an interface.
+#[derive(Clone, Debug)]
+pub struct Existing {
+    /// The interface; a MACVLAN that is made has a name of its own if not given.
+    pub name: Option<InterfaceName>,
+    /// What to make a MACVLAN on, and how; the interface must exist if not given.
+    pub parent: Option<(InterfaceName, MacvtapMode)>,
+    /// How many sockets to open.
+    pub queue_pairs: u16,
+    /// The guest's address; the interface's if not given.
+    pub mac: Option<[u8; 6]>,
+    /// The MTU of one that is made.
+    pub mtu: Option<u16>,
+    /// Whether frames to other addresses come too.
+    pub promiscuous: bool,
+}
+
+/// Why an interface cannot be used.
+#[derive(Debug, Error)]
+pub enum PacketError {
+    /// There is none of that name.
+    #[error(
+        "There is no interface {name:?}; 'ip link' lists them, --netns names another network namespace, and \
+         --macvlan-parent IF has a MACVLAN made"
+    )]
+    Missing {
+        /// The interface.
+        name: String,
+    },
+    /// It is of a kind that this is not for.
+    #[error("Interface {name:?} is {kind}; {instead}")]
+    WrongKind {
+        /// The interface.
+        name: String,
+        /// What it is.
+        kind: &'static str,
+        /// What to use.
+        instead: &'static str,
+    },
+    /// Sockets of an interface that is down cannot be a group.
+    #[error("Interface {name:?} is down, and several queue pairs need it up: 'ip link set {name} up'")]
+    Down {
+        /// The interface.
+        name: String,
+    },
+    /// What a MACVLAN is to be made on does not exist.
+    #[error("--macvlan-parent {parent:?}: there is no such interface; 'ip link' lists them")]
+    NoParent {
+        /// The interface that is not there.
+        parent: String,
+    },
+    /// A MACVLAN cannot be made.
+    #[error("Cannot make MACVLAN {name:?} on {parent:?}{}", hint_make(cause))]
+    Make {
+        /// The interface.
+        name: String,
+        /// What it was to be made on.
+        parent: String,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+    /// Netlink did not answer.
+    #[error("Cannot look up interface {name:?}")]
+    Lookup {
+        /// The interface.
+        name: String,
+        /// What went wrong.
+        #[source]
+        cause: io::Error,
+    },
+    /// There is no socket, or it cannot be set up.
+    #[error("Cannot open a packet socket on {name:?} ({what}){}", hint_open(cause))]
+    Open {
+        /// The interface.
+        name: String,
+        /// What failed.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+fn hint_make(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EPERM) => {
+            ": this user may not; make it as root with 'ip link add link IF name NAME type macvlan mode bridge' and name it \
+             with --interface"
+        }
+        Some(libc::EBUSY) => ": it is a port of a bridge, has MACVTAPs of another kind, or a MACVLAN in mode passthru",
+        Some(libc::EEXIST) => ": an interface of that name exists",
+        Some(libc::EOPNOTSUPP) => ": the kernel has no MACVLAN; load it with 'modprobe macvlan'",
+        _ => "",
+    }
+}
+
+fn hint_open(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EPERM) => {
+            ": this user may not; give the program CAP_NET_RAW (as root: 'setcap cap_net_raw+ep' on it), or start it as root"
+        }
+        Some(libc::ENOPROTOOPT) => ": this kernel is too old; Linux 4.20 is needed",
+        _ => "",
+    }
+}
+
+/// Opens the interface that `how` names, or makes a MACVLAN, which goes away with the device.
+///
+/// # Errors
+/// [`PacketError`], which says what to do about it.
+pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
+    let own_name = || format!("macvlan-{}", std::process::id());
+    let name = how.name.as_ref().map_or_else(own_name, |name| name.as_str().to_owned());
+    let lookup =
+        |name: &str| netlink::link_by_name(name).map_err(|cause| PacketError::Lookup { name: name.to_owned(), cause });
+    let existing = lookup(&name)?;
+    let created = match (&existing, &how.parent) {
+        (None, Some((parent, mode))) => {
+            let parent = parent.as_str();
+            let on = lookup(parent)?.ok_or_else(|| PacketError::NoParent { parent: parent.to_owned() })?;
+            Some(make(&name, (parent, &on), *mode, how)?)
+        }
+        (Some(_), Some((parent, _))) => {
+            log::warn!(
+                "Interface {name:?} is there already and is used as it is, not made on {:?} and not taken away",
+                parent.as_str()
+            );
+            None
+        }
+        _ => None,
+    };
+    let link = lookup(&name)?.ok_or_else(|| PacketError::Missing { name: name.clone() })?;
+    check(&name, &link, how)?;
+    let address = how.mac.or(link.mac).filter(|_| !how.promiscuous);
+    let queues = open_sockets(&name, link.index, how, address)?;
+    let verb = if created.is_some() { "Made" } else { "Opened" };
+    log::info!("{verb} interface {name:?} with {} packet socket(s), address {}", how.queue_pairs, ShownMac(address));
+    let device = Device {
+        name,
+        layer: Layer::Ethernet,
+        index: Some(link.index),
+        driver: Driver::Tun,
+        kind: Kind::Sockets,
+        offloads: offloads(),
+        mtu: link.mtu,
+        mac: address,
+        _created: created,
+    };
+    Ok((device, queues))
+}
+
+fn make(
+    name: &str,
+    (parent, on): (&str, &Link),
+    mode: MacvtapMode,
+    how: &Existing,
+) -> Result<CreatedLink, PacketError> {
+    let fault = |cause| PacketError::Make { name: name.to_owned(), parent: parent.to_owned(), cause };
+    let created = netlink::make_macvlan(name, on.index, mode, how.mac).map_err(fault)?;
+    if let Some(mtu) = how.mtu {
+        netlink::set_mtu(created.index(), mtu).map_err(fault)?;
+    }
+    netlink::set_up(created.index()).map_err(fault)?;
+    if !on.is_up {
+        log::warn!("Interface {parent:?} is down, no frames will pass: 'ip link set {parent} up'");
+    }
+    Ok(created)
+}
+
+/// Whether the interface will do; says what is odd about it.
+fn check(name: &str, link: &Link, how: &Existing) -> Result<(), PacketError> {
+    let wrong = |kind, instead| PacketError::WrongKind { name: name.to_owned(), kind, instead };
+    match link.kind.as_deref() {
+        Some("tun") => return Err(wrong("a TAP or TUN", "use --tap or --tun, which are made for that")),
+        Some("macvtap") => return Err(wrong("a MACVTAP", "use --macvtap, which is made for that")),
+        _ if !link.is_ethernet => {
+            return Err(wrong("no Ethernet interface", "name one with Ethernet frames, or route with --tun"));
+        }
+        _ => {}
+    }
+    if !link.is_up && how.queue_pairs > 1 {
+        return Err(PacketError::Down { name: name.to_owned() });
+    }
+    if !link.is_up {
+        log::warn!("Interface {name:?} is down, no frames will pass: 'ip link set {name} up'");
+    }
+    if let Some(address) = an_address(name) {
+        log::warn!(
+            "Interface {name:?} has address {address}: the host answers there too, beside the guest; take it away with \
+             'ip address flush dev {name}', or leave the guest an interface of its own"
+        );
+    }
+    if link.kind.as_deref() == Some("macvlan")
+        && !link.takes_all
+        && let Some(mac) = how.mac.filter(|mac| !how.promiscuous && Some(*mac) != link.mac)
+    {
+        log::warn!(
+            "MACVLAN {name:?} lets in frames to its own address only, which is not that of --mac: \
+             'ip link set {name} address {}'",
+            ShownMac(Some(mac))
+        );
+    }
+    Ok(())
+}
+
+/// An address of the interface that others may use; one of its link alone is there always.
+fn an_address(name: &str) -> Option<String> {
+    let all = nix::ifaddrs::getifaddrs().ok()?;
+    let addresses = all.filter(|address| address.interface_name == name).filter_map(|address| address.address);
+    addresses
+        .filter_map(|address| match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+            (Some(v4), _) => Some(v4.ip().to_string()),
+            (None, Some(v6)) if !v6.ip().is_unicast_link_local() => Some(v6.ip().to_string()),
+            _ => None,
+        })
+        .next()
+}
+
+fn open_sockets(
+    name: &str,
+    index: u32,
+    how: &Existing,
+    address: Option<[u8; 6]>,
+) -> Result<Vec<DeviceQueue>, PacketError> {
+    let group = (how.queue_pairs > 1).then(|| Arc::new(FanOut::default()));
+    let fault = |what| move |cause| PacketError::Open { name: name.to_owned(), what, cause };
+    let mut id = None;
+    (0..how.queue_pairs)
+        .map(|place| {
+            let socket = open_socket(name, index, address)?;
+            let steering = match &group {
+                None => Steering::Always,
+                Some(_) => {
+                    let joined = ioctl::join_fan_out(socket.as_fd(), id).map_err(fault("fan-out"))?;
+                    id.get_or_insert(joined);
+                    Steering::Detached
+                }
+            };
+            let mut queue = DeviceQueue::new(socket, steering);
+            queue.is_packet_socket = true;
+            queue.address = address.filter(|_| place == 0);
+            queue.group = group.as_ref().map(|group| (Arc::clone(group), u32::from(place)));
+            if place == 0 {
+                let other = how.mac.map(Membership::Address);
+                let asked = if how.promiscuous { Some(Membership::Promiscuous) } else { other };
+                for membership in asked.into_iter().chain([Membership::AllGroups]) {
+                    ioctl::add_membership(queue.as_fd(), index, membership)
+                        .map_err(fault("which frames are let in"))?;
+                }
+                queue.attach().map_err(fault("fan-out program"))?;
+            }
+            Ok(queue)
+        })
+        .collect()
+}
+
+fn open_socket(name: &str, index: u32, address: Option<[u8; 6]>) -> Result<OwnedFd, PacketError> {
+    let fault = |what| move |cause: io::Error| PacketError::Open { name: name.to_owned(), what, cause };
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    // Without a protocol it gets no frame before it is bound.
+    let socket = rustix::net::socket_with(AddressFamily::PACKET, SocketType::RAW, flags, None)
+        .map_err(|cause| fault("socket")(cause.into()))?;
+    let fd = socket.as_fd();
+    ioctl::set_packet_option(fd, ioctl::PACKET_VNET_HDR, 1).map_err(fault("virtio-net header"))?;
+    ioctl::set_packet_option(fd, libc::PACKET_AUXDATA, 1).map_err(fault("VLAN tags"))?;
+    ioctl::set_packet_option(fd, ioctl::PACKET_IGNORE_OUTGOING, 1).map_err(fault("PACKET_IGNORE_OUTGOING"))?;
+    if let Some(address) = address {
+        ioctl::attach_filter(fd, &bpf::frames_to(address)).map_err(fault("filter"))?;
+    }
+    ioctl::enlarge_buffers(fd, BUFFER);
+    ioctl::bind_to_interface(fd, index).map_err(fault("bind"))?;
+    Ok(socket)
+}
+
+/// Bytes that wait in a socket at most, as far as the host allows: some dozens of the largest frames.
+const BUFFER: libc::c_int = 4 << 20;
+
+/// What the guest may leave to the kernel. A socket tells nothing; datagrams are segmented since Linux 6.2.
+fn offloads() -> u32 {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let datagrams = if version >= (6, 2) { TUN_F_USO4 | TUN_F_USO6 } else { 0 };
+    TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | datagrams
+}
+
+/// Which sockets of a group get frames.
+#[derive(Debug, Default)]
+pub(super) struct FanOut(Mutex<Vec<u32>>);
+
+impl FanOut {
+    /// Has the socket at `place` of the group, of which `socket` is any, get frames or not.
+    pub(super) fn steer(&self, socket: std::os::fd::BorrowedFd<'_>, place: u32, attached: bool) -> io::Result<()> {
+        let mut places = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wanted: Vec<u32> = places.iter().copied().filter(|other| *other != place).collect();
+        if attached {
+            wanted.push(place);
+            wanted.sort_unstable();
+        }
+        ioctl::set_fan_out_program(socket, &bpf::spread(&wanted))?;
+        *places = wanted;
+        Ok(())
+    }
+}

@@ -1,0 +1,105 @@
+//! How a frame stands on the device's side. On the guest's it is a virtio-net header of 12 bytes and an Ethernet frame.
+//!
+//! What a device does without is left out at the start, and the virtio-net header moves up to what is left: neither way
+//! is the frame itself moved. `tx` cuts, `rx` encloses.
+//!
+//! ```text
+//!   the guest's        [virtio-net header: 12][Ethernet: 14][packet]
+//!   a TAP's            [virtio-net header: 12][Ethernet: 14][packet]
+//!   a packet socket's  [2 unused][its first 10][Ethernet: 14][packet]
+//!   a TUN's            [14 unused][virtio-net header: 12][packet]
+//! ```
+
+use std::sync::Arc;
+
+use super::header::HEADER_LEN;
+use super::ip_link::{self, IpLink};
+use super::{ETH_HEADER, VlanTag};
+
+/// See the file's head.
+#[derive(Clone, Debug)]
+pub enum Framing {
+    /// As the guest has it.
+    Whole,
+    /// Without the header's `num_buffers`.
+    ShortHeader,
+    /// Without Ethernet.
+    Packets(Arc<IpLink>),
+}
+
+/// The part of the header that a packet socket has.
+const SHORT_HEADER: usize = 10;
+
+impl Framing {
+    /// What there is of a network, where the device has packets only.
+    #[inline]
+    pub fn link(&self) -> Option<&Arc<IpLink>> {
+        match self {
+            Framing::Packets(link) => Some(link),
+            Framing::Whole | Framing::ShortHeader => None,
+        }
+    }
+
+    /// Where what goes over the device begins, and how many of its first bytes are to be read into private memory, since
+    /// they are not those that the guest gets.
+    #[inline]
+    pub(super) fn private_start(&self) -> (usize, usize) {
+        match self {
+            Framing::Whole => (0, HEADER_LEN),
+            Framing::ShortHeader => (HEADER_LEN - SHORT_HEADER, HEADER_LEN),
+            Framing::Packets(_) => (ETH_HEADER, HEADER_LEN + ETH_HEADER + ip_link::PEEK),
+        }
+    }
+
+    /// Makes what the device takes of `bytes`, the start of what the guest sends.
+    #[inline]
+    pub(crate) fn cut(&self, bytes: &mut [u8]) {
+        match self {
+            Framing::Whole => {}
+            Framing::ShortHeader if bytes.len() >= HEADER_LEN => {
+                bytes.copy_within(..SHORT_HEADER, HEADER_LEN - SHORT_HEADER);
+            }
+            Framing::ShortHeader => {}
+            Framing::Packets(_) => IpLink::cut(bytes),
+        }
+    }
+
+    /// Makes what the guest gets of `bytes`, the start of what the device gave. Tells whether that can be.
+    #[inline]
+    pub(super) fn enclose(&self, bytes: &mut [u8]) -> bool {
+        match self {
+            Framing::Whole => true,
+            Framing::ShortHeader => {
+                let Some(header) = bytes.first_chunk_mut::<HEADER_LEN>() else { return false };
+                header.rotate_left(HEADER_LEN - SHORT_HEADER);
+                let [.., a, b] = header;
+                (*a, *b) = (0, 0);
+                true
+            }
+            Framing::Packets(link) => link.enclose(bytes),
+        }
+    }
+}
+
+/// Puts a VLAN tag into the frame of `len` bytes, virtio-net header included, at the start of `bytes`. Tells how long it
+/// is then, if there is room (IEEE 802.1Q, "Tag format": behind the two addresses).
+pub(super) fn put_tag(bytes: &mut [u8], len: usize, tag: VlanTag) -> Option<usize> {
+    const TAG: usize = 4;
+    const AT: usize = HEADER_LEN + 12;
+    use super::header::{F_NEEDS_CSUM, VnetHeader};
+    let room = bytes.get_mut(AT..len + TAG)?;
+    let kept = room.len().checked_sub(TAG)?;
+    room.copy_within(..kept, TAG);
+    let fields = tag.tpid.to_be_bytes().into_iter().chain(tag.tci.to_be_bytes());
+    room.iter_mut().zip(fields).for_each(|(to, from)| *to = from);
+    let place = bytes.first_chunk_mut::<HEADER_LEN>()?;
+    let mut header = VnetHeader::from_bytes(place);
+    if header.flags & F_NEEDS_CSUM != 0 {
+        header.csum_start = header.csum_start.saturating_add(TAG as u16);
+    }
+    if header.hdr_len != 0 {
+        header.hdr_len = header.hdr_len.saturating_add(TAG as u16);
+    }
+    *place = header.to_bytes();
+    Some(len + TAG)
+}
