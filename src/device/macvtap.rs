@@ -5,7 +5,7 @@
 //!   so a node of that name may be another namespace's interface, which opens without an error. The device numbers in
 //!   sysfs are the right ones, and where no node has them, one is made in a private folder for as long as opening takes;
 //! * the interface takes frames to its own address only (but in mode passthru), whatever promiscuity says: the guest's
-//!   card must have that address;
+//!   card must have that address; and frames to groups that the host joined or, if told so, to all of them;
 //! * a deleted one goes on taking frames and gives none, without an error: netlink tells.
 
 use std::fs;
@@ -218,6 +218,7 @@ fn make(
     if let Some(mtu) = how.mtu {
         netlink::set_mtu(created.index(), mtu).map_err(fault)?;
     }
+    netlink::let_groups_in(created.index()).map_err(fault)?;
     netlink::set_up(created.index()).map_err(fault)?;
     if !on.is_up {
         log::warn!("Interface {parent:?} is down, no frames will pass: 'ip link set {parent} up'");

@@ -223,6 +223,15 @@ pub(crate) fn set_up(index: u32) -> io::Result<()> {
     request(RouteNetlinkMessage::SetLink(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
 
+/// Has the interface let in frames to all groups, not only to those that somebody on the host joined.
+pub(crate) fn let_groups_in(index: u32) -> io::Result<()> {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.header.flags = LinkFlags::Allmulti;
+    message.header.change_mask = LinkFlags::Allmulti;
+    request(RouteNetlinkMessage::SetLink(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
+}
+
 /// Makes the interface a port of the bridge with index `bridge`.
 pub(crate) fn set_master(index: u32, bridge: u32) -> io::Result<()> {
     let mut message = LinkMessage::default();
