@@ -132,6 +132,17 @@ pub struct Cli {
     #[arg(long, requires = "tuntap", conflicts_with_all = NOT_TUNTAP)]
     pub persist: bool,
 
+    /// Carrier that a TAP or TUN begins with [default: as it is, which is up]
+    ///
+    /// What the guest is told of its link follows the interface: that is up and has a carrier. 'ip link set NAME carrier on'
+    /// changes it later. While the link is down, the guest's frames are dropped.
+    #[arg(long, value_name = "STATE", conflicts_with_all = NO_CARRIER)]
+    pub link: Option<LinkChoice>,
+
+    /// What to do when the interface is deleted
+    #[arg(long, value_name = "WHAT", default_value = "wait")]
+    pub on_device_loss: LossChoice,
+
     /// Number of queue pairs, 1 to 127 [default: 1, or the number of descriptors of --tap-fd]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=127))]
     pub queue_pairs: Option<u16>,
@@ -257,12 +268,31 @@ pub enum LogLevel {
     Trace,
 }
 
+/// Whether a link is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LinkChoice {
+    /// Frames pass
+    Up,
+    /// Frames do not pass until the interface has a carrier
+    Down,
+}
+
+/// What follows from the interface's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LossChoice {
+    /// Wait for an interface of its name, and go on with that
+    Wait,
+    /// End with status 75
+    Exit,
+}
+
 /// What names the host's side.
 const DEVICES: [&str; 8] =
     ["tap", "tun", "tap_fd", "macvtap", "macvtap_parent", "interface", "macvlan_parent", "print_capabilities"];
 /// What an option that is of the TUN driver's interfaces alone does not go with; one of TAPs alone; one of packet sockets.
 const NOT_TUNTAP: [&str; 4] = ["tap_fd", "macvtap", "macvtap_parent", "existing"];
 const NOT_TAP: [&str; 5] = ["tap_fd", "tun", "macvtap", "macvtap_parent", "existing"];
+const NO_CARRIER: [&str; 3] = ["macvtap", "macvtap_parent", "existing"];
 const NOT_PACKET: [&str; 5] = ["tap", "tun", "tap_fd", "macvtap", "macvtap_parent"];
 
 const EXAMPLES: &str = "\

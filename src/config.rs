@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LogLevel, ModeChoice};
+use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LinkChoice, LogLevel, LossChoice, ModeChoice};
 use crate::device::macvtap::{Macvtap, MacvtapMode};
 use crate::device::netns::NetNs;
 use crate::device::packet::Existing;
 use crate::device::tap::{Extras, TapByName};
 use crate::device::{Io, Layer};
+use crate::host_side::{DeviceChoice, HostSide, OnLoss};
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
 use crate::tuning::{Coalescing, Tuning};
 use crate::vhost_user::listener::SocketAccess;
@@ -30,28 +31,13 @@ pub enum FrontEnds {
     Descriptor(i32),
 }
 
-/// The host's side.
-#[derive(Clone, Debug)]
-pub enum DeviceChoice {
-    /// A TAP or TUN by its name.
-    Tap(TapByName),
-    /// A MACVTAP, by its name or to be made.
-    Macvtap(Macvtap),
-    /// An existing interface, or a MACVLAN to be made.
-    Existing(Existing),
-    /// Queues of a TAP, TUN or MACVTAP, as descriptors.
-    TapFds(Vec<i32>),
-}
-
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where front-ends come from.
     pub front_ends: FrontEnds,
     /// The host's side.
-    pub device: DeviceChoice,
-    /// Where it is, if not here.
-    pub netns: Option<NetNs>,
+    pub host: HostSide,
     /// What the card is like.
     pub nic: NicSetup,
     /// What of the protocol is offered.
@@ -140,7 +126,7 @@ impl TryFrom<Cli> for Config {
                 group: cli.group.as_deref().map(|name| group_number("--group", name)).transpose()?,
                 persists: cli.persist,
             };
-            DeviceChoice::Tap(TapByName { layer, name, queue_pairs, shared: cli.shared, mtu, extras })
+            DeviceChoice::Tap(TapByName { layer, name, queue_pairs, shared: cli.shared, mtu, extras, reopens: false })
         } else if cli.macvtap.is_some() || cli.macvtap_parent.is_some() {
             let parent = cli.macvtap_parent.map(|parent| (parent, mode(cli.macvtap_mode)));
             DeviceChoice::Macvtap(Macvtap { name: cli.macvtap, parent, queue_pairs, mac, mtu })
@@ -153,10 +139,18 @@ impl TryFrom<Cli> for Config {
         } else {
             DeviceChoice::TapFds(cli.tap_fd)
         };
-        Ok(Config {
-            front_ends,
+        let host = HostSide {
             device,
             netns: cli.netns.as_deref().map(NetNs::from),
+            carrier: cli.link.map(|link| link == LinkChoice::Up),
+            on_loss: match cli.on_device_loss {
+                LossChoice::Wait => OnLoss::Wait,
+                LossChoice::Exit => OnLoss::Exit,
+            },
+        };
+        Ok(Config {
+            front_ends,
+            host,
             nic,
             session: SessionOptions { offers_config: !cli.no_config, queue_size_max },
             log_level: level_filter(cli.log_level),
@@ -251,7 +245,7 @@ mod tests {
     #[test]
     fn queue_pairs_follow_the_descriptors() {
         let good = config("--socket-path s --tap-fd 5,6").expect("valid");
-        assert!(matches!(good.device, DeviceChoice::TapFds(fds) if fds == [5, 6]));
+        assert!(matches!(good.host.device, DeviceChoice::TapFds(fds) if fds == [5, 6]));
         let bad = config("--socket-path s --tap-fd 5,6 --queue-pairs 3").expect_err("refused");
         assert!(bad.contains("--queue-pairs 3") && bad.contains("2 descriptor"), "{bad}");
     }
@@ -282,6 +276,7 @@ mod tests {
             ("--socket-path s --macvlan-parent t --macvtap u", "cannot be used with"),
             ("--socket-path s --interface t --macvlan-mode vepa", "--macvlan-parent"),
             ("--socket-path s --tap t --promiscuous", "cannot be used with"),
+            ("--socket-path s --interface t --link down", "cannot be used with"),
             ("--socket-path s --tap t --gateway 10.0.0.1", "cannot be used with"),
             ("--socket-path s --tun t --gateway 10.0.0.1,10.0.0.2", "one IPv4 and one IPv6"),
             ("--socket-path s --tun t --gateway ff02::1", "of a host"),

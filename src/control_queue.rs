@@ -9,7 +9,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::device::Device;
+use crate::device_slot::DeviceSlot;
 use crate::mailbox::{Inbox, Mailbox};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
@@ -35,7 +35,7 @@ const COMMAND_MAX: usize = 16 * 1024;
 #[derive(Clone)]
 pub struct Surroundings {
     /// The host's interface.
-    pub device: Arc<Device>,
+    pub device: Arc<DeviceSlot>,
     /// The queue pairs' workers.
     pub pairs: Arc<[Mailbox<QueuePair>]>,
     /// The configuration space, whose address a command may change.
@@ -214,12 +214,13 @@ impl ControlQueue {
                 self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter)))
             }
             Effect::Offloads(offloads) => {
-                let flags = offloads.device_flags(self.around.device.supported_offloads());
+                let device = self.around.device.get();
+                let flags = offloads.device_flags(device.supported_offloads());
                 match self.around.device.set_offloads(flags) {
                     Ok(()) => self.tell_pairs(move |_, pair| pair.set_offloads(offloads)),
                     Err(e) => {
                         if self.throttle.allows() {
-                            log::error!("Cannot set offloads of {:?}: {e}", self.around.device.name());
+                            log::error!("Cannot set offloads of {:?}: {e}", device.name());
                         }
                         false
                     }

@@ -2,7 +2,9 @@
 //!
 //! The control thread's event loop (crate `event-manager`). It waits for the listener, the one session, signals, a stop
 //! request, and a timer that is armed only while something is pending. Descriptors that a front-end sent are never
-//! waited for here: they belong to the workers.
+//! waited for here: they belong to the workers. What happens to the interface is followed in `daemon::following`.
+
+mod following;
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -18,7 +20,9 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::device::netlink::{LinkEvent, LinkWatch};
+use self::following::Following;
+use crate::device::link_watch::LinkWatch;
+use crate::host_side::HostSide;
 use crate::mailbox::Stuck;
 use crate::nic::Nic;
 use crate::throttle::Throttle;
@@ -31,9 +35,6 @@ const SETTLE: Duration = Duration::from_secs(1);
 
 /// How long to leave the listener alone after it could not accept: for want of descriptors, most likely.
 const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
-
-/// How often an interface that would not tell is asked whether it was deleted.
-const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Where front-ends come from.
 #[derive(Debug)]
@@ -56,6 +57,12 @@ pub enum DaemonError {
     /// A worker does not answer.
     #[error(transparent)]
     Stuck(#[from] Stuck),
+    /// The interface was deleted, and is not to be waited for.
+    #[error("Interface {name:?} was deleted, which is to end this process (--on-device-loss exit)")]
+    DeviceLost {
+        /// The interface.
+        name: String,
+    },
     /// The kernel has no descriptor for it.
     #[error("Cannot set up the event loop")]
     SetUp(#[source] std::io::Error),
@@ -70,9 +77,11 @@ enum Token {
     Listener,
     Session,
     Link,
+    Alarm,
 }
 
-const TOKENS: [Token; 6] = [Token::Stop, Token::Signal, Token::Timer, Token::Listener, Token::Session, Token::Link];
+const TOKENS: [Token; 7] =
+    [Token::Stop, Token::Signal, Token::Timer, Token::Listener, Token::Session, Token::Link, Token::Alarm];
 
 /// The signals that are taken as events.
 fn signals() -> SigSet {
@@ -106,12 +115,9 @@ pub struct Daemon {
     session: Option<Session>,
     stop: EventFd,
     signals: Option<SignalFd>,
-    /// Tells what happens to the interface.
-    link: Option<LinkWatch>,
+    following: Following,
     timer: TimerFd,
     settle_at: Option<Instant>,
-    /// When to ask whether the interface was deleted, if it would not tell.
-    probe_at: Option<Instant>,
     /// When the listener is watched again, if it is not.
     listen_at: Option<Instant>,
     has_ended: bool,
@@ -138,10 +144,9 @@ impl Daemon {
             session: None,
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(DaemonError::SetUp)?,
             signals: None,
-            link: None,
+            following: Following::default(),
             timer: TimerFd::new().map_err(|e| DaemonError::SetUp(e.into()))?,
             settle_at: None,
-            probe_at: None,
             listen_at: None,
             has_ended: false,
             failure: None,
@@ -160,9 +165,9 @@ impl Daemon {
         Ok(self)
     }
 
-    /// Follows what happens to the interface.
-    pub fn following(self, link: Option<LinkWatch>) -> Daemon {
-        Daemon { link, ..self }
+    /// Follows what happens to the interface, of which `watch` tells, and opens it again as `host` says.
+    pub fn following(self, host: HostSide, watch: Option<LinkWatch>) -> Daemon {
+        Daemon { following: Following::new(host, watch), ..self }
     }
 
     /// An eventfd that ends the loop when it is written to.
@@ -229,8 +234,7 @@ impl Daemon {
             SessionState::Open => {}
             SessionState::Over => return self.end_session(ops),
             SessionState::Failed(stuck) => {
-                self.failure = Some(DaemonError::Stuck(stuck));
-                self.has_ended = true;
+                self.fail(stuck.into());
                 return self.end_session(ops);
             }
         }
@@ -268,11 +272,15 @@ impl Daemon {
         }
     }
 
+    fn fail(&mut self, error: DaemonError) {
+        self.failure = Some(error);
+        self.has_ended = true;
+    }
+
     /// Ends with an error, of which the log has the cause.
     fn fail_unless(&mut self, done: bool) {
         if !done {
-            self.failure = Some(DaemonError::NotWatched);
-            self.has_ended = true;
+            self.fail(DaemonError::NotWatched);
         }
     }
 
@@ -295,35 +303,6 @@ impl Daemon {
         }
     }
 
-    /// Hears what happened to the interface. One that left this network namespace without being deleted goes on.
-    fn follow_link(&mut self, ops: &mut EventOps) {
-        let Some(link) = &self.link else { return };
-        while let Some(LinkEvent::Gone) = link.next_event().unwrap_or_else(|error| {
-            log::warn!("Events of interfaces were missed: {error}");
-            None
-        }) {}
-        if self.has_lost_device()
-            && let Some(link) = self.link.take()
-        {
-            unwatch(&link, Token::Link, ops);
-        }
-    }
-
-    /// Whether the interface was deleted, which is logged.
-    fn has_lost_device(&mut self) -> bool {
-        match self.nic.lose_deleted_device() {
-            Ok(None) => return false,
-            Ok(Some(name)) => {
-                log::error!("Interface {name:?} was deleted; to go on, make it anew and start this process again");
-            }
-            Err(stuck) => {
-                self.failure = Some(DaemonError::Stuck(stuck));
-                self.has_ended = true;
-            }
-        }
-        true
-    }
-
     /// Sees to what is due.
     fn tick(&mut self, ops: &mut EventOps) {
         // What it counts is of no interest.
@@ -332,22 +311,23 @@ impl Daemon {
         if self.listen_at.take_if(|at| *at <= now).is_some() {
             self.watch_listener(ops);
         }
-        if self.probe_at.take_if(|at| *at <= now).is_some() && !self.has_lost_device() {
-            self.probe_at = Some(now + PROBE_INTERVAL);
-        }
+        self.follow_by_time(now, ops);
         if self.settle_at.take_if(|at| *at <= now).is_some()
             && let Err(stuck) = self.nic.detach_unused()
         {
-            self.failure = Some(DaemonError::Stuck(stuck));
-            self.has_ended = true;
+            self.fail(stuck.into());
         }
         self.process_session(ops);
     }
 
     /// Arms the timer for what is due next, if anything is.
     fn arm_timer(&mut self) {
-        let deadlines =
-            [self.settle_at, self.probe_at, self.listen_at, self.session.as_ref().and_then(Session::deadline)];
+        let deadlines = [
+            self.settle_at,
+            self.following.deadline(),
+            self.listen_at,
+            self.session.as_ref().and_then(Session::deadline),
+        ];
         let armed = match deadlines.into_iter().flatten().min() {
             // A zero would disarm it.
             Some(at) => {
@@ -366,18 +346,20 @@ impl MutEventSubscriber for Daemon {
         let stop = self.stop.as_raw_fd();
         let timer = self.timer.as_raw_fd();
         let signals = self.signals.as_ref().map(|fd| fd.as_fd().as_raw_fd());
-        let link = self.link.as_ref().map(|fd| fd.as_fd().as_raw_fd());
-        let watched =
-            [(Some(stop), Token::Stop), (Some(timer), Token::Timer), (signals, Token::Signal), (link, Token::Link)];
+        let alarm = self.nic.alarm().as_raw_fd();
+        let watched = [
+            (Some(stop), Token::Stop),
+            (Some(timer), Token::Timer),
+            (Some(alarm), Token::Alarm),
+            (signals, Token::Signal),
+        ];
         for (fd, token) in watched {
             let watched = fd.is_none_or(|fd| watch(fd, token, ops));
             self.fail_unless(watched);
         }
         self.watch_listener(ops);
-        if self.nic.device_ends_silently() {
-            self.probe_at = Some(Instant::now() + PROBE_INTERVAL);
-            self.arm_timer();
-        }
+        self.begin_following(ops);
+        self.arm_timer();
         if let Some(stream) = self.connected.take() {
             self.begin(stream, ops);
             self.fail_unless(self.session.is_some());
@@ -392,6 +374,7 @@ impl MutEventSubscriber for Daemon {
             Some(Token::Listener) => self.accept(ops),
             Some(Token::Session) => self.process_session(ops),
             Some(Token::Link) => self.follow_link(ops),
+            Some(Token::Alarm) => self.take_alarm(ops),
             None => {}
         }
         self.arm_timer();

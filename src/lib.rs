@@ -11,7 +11,7 @@
 //! | module | job |
 //! |---|---|
 //! | [`cli`], [`config`] | what was typed, and what it means |
-//! | [`daemon`] | life of the process: accept, serve, end |
+//! | [`daemon`] | life of the process: accept, serve, end; [`host_side`] is what it follows |
 //! | [`vhost_user`] | the control plane: sessions, messages, rings being described; never a packet |
 //! | [`nic`] | the card: what outlives sessions, and which thread runs which ring |
 //! | [`worker`], [`control_queue`] | the threads; [`mailbox`] is how they are talked to, [`running_ring`] what they run |
@@ -28,6 +28,8 @@ pub mod config;
 pub mod control_queue;
 pub mod daemon;
 pub mod device;
+mod device_slot;
+pub mod host_side;
 pub mod mailbox;
 pub mod memory;
 pub mod metrics;

@@ -6,16 +6,18 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use vhost_user_net::cli::Cli;
-use vhost_user_net::config::{Config, DeviceChoice, FrontEnds};
-use vhost_user_net::daemon::{self, Daemon, Source};
-use vhost_user_net::device::netlink::LinkWatch;
-use vhost_user_net::device::{self, Device, DeviceQueue, macvtap, packet, passed, tap};
-use vhost_user_net::error_chain;
+use vhost_user_net::config::{Config, FrontEnds};
+use vhost_user_net::daemon::{self, Daemon, DaemonError, Source};
+use vhost_user_net::host_side::Opened;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::vhost_user::listener::SocketListener;
+use vhost_user_net::{device, error_chain};
 
 /// For management software (QEMU, "Backend program conventions"); network back-ends have no features to list there.
 const CAPABILITIES: &str = r#"{"type": "net", "features": []}"#;
+
+/// Trying again later may succeed (sysexits.h).
+const EX_TEMPFAIL: u8 = 75;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -24,7 +26,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-user-net: {}", error_chain(&*error));
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(DaemonError::DeviceLost { .. }) => ExitCode::from(EX_TEMPFAIL),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -42,10 +47,7 @@ fn run(cli: Cli) -> Result<(), BoxError> {
         FrontEnds::Descriptor(fd) => Some(UnixStream::from(device::connected_socket(*fd)?)),
         FrontEnds::Socket { .. } => None,
     };
-    let Opened { device, queues, watch } = match &config.netns {
-        Some(namespace) => namespace.within(|| open(&config.device))??,
-        None => open(&config.device)?,
-    };
+    let Opened { device, queues, watch } = config.host.open()?;
     let source = match (config.front_ends, connected) {
         (FrontEnds::Socket { path, access }, _) => Source::Listener(SocketListener::bind(&path, access)?),
         (FrontEnds::Descriptor(_), Some(stream)) => Source::Connected(stream),
@@ -55,25 +57,8 @@ fn run(cli: Cli) -> Result<(), BoxError> {
         log::info!("Listening on {:?}", listener.path());
     }
     let nic = Nic::new(device, queues, config.nic)?;
-    Daemon::new(nic, source, config.session)?.with_signals()?.following(watch).run()?;
+    Daemon::new(nic, source, config.session)?.with_signals()?.following(config.host, watch).run()?;
     Ok(())
-}
-
-/// The host's side, and what tells of it.
-struct Opened {
-    device: Device,
-    queues: Vec<DeviceQueue>,
-    watch: Option<LinkWatch>,
-}
-
-fn open(choice: &DeviceChoice) -> Result<Opened, BoxError> {
-    let (device, queues) = match choice {
-        DeviceChoice::Tap(how) => tap::open(how)?,
-        DeviceChoice::Macvtap(how) => macvtap::open(how)?,
-        DeviceChoice::Existing(how) => packet::open(how)?,
-        DeviceChoice::TapFds(fds) => passed::from_fds(fds)?,
-    };
-    Ok(Opened { watch: device.watch()?, device, queues })
 }
 
 fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> io::Result<()> {

@@ -103,7 +103,7 @@ counters! {
     tx_neighbour_requests,
     /// Discarded: the ring was disabled (vhost-user, "Ring states").
     tx_drop_disabled,
-    /// Dropped: the interface is down.
+    /// Dropped: the interface is down, has no carrier, or is gone.
     tx_drop_link_down,
     /// Dropped: the kernel had no memory for it, twice.
     tx_drop_no_memory,
@@ -113,6 +113,25 @@ counters! {
     broken_rings,
     /// Rings that carried on from the used index where the front-end's base said otherwise.
     rings_resumed_off_base,
+}
+
+/// The whole card's counters, written by the control thread.
+#[derive(Debug, Default)]
+pub struct CardCounters {
+    /// How often the link went up or down.
+    pub link_changes: Counter,
+    /// How often the interface's MTU changed.
+    pub mtu_changes: Counter,
+    /// Changes of either that the guest could not be told of.
+    pub changes_untold: Counter,
+}
+
+impl fmt::Display for CardCounters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let CardCounters { link_changes, mtu_changes, changes_untold } = self;
+        let [link, mtu, untold] = [link_changes, mtu_changes, changes_untold].map(Counter::get);
+        write!(f, "card link_changes={link} mtu_changes={mtu} changes_untold={untold}")
+    }
 }
 
 impl fmt::Display for PairCounters {

@@ -1,20 +1,25 @@
 //! The virtual network card: what outlives front-end connections.
 //!
 //! It owns the device, a worker for each queue pair, the control queue's thread and the configuration space. A
-//! vhost-user session drives it in terms of ring indices; which thread that means is known here alone.
+//! vhost-user session drives it in terms of ring indices; which thread that means is known here alone. What follows from
+//! what happens to the device is in `nic::host`.
+
+mod host;
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::control_queue::{self, ControlQueue, Surroundings};
 use crate::device::{Device, DeviceQueue, Layer, TUN_F_USO4, TUN_F_USO6};
+use crate::device_slot::DeviceSlot;
 use crate::mailbox::{Mailbox, Stuck};
 use crate::memory::MemView;
-use crate::metrics::PairCounters;
+use crate::metrics::{CardCounters, PairCounters};
 use crate::net::coalesce::Coalesce;
-use crate::net::config_space::{ConfigSpace, MTU_MIN};
+use crate::net::config_space::{ConfigSpace, LinkShown, MTU_MIN};
 use crate::net::features::{self, Circumstances, GuestOffloads, MQ};
 use crate::net::filter::Mac;
 use crate::net::framing::Framing;
@@ -23,7 +28,9 @@ use crate::net::ip_link::{Gateway, IpLink};
 use crate::running_ring::{Direction, RingChange, RunsRings, StartRing, StoppedRing};
 use crate::tuning::{Coalescing, Tuning};
 use crate::virtqueue::SplitRing;
-use crate::worker::{self, QueuePair};
+use crate::worker::{self, Fitting, QueuePair};
+
+pub use host::ConfigChange;
 
 /// The usual MTU, where neither the operator nor the interface says one.
 const MTU_DEFAULT: u16 = 1500;
@@ -101,14 +108,16 @@ enum Place {
 
 /// See the file's head.
 pub struct Nic {
-    device: Arc<Device>,
+    device: Arc<DeviceSlot>,
+    alarm: Arc<EventFd>,
     link: Option<Arc<IpLink>>,
     pairs: Arc<[Mailbox<QueuePair>]>,
     counters: Vec<Arc<PairCounters>>,
     control: Mailbox<ControlQueue>,
     control_counters: Arc<PairCounters>,
     config: Arc<Mutex<ConfigSpace>>,
-    initial_config: ConfigSpace,
+    initial_config: Mutex<ConfigSpace>,
+    card_counters: CardCounters,
     setup: NicSetup,
 }
 
@@ -118,7 +127,7 @@ impl Nic {
     /// # Errors
     /// Where the kernel has no descriptors or threads for it, or no CPU that a worker is to be bound to.
     pub fn new(device: Device, queues: Vec<DeviceQueue>, setup: NicSetup) -> io::Result<Nic> {
-        let device = Arc::new(device);
+        let alarm = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
         let coalesce = coalesce(&device, setup.tuning.coalescing);
         let has_packets = device.layer() == Layer::Ip;
@@ -129,8 +138,9 @@ impl Nic {
         let spawned = queues.into_iter().zip(&counters).enumerate();
         let pairs: Arc<[_]> = spawned
             .map(|(index, (queue, counters))| {
-                let how = (coalesce, framing(&queue, link.as_ref()));
-                worker::spawn(index, queue, &setup.tuning, how, Arc::clone(counters))
+                let framing = framing(&queue, link.as_ref());
+                let fitting = Fitting { coalesce, framing, alarm: Arc::clone(&alarm) };
+                worker::spawn(index, queue, &setup.tuning, fitting, Arc::clone(counters))
             })
             .collect::<io::Result<Vec<_>>>()?
             .into();
@@ -139,20 +149,35 @@ impl Nic {
             mac: setup.mac.or(device.mac()).unwrap_or_default(),
             max_queue_pairs: u16::try_from(pairs.len()).unwrap_or(QUEUE_PAIRS_MAX),
             mtu: setup.mtu.or(device.mtu()).unwrap_or(MTU_DEFAULT),
+            link_up: true,
         };
+        let device = Arc::new(DeviceSlot::new(device));
         let config = Arc::new(Mutex::new(initial_config.clone()));
         let around =
             Surroundings { device: Arc::clone(&device), pairs: Arc::clone(&pairs), config: Arc::clone(&config) };
         let control_counters = Arc::new(PairCounters::default());
         let control = control_queue::spawn(around, Arc::clone(&control_counters))?;
-        Ok(Nic { device, link, pairs, counters, control, control_counters, config, initial_config, setup })
+        Ok(Nic {
+            device,
+            alarm,
+            link,
+            pairs,
+            counters,
+            control,
+            control_counters,
+            config,
+            initial_config: Mutex::new(initial_config),
+            card_counters: CardCounters::default(),
+            setup,
+        })
     }
 
     /// The virtio features to offer.
     pub fn offered_features(&self) -> u64 {
+        let device = self.device.get();
         features::offered(Circumstances {
-            device_offloads: self.device.supported_offloads(),
-            has_mac: self.setup.mac.or(self.device.mac()).is_some(),
+            device_offloads: device.supported_offloads(),
+            has_mac: self.setup.mac.or(device.mac()).is_some(),
             is_generic: self.setup.is_generic,
         })
     }
@@ -200,9 +225,14 @@ impl Nic {
         act(&mut self.config.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// The configuration space as each session begins with it.
+    fn with_initial_config<R>(&self, act: impl FnOnce(&mut ConfigSpace) -> R) -> R {
+        act(&mut self.initial_config.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Reads the configuration space; `None` where not all of the range exists.
-    pub fn read_config(&self, offset: u32, size: u32) -> Option<Vec<u8>> {
-        self.with_config(|config| config.read(offset, size))
+    pub fn read_config(&self, offset: u32, size: u32, shown: LinkShown) -> Option<Vec<u8>> {
+        self.with_config(|config| config.read(offset, size, shown))
     }
 
     /// Changes the MTU that the guest is told.
@@ -217,12 +247,14 @@ impl Nic {
 
     /// Forgets what an earlier front-end and its guest changed about the configuration space.
     pub fn begin_session(&self) {
-        self.with_config(|config| config.clone_from(&self.initial_config));
+        let initial = self.with_initial_config(|initial| initial.clone());
+        self.with_config(|config| *config = initial);
     }
 
     /// Forgets the MAC address that a guest set, if it did.
     pub fn reset_mac(&self) {
-        self.with_config(|config| config.mac = self.initial_config.mac);
+        let mac = self.with_initial_config(|initial| initial.mac);
+        self.with_config(|config| config.mac = mac);
     }
 
     /// Takes what the guest acknowledged: the device's offloads follow, the control queue's state begins anew.
@@ -233,14 +265,16 @@ impl Nic {
     /// [`NicError`].
     pub fn set_features(&self, acked: u64) -> Result<(), NicError> {
         let offloads = GuestOffloads::of(acked);
-        let flags = offloads.device_flags(self.device.supported_offloads());
+        let device = self.device.get();
+        let flags = offloads.device_flags(device.supported_offloads());
         self.device.set_offloads(flags).map_err(|cause| NicError::Offloads {
-            name: self.device.name().to_owned(),
+            name: device.name().to_owned(),
             flags,
             cause,
         })?;
-        self.with_config(|config| *config = ConfigSpace { mtu: config.mtu, ..self.initial_config.clone() });
-        let mac = self.setup.mac.or(self.device.mac());
+        let initial = self.with_initial_config(|initial| initial.clone());
+        self.with_config(|config| *config = ConfigSpace { mtu: config.mtu, ..initial });
+        let mac = self.setup.mac.or(device.mac());
         let filter = self.control.call(move |control| control.reset(acked, mac))?;
         // With the control queue here, the driver says how many pairs it uses, and begins with one (VIRTIO 1.3,
         // "Automatic receive steering"). Else the front-end says it, by enabling rings.
@@ -341,24 +375,7 @@ impl Nic {
         }
         let mut frame = rarp_frame(mac);
         self.on_pair(0, move |pair| pair.inject(&mut frame))?
-            .map_err(|cause| NicError::Inject { name: self.device.name().to_owned(), cause })
-    }
-
-    /// Whether the interface has to be asked whether it was deleted.
-    pub fn device_ends_silently(&self) -> bool {
-        self.device.ends_silently()
-    }
-
-    /// Stops passing frames if the interface was deleted; tells its name then.
-    ///
-    /// # Errors
-    /// [`Stuck`].
-    pub fn lose_deleted_device(&self) -> Result<Option<&str>, Stuck> {
-        if !self.device.is_gone() {
-            return Ok(None);
-        }
-        self.pairs.iter().try_for_each(|pair| pair.call(QueuePair::lose_device))?;
-        Ok(Some(self.device.name()))
+            .map_err(|cause| NicError::Inject { name: self.device.get().name().to_owned(), cause })
     }
 
     /// Each queue pair's counters.
@@ -373,7 +390,7 @@ impl Nic {
             let counters = &self.control_counters;
             format!("control tx_calls={} broken_rings={}", counters.tx_calls.get(), counters.broken_rings.get())
         });
-        pairs.chain(control)
+        pairs.chain(control).chain([self.card_counters.to_string()])
     }
 
     fn on_pair<R: Send + 'static>(

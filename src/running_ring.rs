@@ -119,6 +119,8 @@ pub(crate) struct RunningRing {
     /// Whether it is parked until it is set up anew.
     broken: bool,
     event: Event,
+    /// The acknowledged virtio features.
+    pub(crate) features: u64,
 }
 
 impl RunningRing {
@@ -129,7 +131,7 @@ impl RunningRing {
         event: Event,
         counters: &PairCounters,
     ) -> io::Result<RunningRing> {
-        let StartRing { queue, kick, call, err, base, mode, .. } = start;
+        let StartRing { queue, kick, call, err, base, mode, features } = start;
         if base != queue.position() {
             counters.rings_resumed_off_base.add(1);
         }
@@ -139,7 +141,7 @@ impl RunningRing {
         if let Some(call) = &call {
             call.signal();
         }
-        Ok(RunningRing { queue, kick, call, err, mode, can_run: true, asleep: false, broken: false, event })
+        Ok(RunningRing { queue, kick, call, err, mode, can_run: true, asleep: false, broken: false, event, features })
     }
 
     pub(crate) fn stop(self, poll: &Poll) -> StoppedRing {

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::{DeviceQueue, Io};
 use crate::mailbox::{Inbox, Mailbox};
@@ -53,6 +54,16 @@ pub struct Usage {
     pub attached: bool,
 }
 
+/// What a worker has to know of its device, besides the queue.
+pub struct Fitting {
+    /// What may go to it as one.
+    pub coalesce: Coalesce,
+    /// How frames stand there.
+    pub framing: Framing,
+    /// Told when the device seems to be gone.
+    pub alarm: Arc<EventFd>,
+}
+
 /// All that one worker thread owns.
 pub struct QueuePair {
     index: usize,
@@ -75,6 +86,10 @@ pub struct QueuePair {
     /// Whether the device takes no frames until it says so.
     blocked: bool,
     lost: bool,
+    /// Whether frames pass over the device; while not, those of the guest are dropped.
+    link_up: bool,
+    /// Tells the control thread to look after the device.
+    alarm: Arc<EventFd>,
     /// Whether the driver may use this pair (`VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`).
     allowed: bool,
     throttle: Throttle,
@@ -88,7 +103,7 @@ pub fn spawn(
     index: usize,
     device: DeviceQueue,
     how: &Tuning,
-    (coalesce, framing): (Coalesce, Framing),
+    Fitting { coalesce, framing, alarm }: Fitting,
     counters: Arc<PairCounters>,
 ) -> io::Result<Mailbox<QueuePair>> {
     let poll = Poll::new()?;
@@ -110,6 +125,8 @@ pub fn spawn(
         retry: false,
         blocked: false,
         lost: false,
+        link_up: true,
+        alarm,
         allowed: true,
         throttle: Throttle::default(),
     };
@@ -191,9 +208,11 @@ impl QueuePair {
             Event::Mailbox => inbox.clear(),
             Event::Device => {
                 self.readable = true;
-                if on.contains(EventSet::OUT) && std::mem::take(&mut self.blocked) {
-                    // Only while blocked is it worth being woken for every frame that somebody takes.
-                    let _ = self.poll.modify(&self.device, Event::Device, READABLE);
+                if on.intersects(EventSet::ERROR | EventSet::HANG_UP) {
+                    self.raise_alarm();
+                }
+                if on.contains(EventSet::OUT) {
+                    self.unblock();
                 }
             }
             Event::RxKick => {
@@ -227,12 +246,16 @@ impl QueuePair {
 
     /// An unattached device queue takes frames all the same.
     fn tx_ready(&self) -> bool {
-        let device_takes = !self.blocked && !self.lost;
         self.tx.as_ref().is_some_and(|(ring, _)| match ring.mode {
             RingMode::Waiting => false,
-            RingMode::Enabled => ring.is_ready() && device_takes,
+            RingMode::Enabled => ring.is_ready() && !(self.blocked && self.passes()),
             RingMode::Disabled => ring.is_ready(),
         })
+    }
+
+    /// Whether there is a device over which frames pass.
+    fn passes(&self) -> bool {
+        self.link_up && !self.lost
     }
 
     fn rx_ready(&self) -> bool {
@@ -242,9 +265,11 @@ impl QueuePair {
 
     /// One pass over the direction to the device.
     fn pump_tx(&mut self) {
+        let passes = self.passes();
         let Some((ring, tx)) = &mut self.tx else { return };
         let passed = match ring.mode {
-            RingMode::Disabled => tx.discard(&mut ring.queue, &self.counters),
+            RingMode::Disabled => tx.discard(&mut ring.queue, &self.counters.tx_drop_disabled),
+            _ if !passes => tx.discard(&mut ring.queue, &self.counters.tx_drop_link_down),
             _ => tx.pump(&mut ring.queue, &self.device, &self.counters),
         };
         ring.publish(&self.counters.tx_calls);
@@ -295,6 +320,19 @@ impl QueuePair {
             log::error!("Queue pair {}: cannot wait for the device: {e}", self.index);
             self.lose_device();
         }
+    }
+
+    fn unblock(&mut self) {
+        if std::mem::take(&mut self.blocked) {
+            // Only while blocked is it worth being woken for every frame that somebody takes.
+            let _ = self.poll.modify(&self.device, Event::Device, READABLE);
+        }
+    }
+
+    /// Has the control thread look whether the device is still there.
+    fn raise_alarm(&self) {
+        // It fails where it was raised so often that nobody can have missed it.
+        let _ = self.alarm.write(1);
     }
 
     /// Something changed by which the device may have become of interest.

@@ -219,3 +219,22 @@ fn driver_that_is_unbound_and_bound_finds_its_rings_again() {
     }
     bench.assert_sound();
 }
+
+/// The guest's driver is told by a message of ours on the back-end's channel.
+#[test]
+fn guest_sees_the_link_of_the_interface() {
+    if !require_guest("guest_sees_the_link_of_the_interface", Vmm::Uml) {
+        return;
+    }
+    let mut bench = boot(1);
+    bench.assert_reaches_host();
+    for _ in 0..2 {
+        for (state, carrier) in [("off", "0"), ("on", "1")] {
+            bench.namespace.ip(&format!("link set dev tap0 carrier {state}"));
+            let shows = format!("[ $(cat /sys/class/net/eth0/carrier) = {carrier} ]");
+            bench.guest.run(&format!("until {shows}; do usleep 10000; done"));
+        }
+        bench.assert_reaches_host();
+    }
+    bench.assert_sound();
+}

@@ -32,8 +32,15 @@ const HEADER: usize = 12;
 /// Serves one front-end on `socket` with TAP `name`, and ends with it.
 pub fn serve(socket: &Path, name: &str) {
     let name = name.parse().expect("a name");
-    let how =
-        TapByName { layer: Layer::Ethernet, name, queue_pairs: 1, shared: false, mtu: None, extras: Extras::default() };
+    let how = TapByName {
+        layer: Layer::Ethernet,
+        name,
+        queue_pairs: 1,
+        shared: false,
+        mtu: None,
+        extras: Extras::default(),
+        reopens: false,
+    };
     let (device, mut queues) = tap::open(&how).expect("the TAP");
     device.set_offloads(TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6).expect("offloads");
     let queue = queues.remove(0);

@@ -105,6 +105,16 @@ pub(crate) fn tun_set_persistent(fd: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETPERSIST as _, 1 as libc::c_ulong) })
 }
 
+/// Of linux/if_tun.h.
+const TUNSETCARRIER: libc::Ioctl = libc::_IOW::<c_int>(b'T' as u32, 226);
+
+/// Sets the interface's carrier.
+pub(crate) fn tun_set_carrier(fd: BorrowedFd<'_>, is_on: bool) -> io::Result<()> {
+    let value = c_int::from(is_on);
+    // SAFETY: TUNSETCARRIER reads one int at the given address, that of `value`.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETCARRIER as _, &raw const value) })
+}
+
 /// `PACKET_VNET_HDR` (linux/if_packet.h).
 pub(crate) const PACKET_VNET_HDR: c_int = 15;
 /// `PACKET_IGNORE_OUTGOING`.
@@ -133,6 +143,17 @@ pub(crate) fn bind_to_interface(fd: BorrowedFd<'_>, index: u32) -> io::Result<()
     address.sll_ifindex = c_int::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: bind reads one sockaddr_ll at the given address, that of `address`.
     check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as _) })
+}
+
+/// The index of the interface that the packet socket is bound to; -1 once that is gone.
+pub(crate) fn bound_interface(fd: BorrowedFd<'_>) -> io::Result<c_int> {
+    // SAFETY: all zeros is a valid sockaddr_ll: numbers and bytes.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: getsockname writes at most `len` bytes, a sockaddr_ll, at the address of `address`, and the length at that of
+    // `len`.
+    check(unsafe { libc::getsockname(fd.as_raw_fd(), (&raw mut address).cast(), &raw mut len) })?;
+    Ok(address.sll_ifindex)
 }
 
 /// Which frames an interface lets in besides those to its own address, for as long as a socket asks for it.

@@ -199,7 +199,7 @@ pub fn open(how: &Macvtap) -> Result<(Device, Vec<DeviceQueue>), MacvtapError> {
         driver: Driver::Macvtap,
     };
     let (device, queues) = tap_queue::set_up(interface, queues)?;
-    Ok((Device { _created: created, ..device }, queues))
+    Ok((Device { created, ..device }, queues))
 }
 
 /// A name that no other process of this namespace takes.
@@ -214,7 +214,7 @@ fn make(
     how: &Macvtap,
 ) -> Result<CreatedLink, MacvtapError> {
     let fault = |cause| MacvtapError::Make { name: name.to_owned(), parent: parent.to_owned(), cause };
-    let created = netlink::make_macvtap(name, on.index, mode, how.mac).map_err(fault)?;
+    let created = netlink::make_macvtap(name, (parent, on.index), mode, how.mac).map_err(fault)?;
     if let Some(mtu) = how.mtu {
         netlink::set_mtu(created.index(), mtu).map_err(fault)?;
     }

@@ -6,6 +6,7 @@
 
 mod bpf;
 pub(crate) mod ioctl;
+pub mod link_watch;
 pub mod macvtap;
 pub(crate) mod mmsg;
 pub mod name;
@@ -26,9 +27,10 @@ use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
 pub use ioctl_flags::*;
+use link_watch::LinkWatch;
 use macvtap::ShownMac;
 pub use mmsg::VlanTag;
-use netlink::{CreatedLink, LinkWatch};
+use netlink::CreatedLink;
 use packet::FanOut;
 pub use stage::Io;
 
@@ -51,7 +53,7 @@ pub struct Device {
     mtu: Option<u16>,
     mac: Option<[u8; 6]>,
     /// Taken away with this.
-    _created: Option<CreatedLink>,
+    created: Option<CreatedLink>,
 }
 
 /// What goes over a device.
@@ -100,6 +102,8 @@ enum Driver {
 enum Kind {
     /// A TAP or MACVTAP, with a descriptor of its first queue for calls that concern the whole interface.
     Tap { control: OwnedFd },
+    /// Packet sockets, and another descriptor of the first.
+    Packet { control: OwnedFd },
     /// Sockets: nothing to set.
     Sockets,
 }
@@ -122,7 +126,7 @@ impl Device {
             offloads,
             mtu: None,
             mac: None,
-            _created: None,
+            created: None,
         };
         let queue = |socket| Ok(DeviceQueue { layer, ..DeviceQueue::always_attached(socket)? });
         let queues = sockets.into_iter().map(queue).collect::<io::Result<_>>()?;
@@ -159,7 +163,10 @@ impl Device {
     /// # Errors
     /// Where the kernel has no netlink socket for it.
     pub fn watch(&self) -> io::Result<Option<LinkWatch>> {
-        self.index.map(LinkWatch::new).transpose()
+        let Some(index) = self.index else { return Ok(None) };
+        let parent = self.created.as_ref().map(|created| created.parent().clone());
+        let names = [(self.name.clone(), index)].into_iter().chain(parent).collect();
+        LinkWatch::new(index, names).map(Some)
     }
 
     /// Whether neither netlink nor an error on its queues tells that the interface was deleted.
@@ -171,7 +178,20 @@ impl Device {
     pub fn is_gone(&self) -> bool {
         match &self.kind {
             Kind::Tap { control } => ioctl::tun_get_iff(control.as_fd()).is_err(),
+            Kind::Packet { control } => ioctl::bound_interface(control.as_fd()).is_ok_and(|index| index < 0),
             Kind::Sockets => false,
+        }
+    }
+
+    /// Sets the carrier, which those see who use the interface on the host, and which `ip link set NAME carrier on` gives
+    /// back.
+    ///
+    /// # Errors
+    /// `Unsupported` for what is no TAP or TUN; what `TUNSETCARRIER` says.
+    pub fn set_carrier(&self, is_on: bool) -> io::Result<()> {
+        match &self.kind {
+            Kind::Tap { control } if self.driver == Driver::Tun => ioctl::tun_set_carrier(control.as_fd(), is_on),
+            _ => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -182,7 +202,7 @@ impl Device {
     pub fn set_offloads(&self, flags: u32) -> io::Result<()> {
         match &self.kind {
             Kind::Tap { control } => ioctl::tun_set_offload(control.as_fd(), flags),
-            Kind::Sockets => Ok(()),
+            Kind::Packet { .. } | Kind::Sockets => Ok(()),
         }
     }
 }

@@ -1,18 +1,17 @@
-//! What rtnetlink says of a network interface, making and changing one of our own, and hearing what happens to it.
+//! What rtnetlink says of a network interface, and making and changing one of our own.
 //!
 //! Questions are synchronous, one socket for each, at start-up only.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
 };
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoMacVlan, InfoMacVtap, InfoTun, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
     LinkMessage,
 };
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 /// A network interface.
@@ -89,11 +88,17 @@ pub(crate) struct CreatedLink {
     socket: Socket,
     index: u32,
     name: String,
+    parent: (String, u32),
 }
 
 impl CreatedLink {
     pub(crate) fn index(&self) -> u32 {
         self.index
+    }
+
+    /// What it was made on, and its index.
+    pub(crate) fn parent(&self) -> &(String, u32) {
+        &self.parent
     }
 }
 
@@ -110,10 +115,10 @@ impl Drop for CreatedLink {
     }
 }
 
-/// Makes a MACVTAP on the interface with index `parent`.
+/// Makes a MACVTAP on an interface, of which `parent` is name and index.
 pub(crate) fn make_macvtap(
     name: &str,
-    parent: u32,
+    parent: (&str, u32),
     mode: MacvtapMode,
     mac: Option<[u8; 6]>,
 ) -> io::Result<CreatedLink> {
@@ -121,10 +126,10 @@ pub(crate) fn make_macvtap(
     make(name, parent, vec![LinkInfo::Kind(InfoKind::MacVtap), LinkInfo::Data(data)], mac)
 }
 
-/// Makes a MACVLAN on the interface with index `parent`.
+/// The same with a MACVLAN.
 pub(crate) fn make_macvlan(
     name: &str,
-    parent: u32,
+    parent: (&str, u32),
     mode: MacvtapMode,
     mac: Option<[u8; 6]>,
 ) -> io::Result<CreatedLink> {
@@ -142,11 +147,11 @@ fn kernel_mode(mode: MacvtapMode) -> netlink_packet_route::link::MacVtapMode {
     }
 }
 
-fn make(name: &str, parent: u32, info: Vec<LinkInfo>, mac: Option<[u8; 6]>) -> io::Result<CreatedLink> {
+fn make(name: &str, parent: (&str, u32), info: Vec<LinkInfo>, mac: Option<[u8; 6]>) -> io::Result<CreatedLink> {
     let mut message = LinkMessage::default();
     message.attributes.extend([
         LinkAttribute::IfName(name.to_owned()),
-        LinkAttribute::Link(parent),
+        LinkAttribute::Link(parent.1),
         LinkAttribute::LinkInfo(info),
     ]);
     message.attributes.extend(mac.map(|mac| LinkAttribute::Address(mac.to_vec())));
@@ -154,65 +159,8 @@ fn make(name: &str, parent: u32, info: Vec<LinkInfo>, mac: Option<[u8; 6]>) -> i
     let socket = connected_socket()?;
     request_on(&socket, RouteNetlinkMessage::NewLink(message), flags)?;
     let link = link_by_name(name)?.ok_or(io::ErrorKind::NotFound)?;
-    Ok(CreatedLink { socket, index: link.index, name: name.to_owned() })
+    Ok(CreatedLink { socket, index: link.index, name: name.to_owned(), parent: (parent.0.to_owned(), parent.1) })
 }
-
-/// What happened to an interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LinkEvent {
-    /// It is not in this network namespace any more.
-    Gone,
-}
-
-/// Hears what happens to one interface.
-#[derive(Debug)]
-pub struct LinkWatch {
-    socket: Socket,
-    index: u32,
-}
-
-impl LinkWatch {
-    /// Hears of the interface with this index from now on.
-    pub(crate) fn new(index: u32) -> io::Result<LinkWatch> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind(&SocketAddr::new(0, RTMGRP_LINK))?;
-        socket.set_non_blocking(true)?;
-        Ok(LinkWatch { socket, index })
-    }
-
-    /// What happened next, if something did.
-    ///
-    /// # Errors
-    /// What the socket says; events may have been missed.
-    pub fn next_event(&self) -> io::Result<Option<LinkEvent>> {
-        loop {
-            let bytes = match self.socket.recv_from_full() {
-                Ok((bytes, _)) => bytes,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(e) => return Err(e),
-            };
-            if self.tells_end(&bytes) {
-                return Ok(Some(LinkEvent::Gone));
-            }
-        }
-    }
-
-    fn tells_end(&self, bytes: &[u8]) -> bool {
-        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes).map(|message| message.payload);
-        let Ok(NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link))) = message else { return false };
-        // A bridge says the same of a port that leaves it, in a family of its own.
-        link.header.index == self.index && link.header.interface_family == AddressFamily::Unspec
-    }
-}
-
-impl AsFd for LinkWatch {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-/// The group that hears of interfaces (linux/rtnetlink.h).
-const RTMGRP_LINK: u32 = 1;
 
 /// Sets the interface administratively up.
 pub(crate) fn set_up(index: u32) -> io::Result<()> {
@@ -261,14 +209,7 @@ fn connected_socket() -> io::Result<Socket> {
 }
 
 fn request_on(socket: &Socket, payload: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
-    let mut header = NetlinkHeader::default();
-    header.flags = flags;
-    header.sequence_number = 1;
-    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(payload));
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    socket.send(&bytes, 0)?;
+    socket.send(&serialized(payload, flags), 0)?;
     let (answer, _) = socket.recv_from_full()?;
     let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
     match answer.payload {
@@ -276,6 +217,17 @@ fn request_on(socket: &Socket, payload: RouteNetlinkMessage, flags: u16) -> io::
         NetlinkPayload::Error(e) if e.code.is_some() => Err(e.to_io()),
         _ => Ok(None),
     }
+}
+
+pub(super) fn serialized(payload: RouteNetlinkMessage, flags: u16) -> Vec<u8> {
+    let mut header = NetlinkHeader::default();
+    header.flags = flags;
+    header.sequence_number = 1;
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(payload));
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    bytes
 }
 
 fn read_link(message: &LinkMessage) -> Link {

@@ -161,6 +161,8 @@ pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
     check(&name, &link, how)?;
     let address = how.mac.or(link.mac).filter(|_| !how.promiscuous);
     let queues = open_sockets(&name, link.index, how, address)?;
+    let second = queues.first().map_or(Err(io::ErrorKind::InvalidInput.into()), |queue| queue.fd.try_clone());
+    let control = second.map_err(|cause| PacketError::Open { name: name.clone(), what: "second descriptor", cause })?;
     let verb = if created.is_some() { "Made" } else { "Opened" };
     log::info!("{verb} interface {name:?} with {} packet socket(s), address {}", how.queue_pairs, ShownMac(address));
     let device = Device {
@@ -168,11 +170,11 @@ pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
         layer: Layer::Ethernet,
         index: Some(link.index),
         driver: Driver::Tun,
-        kind: Kind::Sockets,
+        kind: Kind::Packet { control },
         offloads: offloads(),
         mtu: link.mtu,
         mac: address,
-        _created: created,
+        created,
     };
     Ok((device, queues))
 }
@@ -184,7 +186,7 @@ fn make(
     how: &Existing,
 ) -> Result<CreatedLink, PacketError> {
     let fault = |cause| PacketError::Make { name: name.to_owned(), parent: parent.to_owned(), cause };
-    let created = netlink::make_macvlan(name, on.index, mode, how.mac).map_err(fault)?;
+    let created = netlink::make_macvlan(name, (parent, on.index), mode, how.mac).map_err(fault)?;
     if let Some(mtu) = how.mtu {
         netlink::set_mtu(created.index(), mtu).map_err(fault)?;
     }

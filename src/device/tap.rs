@@ -35,6 +35,8 @@ pub struct TapByName {
     pub mtu: Option<u16>,
     /// What else one that is created gets.
     pub extras: Extras,
+    /// Whether it was open before: then it must exist, and one that is in use is not waited for.
+    pub reopens: bool,
 }
 
 /// What a TAP that is created gets; an existing one is left as it is.
@@ -82,6 +84,14 @@ pub enum TapError {
         name: String,
         /// What it is.
         kind: String,
+    },
+    /// It went away again.
+    #[error("There is no {} {name:?}", layer.name())]
+    Missing {
+        /// What it should be.
+        layer: Layer,
+        /// The interface.
+        name: String,
     },
     /// Several queue pairs on a TAP that has one queue.
     #[error(
@@ -212,9 +222,9 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let name = how.name.as_str().to_owned();
     let what = how.layer.name();
     let bridge = how.extras.bridge.as_ref().map(|bridge| find_bridge(bridge.as_str())).transpose()?;
-    let deadline = Instant::now() + BUSY_PATIENCE;
+    let deadline = Instant::now() + if how.reopens { Duration::ZERO } else { BUSY_PATIENCE };
     let mut attached = attach(how);
-    if attached.as_ref().is_err_and(TapError::is_busy) {
+    if !how.reopens && attached.as_ref().is_err_and(TapError::is_busy) {
         log::info!("{what} {name:?} is in use; waiting up to {} s for it", BUSY_PATIENCE.as_secs());
     }
     while attached.as_ref().is_err_and(TapError::is_busy) && Instant::now() < deadline {
@@ -262,6 +272,7 @@ fn attach(how: &TapByName) -> Result<Attached, TapError> {
     let existing = netlink::link_by_name(name).map_err(|cause| TapError::Lookup { name: name.to_owned(), cause })?;
     let multi_queue = match &existing {
         Some(link) => check_existing(how, link)?,
+        None if how.reopens => return Err(TapError::Missing { layer: how.layer, name: name.to_owned() }),
         None => how.queue_pairs > 1,
     };
     let queues = (0..how.queue_pairs)

@@ -81,7 +81,7 @@ pub(super) fn set_up(
     }
     let control = control.ok_or_else(|| set("up a device without queues")(io::ErrorKind::InvalidInput.into()))?;
     ioctl::tun_set_offload(control.as_fd(), 0).map_err(set("offloads off"))?;
-    Ok((Device { name, layer, index, driver, kind: Kind::Tap { control }, offloads, mtu, mac, _created: None }, queues))
+    Ok((Device { name, layer, index, driver, kind: Kind::Tap { control }, offloads, mtu, mac, created: None }, queues))
 }
 
 /// The offloads that the kernel takes. Each needs the checksum; USO comes for both IP versions or for none.

@@ -19,15 +19,27 @@ pub struct ConfigSpace {
     pub max_queue_pairs: u16,
     /// The largest MTU that the driver may use.
     pub mtu: u16,
+    /// Whether frames pass over the interface.
+    pub link_up: bool,
+}
+
+/// What a driver is shown of the link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkShown {
+    /// How it is: the driver is told when that changes.
+    AsItIs,
+    /// That it is up: a driver that is told nothing would believe for ever what it once read.
+    Up,
 }
 
 impl ConfigSpace {
     /// The bytes as the driver sees them.
-    pub fn to_bytes(&self) -> [u8; CONFIG_LEN] {
+    pub fn to_bytes(&self, shown: LinkShown) -> [u8; CONFIG_LEN] {
+        let status = if self.link_up || shown == LinkShown::Up { STATUS_LINK_UP } else { 0 };
         let mut bytes = [0; CONFIG_LEN];
         let fields: [&[u8]; 6] = [
             &self.mac,
-            &STATUS_LINK_UP.to_le_bytes(),
+            &status.to_le_bytes(),
             &self.max_queue_pairs.to_le_bytes(),
             &self.mtu.to_le_bytes(),
             &UNKNOWN_SPEED.to_le_bytes(),
@@ -39,10 +51,10 @@ impl ConfigSpace {
     }
 
     /// The bytes `offset .. offset + size`, if there are any and all of them exist.
-    pub fn read(&self, offset: u32, size: u32) -> Option<Vec<u8>> {
+    pub fn read(&self, offset: u32, size: u32, shown: LinkShown) -> Option<Vec<u8>> {
         let start = usize::try_from(offset).ok()?;
         let end = start.checked_add(usize::try_from(size).ok()?)?;
-        self.to_bytes().get(start..end).filter(|bytes| !bytes.is_empty()).map(<[u8]>::to_vec)
+        self.to_bytes(shown).get(start..end).filter(|bytes| !bytes.is_empty()).map(<[u8]>::to_vec)
     }
 }
 
@@ -50,22 +62,30 @@ impl ConfigSpace {
 mod tests {
     use super::*;
 
+    const SPACE: ConfigSpace = ConfigSpace { mac: [1, 2, 3, 4, 5, 6], max_queue_pairs: 4, mtu: 1500, link_up: true };
+
     #[test]
     fn layout_is_the_specifications() {
-        let space = ConfigSpace { mac: [1, 2, 3, 4, 5, 6], max_queue_pairs: 4, mtu: 1500 };
-        let bytes = space.to_bytes();
+        let bytes = SPACE.to_bytes(LinkShown::AsItIs);
         assert_eq!(bytes[..6], [1, 2, 3, 4, 5, 6]);
         assert_eq!(bytes[6..12], [1, 0, 4, 0, 0xdc, 5]);
         assert_eq!(bytes[12..], [0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]
+    fn link_that_is_down_is_shown_to_drivers_that_are_told_of_changes() {
+        let down = ConfigSpace { link_up: false, ..SPACE };
+        assert_eq!(down.to_bytes(LinkShown::AsItIs)[6..8], [0, 0]);
+        assert_eq!(down.to_bytes(LinkShown::Up)[6..8], [1, 0]);
+    }
+
+    #[test]
     fn read_beyond_the_end_is_refused() {
-        let space = ConfigSpace { mac: [0; 6], max_queue_pairs: 1, mtu: 1500 };
-        assert_eq!(space.read(0, 24).map(|b| b.len()), Some(24));
-        assert_eq!(space.read(6, 2), Some(vec![1, 0]));
+        let read = |offset, size| SPACE.read(offset, size, LinkShown::AsItIs);
+        assert_eq!(read(0, 24).map(|b| b.len()), Some(24));
+        assert_eq!(read(6, 2), Some(vec![1, 0]));
         for (offset, size) in [(0, 0), (0, 25), (24, 1), (23, 2), (u32::MAX, 1), (0xffff_ff00, 0x200)] {
-            assert_eq!(space.read(offset, size), None, "{offset} {size}");
+            assert_eq!(read(offset, size), None, "{offset} {size}");
         }
     }
 }

@@ -148,11 +148,11 @@ impl Tx {
     ///
     /// # Errors
     /// [`RingBroken`].
-    pub fn discard(&mut self, queue: &mut Queue, counters: &PairCounters) -> Result<Pump, RingBroken> {
+    pub fn discard(&mut self, queue: &mut Queue, reason: &Counter) -> Result<Pump, RingBroken> {
         for _ in 0..BUDGET {
             self.iovecs.truncate(0);
             let Some(popped) = queue.pop(&mut self.iovecs)? else { return Ok(Pump::Drained) };
-            counters.tx_drop_disabled.add(1);
+            reason.add(1);
             queue.push_used(popped.head, 0);
         }
         Ok(Pump::BudgetSpent)

@@ -231,6 +231,14 @@ impl AsFd for Codec {
     }
 }
 
+/// The bytes of a request of ours on the back-end's channel, without a payload and without asking for a reply.
+pub(super) fn request_of_ours(request: u32) -> [u8; HEADER_LEN] {
+    let mut bytes = [0; HEADER_LEN];
+    let header = [request, VERSION, 0].map(u32::to_ne_bytes);
+    bytes.iter_mut().zip(header.as_flattened()).for_each(|(to, from)| *to = *from);
+    bytes
+}
+
 fn words(header: &[u8; HEADER_LEN]) -> [u32; 3] {
     let [a, b, c, d, e, f, g, h, i, j, k, l] = *header;
     [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)

@@ -9,6 +9,7 @@
 //! What a front-end gets wrong is refused (`Refusal`): a negative acknowledgement if it asked for one, a log line at
 //! most once a second, nothing changed. Only a stream that cannot be trusted any more ends the connection.
 
+mod config;
 mod payload;
 mod refusal;
 mod rings;
@@ -18,9 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
-use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol,
-};
+use vhost::vhost_user::message::{FrontendReq, VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol};
 
 use self::payload::{number, record, region, single_region};
 use self::refusal::Refusal;
@@ -108,8 +107,8 @@ pub struct Session {
     protocol: Protocol,
     features: u64,
     status: u8,
-    /// For requests of ours, of which there are none. Kept open: its end tells the front-end that we are gone.
-    _backend_channel: Option<OwnedFd>,
+    /// For requests of ours. Its end tells the front-end that we are gone.
+    backend_channel: Option<OwnedFd>,
     mem: Arc<MemView>,
     slots: Vec<Slot>,
     /// Rings changed in a way after which device queues may be unused.
@@ -133,7 +132,7 @@ impl Session {
             protocol: Protocol::empty(),
             features: 0,
             status: 0,
-            _backend_channel: None,
+            backend_channel: None,
             mem: Arc::default(),
             slots,
             is_unsettled: false,
@@ -255,8 +254,7 @@ impl Session {
 impl Session {
     fn offered_protocol_features(&self) -> Protocol {
         let config = if self.options.offers_config { Protocol::CONFIG } else { Protocol::empty() };
-        // We have nothing to say on it, but User Mode Linux (6.1) has no interrupt for its rings without it: it
-        // requests number 0, which is the timer's.
+        // User Mode Linux (6.1) has no interrupt for its rings without it: it requests number 0, which is the timer's.
         let backend_channel = if self.nic.has_control_queue() { Protocol::BACKEND_REQ } else { Protocol::empty() };
         config
             | backend_channel
@@ -279,13 +277,6 @@ impl Session {
             return Err(Refusal::NotOffered(format!("protocol {:?}", Protocol::from_bits_retain(surplus))));
         }
         self.protocol = Protocol::from_bits_retain(bits);
-        Ok(Answer::Done)
-    }
-
-    fn set_backend_channel(&mut self, fds: Vec<OwnedFd>) -> Handled {
-        let [channel] =
-            <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
-        self._backend_channel = Some(channel);
         Ok(Answer::Done)
     }
 
@@ -389,17 +380,6 @@ impl Session {
 
 /// The card.
 impl Session {
-    fn get_config(&mut self, payload: &[u8]) -> Handled {
-        let head_len = size_of::<VhostUserConfig>();
-        let expected = Refusal::PayloadLength { got: payload.len(), expected: head_len };
-        let head = payload.get(..head_len).ok_or(expected)?;
-        let config: VhostUserConfig = record(head)?;
-        let (offset, size) = (config.offset, config.size);
-        let what = "Configuration space offset";
-        let bytes = self.nic.read_config(offset, size).ok_or(Refusal::Range { what, value: u64::from(offset) })?;
-        Ok(Answer::Payload([head, &bytes].concat()))
-    }
-
     fn send_rarp(&mut self, payload: &[u8]) -> Handled {
         let mac = number(payload)?.to_ne_bytes();
         let mac = mac.first_chunk().copied().unwrap_or_default();

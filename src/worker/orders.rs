@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::{QueuePair, Usage, ring_of};
+use super::{QueuePair, READABLE, Usage, ring_of};
+use crate::device::DeviceQueue;
 use crate::memory::MemView;
 use crate::net::Uplink;
 use crate::net::features::GuestOffloads;
@@ -134,11 +135,47 @@ impl QueuePair {
         self.log_steering("detach from", detached);
     }
 
-    /// Passes no frames any more: the device is gone.
+    /// Passes no frames any more: the device is gone. The guest's are dropped from now on.
     pub fn lose_device(&mut self) {
         if !std::mem::replace(&mut self.lost, true) {
-            log::error!("Queue pair {}: the device is gone; no frames will pass", self.index);
+            log::debug!("Queue pair {}: the device is gone", self.index);
+            self.raise_alarm();
         }
+    }
+
+    /// Goes on with another device queue, of the same kind.
+    ///
+    /// # Errors
+    /// What `epoll_ctl(2)` says; the pair goes on without a device then.
+    pub fn replace_device(&mut self, device: DeviceQueue) -> io::Result<()> {
+        self.poll.add(&device, Event::Device, READABLE)?;
+        let gone = std::mem::replace(&mut self.device, device);
+        self.poll.remove(&gone)?;
+        (self.lost, self.blocked) = (false, false);
+        // Their batches' memory belongs to the queue that is gone.
+        if let Some((mut ring, mut rx)) = self.rx.take() {
+            let mem = Arc::clone(ring.queue.mem());
+            rx.relocate(&mut ring.queue, Arc::clone(&mem));
+            let left = rx.into_held_frames();
+            let rx = Rx::new(mem, ring.features, self.admission.clone(), &self.uplink(), left);
+            self.rx = Some((ring, rx));
+        }
+        if let Some((ring, _)) = self.tx.take() {
+            let tx = Tx::new(Arc::clone(ring.queue.mem()), ring.features, &self.uplink());
+            self.tx = Some((ring, tx));
+        }
+        for direction in [Direction::Rx, Direction::Tx] {
+            self.ring(direction).into_iter().for_each(|ring| ring.can_run = true);
+        }
+        self.look_again();
+        Ok(())
+    }
+
+    /// Says whether frames pass over the device; while not, the guest's are dropped.
+    pub fn set_link(&mut self, up: bool) {
+        self.link_up = up;
+        self.unblock();
+        self.look_again();
     }
 
     fn uplink(&self) -> Uplink<'_> {

@@ -29,6 +29,7 @@ pub mod memory;
 pub mod message;
 pub mod netns;
 pub mod path_bench;
+pub mod place;
 pub mod qemu_shim;
 pub mod qtest;
 pub mod recorder;

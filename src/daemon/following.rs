@@ -1,0 +1,221 @@
+//! What happens to the interface while the process runs: its link and MTU are told to the guest, its end is waited out.
+//!
+//! rtnetlink tells, at once. Where it is out of reach, a worker that finds its queue dead raises an alarm; a MACVTAP, of
+//! which not even the queue tells, is asked each second. Once the interface is gone, one of its name (or of the name of
+//! what it was made on) is waited for, and opened as at the start.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use event_manager::EventOps;
+
+use super::{Daemon, DaemonError, Token, unwatch, watch};
+use crate::device::link_watch::{LinkEvent, LinkState, LinkWatch};
+use crate::host_side::{HostSide, OnLoss, OpenError, Opened};
+use crate::nic::ConfigChange;
+
+/// How often an interface that would not tell is asked whether it was deleted.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// How often, and how many times, one that came back is tried again: who makes it may not be done with it.
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
+const RETRIES: u32 = 50;
+
+/// What is followed.
+#[derive(Default)]
+pub(super) struct Following {
+    host: Option<HostSide>,
+    watch: Option<LinkWatch>,
+    is_lost: bool,
+    /// When to ask whether the interface was deleted, if it would not tell.
+    probe_at: Option<Instant>,
+    retry_at: Option<Instant>,
+    retries: u32,
+    /// Why it could not be opened again, as it was said last.
+    refusal: String,
+}
+
+impl Following {
+    pub(super) fn new(host: HostSide, watch: Option<LinkWatch>) -> Following {
+        Following { host: Some(host), watch, ..Following::default() }
+    }
+
+    /// When there is something to do.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        [self.probe_at, self.retry_at].into_iter().flatten().min()
+    }
+
+    fn on_loss(&self) -> OnLoss {
+        self.host.as_ref().map_or(OnLoss::Wait, |host| host.on_loss)
+    }
+
+    /// Whether one of its name can be waited for, once the interface is gone.
+    fn can_come_back(&self) -> bool {
+        self.watch.is_some() && self.host.as_ref().is_some_and(HostSide::can_reopen)
+    }
+}
+
+impl Daemon {
+    pub(super) fn begin_following(&mut self, ops: &mut EventOps) {
+        if let Some(link) = &self.following.watch {
+            let watched = watch(link.as_fd().as_raw_fd(), Token::Link, ops);
+            self.fail_unless(watched);
+            // What the interface is like has been asked, and is told to nobody as news who comes later.
+            self.follow_link(ops);
+        }
+        if self.nic.device_ends_silently() {
+            self.following.probe_at = Some(Instant::now() + PROBE_INTERVAL);
+        }
+    }
+
+    /// Hears what happened to the interface.
+    pub(super) fn follow_link(&mut self, ops: &mut EventOps) {
+        while let Some(link) = self.following.watch.as_ref().filter(|_| !self.has_ended) {
+            match link.next_event() {
+                Ok(Some(LinkEvent::Is(state))) => self.take_state(state),
+                Ok(Some(LinkEvent::Gone)) => {
+                    self.look_for_loss(ops);
+                    self.follow_from_afar(ops);
+                }
+                Ok(Some(LinkEvent::Appeared)) => {
+                    self.following.retries = RETRIES;
+                    self.open_again(ops);
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    log::warn!("Events of interfaces were missed, asking anew: {error}");
+                    if let Err(error) = link.ask() {
+                        log::error!("Cannot hear of the interface any more: {error}");
+                        self.stop_watching(ops);
+                    }
+                    // What is there is told again.
+                    return;
+                }
+            }
+        }
+    }
+
+    pub(super) fn take_alarm(&mut self, ops: &mut EventOps) {
+        // What it counts is of no interest.
+        let _ = self.nic.alarm().read();
+        self.look_for_loss(ops);
+    }
+
+    pub(super) fn follow_by_time(&mut self, now: Instant, ops: &mut EventOps) {
+        if self.following.probe_at.take_if(|at| *at <= now).is_some() {
+            self.look_for_loss(ops);
+            self.following.probe_at = (!self.following.is_lost).then_some(now + PROBE_INTERVAL);
+        }
+        if self.following.retry_at.take_if(|at| *at <= now).is_some() {
+            self.open_again(ops);
+        }
+    }
+
+    /// Takes in what the interface is like, and tells the guest where it can be told.
+    fn take_state(&mut self, state: LinkState) {
+        let change = match self.nic.follow(state) {
+            Ok(change) => change,
+            Err(stuck) => return self.fail(stuck.into()),
+        };
+        if change.is_none() {
+            return;
+        }
+        let told = match &self.session {
+            Some(session) if session.tell_config_change() => "; the guest is told",
+            Some(_) => {
+                self.nic.count_untold_change();
+                "; this front-end has no way to tell the guest"
+            }
+            None => "",
+        };
+        log::info!("Interface {:?}: {}{told}", self.nic.device_name(), Shown(change));
+    }
+
+    /// Looks whether the interface was deleted, and sees to what follows from that.
+    fn look_for_loss(&mut self, ops: &mut EventOps) {
+        match self.nic.lose_deleted_device() {
+            Ok(true) if !self.following.is_lost => self.lose_device(ops),
+            Ok(_) => {}
+            Err(stuck) => self.fail(stuck.into()),
+        }
+    }
+
+    /// An interface that is not lost left this network namespace, where nothing is heard of it any more; its queues go on.
+    fn follow_from_afar(&mut self, ops: &mut EventOps) {
+        if self.following.is_lost || self.has_ended {
+            return;
+        }
+        log::info!("Interface {:?} was moved to another network namespace", self.nic.device_name());
+        self.stop_watching(ops);
+        // It was down on its way; from now on its queues tell.
+        self.take_state(LinkState { is_up: true, mtu: None });
+        self.following.probe_at = Some(Instant::now() + PROBE_INTERVAL);
+    }
+
+    fn lose_device(&mut self, ops: &mut EventOps) {
+        self.following.is_lost = true;
+        let name = self.nic.device_name();
+        if self.following.on_loss() == OnLoss::Exit {
+            return self.fail(DaemonError::DeviceLost { name });
+        }
+        if self.following.can_come_back() {
+            log::error!(
+                "Interface {name:?} was deleted; waiting for one of that name (--on-device-loss exit ends instead)"
+            );
+        } else {
+            log::error!("Interface {name:?} was deleted; to go on, make it anew and start this process again");
+            self.stop_watching(ops);
+        }
+        self.take_state(LinkState { is_up: false, mtu: None });
+    }
+
+    /// Tries to go on with an interface that came back.
+    fn open_again(&mut self, ops: &mut EventOps) {
+        let following = &self.following;
+        let Some(host) = following.host.as_ref().filter(|host| following.is_lost && host.can_reopen()) else { return };
+        match host.reopen().and_then(|opened| self.go_on_with(opened, ops)) {
+            Ok(()) => log::info!("Interface {:?} is back; frames pass again", self.nic.device_name()),
+            Err(error) => self.try_again_later(&error),
+        }
+    }
+
+    fn go_on_with(&mut self, opened: Opened, ops: &mut EventOps) -> Result<(), OpenError> {
+        self.nic.replace_device(opened.device, opened.queues)?;
+        self.stop_watching(ops);
+        let host = self.following.host.take();
+        self.following = Following { host, watch: opened.watch, ..Following::default() };
+        self.begin_following(ops);
+        Ok(())
+    }
+
+    fn try_again_later(&mut self, error: &OpenError) {
+        let following = &mut self.following;
+        let refusal = crate::error_chain(&**error).to_string();
+        if following.refusal != refusal {
+            log::warn!("The interface cannot be opened again yet: {refusal}");
+            following.refusal = refusal;
+        }
+        following.retries = following.retries.saturating_sub(1);
+        following.retry_at = (following.retries > 0).then(|| Instant::now() + RETRY_INTERVAL);
+    }
+
+    fn stop_watching(&mut self, ops: &mut EventOps) {
+        if let Some(link) = self.following.watch.take() {
+            unwatch(&link, Token::Link, ops);
+        }
+    }
+}
+
+/// A change in words.
+struct Shown(ConfigChange);
+
+impl std::fmt::Display for Shown {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let link = self.0.link_up.map(|up| if up { "link up" } else { "link down" });
+        match (link, self.0.mtu) {
+            (Some(link), Some(mtu)) => write!(f, "{link}, MTU {mtu}"),
+            (Some(link), None) => f.write_str(link),
+            (None, Some(mtu)) => write!(f, "MTU {mtu}"),
+            (None, None) => f.write_str("unchanged"),
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! The place of the card's device, which another one may take, for the control threads; workers own its queues.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::device::Device;
+
+/// See the file's head.
+#[derive(Debug)]
+pub struct DeviceSlot(Mutex<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    device: Arc<Device>,
+    /// The `TUN_F_` offloads that were set last.
+    offloads: u32,
+}
+
+impl DeviceSlot {
+    /// A place with this device.
+    pub fn new(device: Device) -> DeviceSlot {
+        DeviceSlot(Mutex::new(Inner { device: Arc::new(device), offloads: 0 }))
+    }
+
+    /// The device that is there.
+    pub fn get(&self) -> Arc<Device> {
+        Arc::clone(&self.lock().device)
+    }
+
+    /// Sets offloads ([`Device::set_offloads`]), for the next device too. One that is gone needs none.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn set_offloads(&self, flags: u32) -> io::Result<()> {
+        let mut inner = self.lock();
+        inner.offloads = flags;
+        let set = inner.device.set_offloads(flags);
+        if set.is_err() && inner.device.is_gone() { Ok(()) } else { set }
+    }
+
+    /// Puts another device there.
+    ///
+    /// # Errors
+    /// What it says to the offloads of the one before.
+    pub fn replace(&self, device: Device) -> io::Result<()> {
+        let mut inner = self.lock();
+        device.set_offloads(inner.offloads)?;
+        inner.device = Arc::new(device);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

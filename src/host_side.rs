@@ -1,0 +1,121 @@
+//! The host's side of the card, as the operator chose it: opened at the start, and again when it had gone and came back.
+
+use std::error::Error;
+use std::io;
+
+use thiserror::Error;
+
+use crate::device::link_watch::LinkWatch;
+use crate::device::macvtap::{self, Macvtap};
+use crate::device::netns::NetNs;
+use crate::device::packet::{self, Existing};
+use crate::device::tap::{self, TapByName};
+use crate::device::{Device, DeviceQueue, passed};
+
+/// The kinds of it.
+#[derive(Clone, Debug)]
+pub enum DeviceChoice {
+    /// A TAP or TUN by its name.
+    Tap(TapByName),
+    /// A MACVTAP, by its name or to be made.
+    Macvtap(Macvtap),
+    /// An existing interface, or a MACVLAN to be made.
+    Existing(Existing),
+    /// Queues of a TAP, TUN or MACVTAP, as descriptors.
+    TapFds(Vec<i32>),
+}
+
+/// What to do when the interface is deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnLoss {
+    /// Wait for one of its name.
+    #[default]
+    Wait,
+    /// End the process.
+    Exit,
+}
+
+/// See the file's head.
+#[derive(Clone, Debug)]
+pub struct HostSide {
+    /// What it is.
+    pub device: DeviceChoice,
+    /// Where it is, if not here.
+    pub netns: Option<NetNs>,
+    /// What carrier it begins with, if that is to be set.
+    pub carrier: Option<bool>,
+    /// What follows from its end.
+    pub on_loss: OnLoss,
+}
+
+/// An open interface, and what tells of it, if something does.
+pub struct Opened {
+    /// The interface.
+    pub device: Device,
+    /// Its queues, one for each queue pair.
+    pub queues: Vec<DeviceQueue>,
+    /// Tells what happens to it.
+    pub watch: Option<LinkWatch>,
+}
+
+/// `--link` does not go with the device.
+#[derive(Debug, Error)]
+#[error(
+    "Cannot set the carrier of {name:?}, which --link asks for; that goes with TAPs and TUNs, others follow their card"
+)]
+struct CannotSetCarrier {
+    name: String,
+    #[source]
+    cause: io::Error,
+}
+
+/// An error of one of the kinds of device.
+pub type OpenError = Box<dyn Error + Send + Sync>;
+
+impl HostSide {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// What the kind of device says, which is for the operator.
+    pub fn open(&self) -> Result<Opened, OpenError> {
+        let opened = self.open_as(&self.device)?;
+        if let Some(is_on) = self.carrier {
+            let name = opened.device.name().to_owned();
+            opened.device.set_carrier(is_on).map_err(|cause| CannotSetCarrier { name, cause })?;
+        }
+        Ok(opened)
+    }
+
+    /// Whether it can be opened a second time.
+    pub fn can_reopen(&self) -> bool {
+        !matches!(self.device, DeviceChoice::TapFds(_))
+    }
+
+    /// Opens it again if it is there again, without waiting.
+    ///
+    /// # Errors
+    /// As [`HostSide::open`].
+    pub fn reopen(&self) -> Result<Opened, OpenError> {
+        match &self.device {
+            DeviceChoice::Tap(how) => self.open_as(&DeviceChoice::Tap(TapByName { reopens: true, ..how.clone() })),
+            other => self.open_as(other),
+        }
+    }
+
+    fn open_as(&self, device: &DeviceChoice) -> Result<Opened, OpenError> {
+        match &self.netns {
+            Some(namespace) => namespace.within(|| open(device))?,
+            None => open(device),
+        }
+    }
+}
+
+fn open(choice: &DeviceChoice) -> Result<Opened, OpenError> {
+    let (device, queues) = match choice {
+        DeviceChoice::Tap(how) => tap::open(how)?,
+        DeviceChoice::Macvtap(how) => macvtap::open(how)?,
+        DeviceChoice::Existing(how) => packet::open(how)?,
+        DeviceChoice::TapFds(fds) => passed::from_fds(fds)?,
+    };
+    Ok(Opened { watch: device.watch()?, device, queues })
+}

@@ -1,0 +1,103 @@
+//! What happens to the card's device, and what follows from it: for the workers, and for what the guest is told.
+
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Nic;
+use crate::device::link_watch::LinkState;
+use crate::device::{Device, DeviceQueue};
+use crate::mailbox::Stuck;
+use crate::net::config_space::MTU_MIN;
+use crate::worker::QueuePair;
+
+/// What of the configuration space changed with the interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConfigChange {
+    /// Whether the link is up now, if that changed.
+    pub link_up: Option<bool>,
+    /// The MTU, if it changed.
+    pub mtu: Option<u16>,
+}
+
+impl ConfigChange {
+    /// Whether nothing did.
+    pub fn is_none(&self) -> bool {
+        *self == ConfigChange::default()
+    }
+}
+
+impl Nic {
+    /// The interface's name.
+    pub fn device_name(&self) -> String {
+        self.device.get().name().to_owned()
+    }
+
+    /// What a worker signals when the device seems to be gone.
+    pub fn alarm(&self) -> &Arc<EventFd> {
+        &self.alarm
+    }
+
+    /// Whether the interface has to be asked whether it was deleted.
+    pub fn device_ends_silently(&self) -> bool {
+        self.device.get().ends_silently()
+    }
+
+    /// Stops passing frames if the interface was deleted; tells whether it was.
+    ///
+    /// # Errors
+    /// [`Stuck`].
+    pub fn lose_deleted_device(&self) -> Result<bool, Stuck> {
+        let is_gone = self.device.get().is_gone();
+        if is_gone {
+            self.pairs.iter().try_for_each(|pair| pair.call(QueuePair::lose_device))?;
+        }
+        Ok(is_gone)
+    }
+
+    /// Takes in what the interface is like now.
+    ///
+    /// # Errors
+    /// [`Stuck`].
+    pub fn follow(&self, state: LinkState) -> Result<ConfigChange, Stuck> {
+        // An MTU that the operator chose stays.
+        let mtu = state.mtu.filter(|mtu| self.setup.mtu.is_none() && *mtu >= MTU_MIN);
+        let change = self.with_initial_config(|initial| {
+            let before = initial.clone();
+            initial.link_up = state.is_up;
+            initial.mtu = mtu.unwrap_or(initial.mtu);
+            ConfigChange {
+                link_up: (initial.link_up != before.link_up).then_some(initial.link_up),
+                mtu: (initial.mtu != before.mtu).then_some(initial.mtu),
+            }
+        });
+        self.with_config(|config| {
+            config.link_up = state.is_up;
+            config.mtu = change.mtu.unwrap_or(config.mtu);
+        });
+        if let Some(up) = change.link_up {
+            self.card_counters.link_changes.add(1);
+            self.pairs.iter().try_for_each(|pair| pair.call(move |pair| pair.set_link(up)))?;
+        }
+        self.card_counters.mtu_changes.add(u64::from(change.mtu.is_some()));
+        Ok(change)
+    }
+
+    /// Counts a change of which the guest could not be told.
+    pub fn count_untold_change(&self) {
+        self.card_counters.changes_untold.add(1);
+    }
+
+    /// Goes on with another device, of the same kind.
+    ///
+    /// # Errors
+    /// What the device says, or that a worker does not answer; frames do not pass then.
+    pub fn replace_device(&self, device: Device, queues: Vec<DeviceQueue>) -> io::Result<()> {
+        self.device.replace(device)?;
+        for (pair, queue) in self.pairs.iter().zip(queues) {
+            pair.call(move |pair| pair.replace_device(queue)).map_err(io::Error::other)??;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,47 @@
+//! A session's messages about the configuration space, each way.
+
+use std::os::fd::OwnedFd;
+
+use rustix::net::{SendFlags, send};
+use vhost::vhost_user::message::{BackendReq, VhostUserConfig, VhostUserProtocolFeatures as Protocol};
+
+use super::payload::record;
+use super::refusal::Refusal;
+use super::{Answer, Handled, Session};
+use crate::net::config_space::LinkShown;
+use crate::vhost_user::codec;
+
+impl Session {
+    pub(super) fn get_config(&mut self, payload: &[u8]) -> Handled {
+        let head_len = size_of::<VhostUserConfig>();
+        let expected = Refusal::PayloadLength { got: payload.len(), expected: head_len };
+        let head = payload.get(..head_len).ok_or(expected)?;
+        let config: VhostUserConfig = record(head)?;
+        let (offset, size) = (config.offset, config.size);
+        let what = "Configuration space offset";
+        let shown = if self.takes_config_changes() { LinkShown::AsItIs } else { LinkShown::Up };
+        let bytes =
+            self.nic.read_config(offset, size, shown).ok_or(Refusal::Range { what, value: u64::from(offset) })?;
+        Ok(Answer::Payload([head, &bytes].concat()))
+    }
+
+    /// Whether the front-end can be told of changes of the configuration space.
+    fn takes_config_changes(&self) -> bool {
+        self.protocol.contains(Protocol::CONFIG | Protocol::BACKEND_REQ) && self.backend_channel.is_some()
+    }
+
+    /// Tells the front-end that the configuration space changed (vhost-user, `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`); tells
+    /// whether that went out.
+    pub fn tell_config_change(&self) -> bool {
+        let Some(channel) = self.backend_channel.as_ref().filter(|_| self.takes_config_changes()) else { return false };
+        let message = codec::request_of_ours(BackendReq::CONFIG_CHANGE_MSG.into());
+        send(channel, &message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).is_ok()
+    }
+
+    pub(super) fn set_backend_channel(&mut self, fds: Vec<OwnedFd>) -> Handled {
+        let [channel] =
+            <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
+        self.backend_channel = Some(channel);
+        Ok(Answer::Done)
+    }
+}
