@@ -204,7 +204,7 @@ impl Daemon {
     }
 
     fn log_counters(&self) {
-        self.nic.counter_lines().for_each(|line| log::info!("Counters: {line}"));
+        self.nic.counter_lines().chain(self.interface_counters()).for_each(|line| log::info!("Counters: {line}"));
     }
 
     fn begin(&mut self, stream: UnixStream, ops: &mut EventOps) {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use event_manager::EventOps;
 
 use super::{Daemon, DaemonError, Token, unwatch, watch};
-use crate::device::link_watch::{LinkEvent, LinkState, LinkWatch};
+use crate::device::link_watch::{LinkEvent, LinkState, LinkStatistics, LinkWatch};
 use crate::host_side::{HostSide, OnLoss, OpenError, Opened};
 use crate::nic::ConfigChange;
 
@@ -55,6 +55,13 @@ impl Following {
 }
 
 impl Daemon {
+    /// What the host counted at the interface, where it is within reach; rx and tx are the host's.
+    pub(super) fn interface_counters(&self) -> Option<String> {
+        let LinkStatistics { rx_dropped, tx_dropped } = self.following.watch.as_ref()?.statistics().ok()?;
+        let sockets = self.nic.socket_drops().map(|dropped| format!(" sockets_dropped={dropped}")).unwrap_or_default();
+        Some(format!("interface rx_dropped={rx_dropped} tx_dropped={tx_dropped}{sockets}"))
+    }
+
     pub(super) fn begin_following(&mut self, ops: &mut EventOps) {
         if let Some(link) = &self.following.watch {
             let watched = watch(link.as_fd().as_raw_fd(), Token::Link, ops);

@@ -156,6 +156,20 @@ pub(crate) fn bound_interface(fd: BorrowedFd<'_>) -> io::Result<c_int> {
     Ok(address.sll_ifindex)
 }
 
+/// How many frames the packet socket had no room for since this was asked last.
+pub(crate) fn packet_drops(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: all zeros is a valid tpacket_stats: numbers.
+    let mut stats: libc::tpacket_stats = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&stats) as libc::socklen_t;
+    // SAFETY: getsockopt writes at most `len` bytes, a tpacket_stats, at the address of `stats`, and the length at that of
+    // `len`.
+    check(unsafe {
+        let value = (&raw mut stats).cast();
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, value, &raw mut len)
+    })?;
+    Ok(stats.tp_drops)
+}
+
 /// Which frames an interface lets in besides those to its own address, for as long as a socket asks for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Membership {

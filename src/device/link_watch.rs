@@ -33,10 +33,21 @@ pub enum LinkEvent {
     Appeared,
 }
 
+/// What the host counted at an interface; rx and tx are the host's here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkStatistics {
+    /// Frames that came in and were dropped: of a MACVTAP's, those that its queues had no room for.
+    pub rx_dropped: u64,
+    /// Frames that were to go out and were dropped: of a TAP's, those that its queues had no room for.
+    pub tx_dropped: u64,
+}
+
 /// See the file's head.
 #[derive(Debug)]
 pub struct LinkWatch {
     socket: Socket,
+    /// For questions that wait for their answer, in the same namespace.
+    questions: Socket,
     index: u32,
     /// Names that may come back, and the indices that they had.
     names: Vec<(String, u32)>,
@@ -48,7 +59,7 @@ impl LinkWatch {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, RTMGRP_LINK))?;
         socket.set_non_blocking(true)?;
-        let watch = LinkWatch { socket, index, names };
+        let watch = LinkWatch { socket, questions: netlink::connected_socket()?, index, names };
         watch.ask()?;
         Ok(watch)
     }
@@ -62,6 +73,24 @@ impl LinkWatch {
         message.header.index = self.index;
         let bytes = netlink::serialized(RouteNetlinkMessage::GetLink(message), NLM_F_REQUEST);
         self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0).map(drop)
+    }
+
+    /// What the host counted.
+    ///
+    /// # Errors
+    /// What netlink says.
+    pub fn statistics(&self) -> io::Result<LinkStatistics> {
+        let mut message = LinkMessage::default();
+        message.header.index = self.index;
+        let answer = netlink::request_on(&self.questions, RouteNetlinkMessage::GetLink(message), NLM_F_REQUEST)?;
+        let Some(RouteNetlinkMessage::NewLink(link)) = answer else { return Err(io::ErrorKind::NotFound.into()) };
+        let told = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Stats64(stats) => {
+                Some(LinkStatistics { rx_dropped: stats.rx_dropped, tx_dropped: stats.tx_dropped })
+            }
+            _ => None,
+        });
+        Ok(told.unwrap_or_default())
     }
 
     /// What happened next, if something did.

@@ -22,6 +22,7 @@ mod uring;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
@@ -102,8 +103,8 @@ enum Driver {
 enum Kind {
     /// A TAP or MACVTAP, with a descriptor of its first queue for calls that concern the whole interface.
     Tap { control: OwnedFd },
-    /// Packet sockets, and another descriptor of the first.
-    Packet { control: OwnedFd },
+    /// Packet sockets, a second descriptor of each, and how many frames they had no room for.
+    Packet { sockets: Vec<OwnedFd>, dropped: AtomicU64 },
     /// Sockets: nothing to set.
     Sockets,
 }
@@ -178,9 +179,20 @@ impl Device {
     pub fn is_gone(&self) -> bool {
         match &self.kind {
             Kind::Tap { control } => ioctl::tun_get_iff(control.as_fd()).is_err(),
-            Kind::Packet { control } => ioctl::bound_interface(control.as_fd()).is_ok_and(|index| index < 0),
+            Kind::Packet { sockets, .. } => {
+                sockets.iter().any(|socket| ioctl::bound_interface(socket.as_fd()).is_ok_and(|index| index < 0))
+            }
             Kind::Sockets => false,
         }
+    }
+
+    /// How many frames to the guest its packet sockets had no room for, if it has such. What other devices drop counts as
+    /// the interface's ([`link_watch::LinkStatistics`]).
+    pub fn socket_drops(&self) -> Option<u64> {
+        let Kind::Packet { sockets, dropped } = &self.kind else { return None };
+        // One that cannot be asked drops nothing.
+        let new = sockets.iter().map(|socket| u64::from(ioctl::packet_drops(socket.as_fd()).unwrap_or(0))).sum::<u64>();
+        Some(dropped.fetch_add(new, Relaxed) + new)
     }
 
     /// Sets the carrier, which those see who use the interface on the host, and which `ip link set NAME carrier on` gives

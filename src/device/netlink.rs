@@ -201,14 +201,18 @@ fn request(payload: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteN
     request_on(&connected_socket()?, payload, flags)
 }
 
-fn connected_socket() -> io::Result<Socket> {
+pub(super) fn connected_socket() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     Ok(socket)
 }
 
-fn request_on(socket: &Socket, payload: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
+pub(super) fn request_on(
+    socket: &Socket,
+    payload: RouteNetlinkMessage,
+    flags: u16,
+) -> io::Result<Option<RouteNetlinkMessage>> {
     socket.send(&serialized(payload, flags), 0)?;
     let (answer, _) = socket.recv_from_full()?;
     let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;

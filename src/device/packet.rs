@@ -13,6 +13,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -161,8 +162,8 @@ pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
     check(&name, &link, how)?;
     let address = how.mac.or(link.mac).filter(|_| !how.promiscuous);
     let queues = open_sockets(&name, link.index, how, address)?;
-    let second = queues.first().map_or(Err(io::ErrorKind::InvalidInput.into()), |queue| queue.fd.try_clone());
-    let control = second.map_err(|cause| PacketError::Open { name: name.clone(), what: "second descriptor", cause })?;
+    let second = |cause| PacketError::Open { name: name.clone(), what: "second descriptor", cause };
+    let sockets = queues.iter().map(|queue| queue.fd.try_clone()).collect::<Result<_, _>>().map_err(second)?;
     let verb = if created.is_some() { "Made" } else { "Opened" };
     log::info!("{verb} interface {name:?} with {} packet socket(s), address {}", how.queue_pairs, ShownMac(address));
     let device = Device {
@@ -170,7 +171,7 @@ pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
         layer: Layer::Ethernet,
         index: Some(link.index),
         driver: Driver::Tun,
-        kind: Kind::Packet { control },
+        kind: Kind::Packet { sockets, dropped: AtomicU64::default() },
         offloads: offloads(),
         mtu: link.mtu,
         mac: address,

@@ -44,6 +44,11 @@ impl Nic {
         self.device.get().ends_silently()
     }
 
+    /// How many frames to the guest the device's packet sockets had no room for, if it has such.
+    pub fn socket_drops(&self) -> Option<u64> {
+        self.device.get().socket_drops()
+    }
+
     /// Stops passing frames if the interface was deleted; tells whether it was.
     ///
     /// # Errors

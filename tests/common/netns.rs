@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
 
 use super::tap_double::LARGEST_FRAME;
 use super::virtio::VnetHdr;
@@ -305,6 +305,18 @@ impl PacketSocket {
     pub fn send(&self, frame: &[u8]) {
         assert!(!self.vnet_hdr, "This socket wants a header");
         send(&self.fd, frame, SendFlags::empty()).unwrap();
+    }
+
+    /// Lets much be on its way at a time: what waits in a device counts as the sender's.
+    pub fn enlarge(&self) {
+        sockopt::set_socket_send_buffer_size_force(&self.fd, 64 << 20).unwrap();
+    }
+
+    /// As [`PacketSocket::send`], to a device that may have no room.
+    pub fn try_send(&self, frame: &[u8]) -> io::Result<()> {
+        assert!(!self.vnet_hdr, "This socket wants a header");
+        send(&self.fd, frame, SendFlags::DONTWAIT)?;
+        Ok(())
     }
 
     /// Sends a frame with offloads to be done.

@@ -100,6 +100,7 @@ fn interface_of_another_kind_is_refused_by_its_kind() {
     }
 }
 
+/// F-10
 #[test]
 fn single_queue_tap_is_refused_for_two_pairs() {
     if !require_root("single_queue_tap_is_refused_for_two_pairs") {
@@ -168,6 +169,7 @@ fn multi_queue_tap_in_use_is_shared_when_asked_for() {
     drop(second);
 }
 
+/// F-08
 #[test]
 fn name_that_the_kernel_would_change_is_refused_as_typed() {
     if !require_root("name_that_the_kernel_would_change_is_refused_as_typed") {
@@ -187,7 +189,7 @@ fn name_that_the_kernel_would_change_is_refused_as_typed() {
     assert!(!place.namespace.ip("link show").contains("tap"), "Nothing was created");
 }
 
-/// As a user without privileges, who cannot see the build folder, and with a /dev/net/tun of known permissions.
+/// F-12: as a user without privileges, who cannot see the build folder, and with a /dev/net/tun of known permissions.
 #[test]
 fn user_without_privileges_needs_a_tap_of_its_own() {
     if !require_root("user_without_privileges_needs_a_tap_of_its_own") {

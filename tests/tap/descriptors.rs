@@ -50,6 +50,7 @@ fn queues_that_were_passed_as_descriptors_are_served() {
     }
 }
 
+/// F-06
 #[test]
 fn descriptor_that_is_no_tap_queue_as_needed_is_refused() {
     if !require_root("descriptor_that_is_no_tap_queue_as_needed_is_refused") {

@@ -179,6 +179,7 @@ fn frames_for_a_guest_that_is_away_wait_in_the_tap() {
     }
 }
 
+/// F-01
 #[test]
 fn frames_are_dropped_and_counted_while_the_link_is_down_and_pass_when_it_is_up() {
     if !require_root("frames_are_dropped_and_counted_while_the_link_is_down_and_pass_when_it_is_up") {
@@ -205,7 +206,7 @@ fn frames_are_dropped_and_counted_while_the_link_is_down_and_pass_when_it_is_up(
     }
 }
 
-/// F-01
+/// F-03
 #[test]
 fn tap_deleted_under_load_leaves_a_quiet_process_that_ends_when_told() {
     if !require_root("tap_deleted_under_load_leaves_a_quiet_process_that_ends_when_told") {
