@@ -160,7 +160,8 @@ pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
     };
     let link = lookup(&name)?.ok_or_else(|| PacketError::Missing { name: name.clone() })?;
     check(&name, &link, how)?;
-    let address = how.mac.or(link.mac).filter(|_| !how.promiscuous);
+    let own = link.mac.filter(|_| !link.takes_all);
+    let address = how.mac.or(own).filter(|_| !how.promiscuous);
     let queues = open_sockets(&name, link.index, how, address)?;
     let second = |cause| PacketError::Open { name: name.clone(), what: "second descriptor", cause };
     let sockets = queues.iter().map(|queue| queue.fd.try_clone()).collect::<Result<_, _>>().map_err(second)?;
