@@ -244,7 +244,7 @@ fn coalesced_datagrams_arrive_as_they_were_sent() {
     const DATAGRAMS: u32 = 50;
     let Some(place) = Place::new("coalesced_datagrams_arrive_as_they_were_sent") else { return };
     place.add("mvt0", "bridge", GUEST_MAC);
-    let mac = frames::HOST_MAC.map(|byte| format!("{byte:02x}")).join(":");
+    let mac = frames::mac_text(frames::HOST_MAC);
     place.namespace.ip(&format!("link set dev outside address {mac}"));
     place.namespace.ip("addr add 10.99.0.1/24 dev outside");
     let mut backend = place.start(&["--macvtap", "mvt0"]);
@@ -336,7 +336,7 @@ fn device_of_another_namespace_is_served_made_and_taken_away() {
         let mut guest = guest_with(1, feature::MRG_RXBUF);
         let front_end = place.connect(&guest);
         let host = PacketSocket::open(&place.namespace, if netns == &name { "tap0" } else { "outside" });
-        wait_operational(&place, if netns == &name { "tap0" } else { "made" });
+        place.namespace.wait_operational(if netns == &name { "tap0" } else { "made" });
         assert_frames_pass(&mut guest, &host, 0);
         drop(front_end);
         backend.signal(nix::sys::signal::Signal::SIGTERM);
@@ -366,15 +366,6 @@ fn namespace_that_is_none_is_refused() {
     ] {
         let log = place.refusal(&["--netns", netns, "--tap", "tap0"]);
         assert!(log.contains(wanted), "{log}");
-    }
-}
-
-/// For a moment after it came up the kernel drops what is sent to an interface.
-fn wait_operational(place: &Place, name: &str) {
-    let deadline = Instant::now() + PATIENCE;
-    while place.namespace.ip(&format!("link show dev {name}")).contains("state DOWN") {
-        assert!(Instant::now() < deadline, "{name} does not come up");
-        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

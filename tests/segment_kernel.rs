@@ -8,12 +8,11 @@ mod common;
 
 use std::io::Write;
 use std::net::{TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
 use common::frames::{self, Ends, GUEST_MAC, HOST_MAC, L4Csum, Stamp, payload};
-use common::netns::{NetNs, PacketSocket, TapQueue, TapSpec, require_root};
+use common::netns::{NetNs, PacketSocket, TapQueue, TapSpec, require_root, segment_datagrams};
 use common::virtio::{VnetHdr, feature, gso, net_flag};
 use common::{PATIENCE, QUIET, split};
 use vhost_user_net::net::features::GuestOffloads;
@@ -41,7 +40,7 @@ struct Taps {
 impl Taps {
     fn new() -> Self {
         let namespace = NetNs::new();
-        let mac = HOST_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        let mac = frames::mac_text(HOST_MAC);
         let whole = TapSpec { mac: Some(&mac), addr: Some("10.99.0.1/24"), ..TapSpec::new("whole") };
         namespace.add_tap(&whole);
         namespace.add_tap(&TapSpec::new("finished"));
@@ -339,17 +338,11 @@ fn datagrams_of_a_socket_are_cut_as_the_kernel_does() {
     let socket = taps.namespace.within(|| UdpSocket::bind("10.99.0.1:5000").unwrap());
     socket.connect("10.99.0.2:4000").unwrap();
     for (size, len) in [(1200, 48_000), (1200, 47_900), (999, 5000), (1472, 2945)] {
-        let size: libc::c_int = size;
-        let size_len = size_of_val(&size) as u32;
-        // SAFETY: `size` is an int of the length given, and outlives the call.
-        let set = unsafe {
-            libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, (&raw const size).cast(), size_len)
-        };
-        assert_eq!(set, 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
+        segment_datagrams(&socket, size);
         socket.send(&payload(Stamp { stream: 2, seq: 0 }, len)).unwrap();
         let (header, frame) = taps.whole.read(PATIENCE).unwrap();
         assert_eq!(header.gso_type, gso::UDP_L4);
-        assert_eq!(taps.check_given(&header, &frame), len.div_ceil(size as usize));
+        assert_eq!(taps.check_given(&header, &frame), len.div_ceil(size));
     }
 }
 

@@ -18,6 +18,8 @@ pub const SHORTEST_FRAME: usize = 60;
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
 pub const ETHERTYPE_ARP: u16 = 0x0806;
 pub const ETHERTYPE_VLAN: u16 = 0x8100;
+/// 802.1ad, the outer tag of two.
+pub const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8;
 pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// "Local experimental", which no host stack answers.
 pub const ETHERTYPE_TEST: u16 = 0x88b5;
@@ -33,6 +35,11 @@ pub type Mac = [u8; 6];
 pub const BROADCAST: Mac = [0xff; 6];
 pub const GUEST_MAC: Mac = [0x52, 0x54, 0, 0xaa, 0, 1];
 pub const HOST_MAC: Mac = [0x52, 0x54, 0, 0xbb, 0, 1];
+
+/// An address as `ip` has it.
+pub fn mac_text(mac: Mac) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
 
 /// The two ends of a frame.
 #[derive(Clone, Copy, Debug)]
@@ -143,8 +150,12 @@ pub fn ethernet(ends: &Ends, ethertype: u16, rest: &[u8]) -> Vec<u8> {
 
 /// Puts an 802.1Q tag into `frame`.
 pub fn vlan(frame: &[u8], id: u16) -> Vec<u8> {
-    let tag = [ETHERTYPE_VLAN.to_be_bytes(), id.to_be_bytes()].concat();
-    [&frame[..12], &tag, &frame[12..]].concat()
+    tag(frame, ETHERTYPE_VLAN, id)
+}
+
+/// Puts a tag of any kind into `frame`, before those that it has.
+pub fn tag(frame: &[u8], tpid: u16, tci: u16) -> Vec<u8> {
+    [&frame[..12], &tpid.to_be_bytes(), &tci.to_be_bytes(), &frame[12..]].concat()
 }
 
 /// Pads `frame` to the shortest that Ethernet knows.
@@ -295,7 +306,7 @@ fn pseudo_sum(src: &[u8], dst: &[u8], proto: u8, l4_len: usize) -> u16 {
 /// Is `frame` IPv4 or IPv6 (perhaps tagged) with TCP or UDP, and are all its checksums complete and right?
 pub fn checksums_are_right(frame: &[u8]) -> bool {
     let mut at = 12;
-    while be16(frame, at) == ETHERTYPE_VLAN {
+    while [ETHERTYPE_VLAN, ETHERTYPE_SERVICE_VLAN].contains(&be16(frame, at)) {
         at += 4;
     }
     let ip = &frame[at + 2..];

@@ -7,6 +7,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
+use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Output};
@@ -15,11 +16,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
+use rustix::net::{SendFlags, send, sockopt};
 
 use super::tap_double::LARGEST_FRAME;
-use super::virtio::VnetHdr;
-use super::{skip, wait_readable};
+use super::virtio::{VnetHdr, net_flag};
+use super::{PATIENCE, frames, skip, wait_readable};
 
 /// May this test make namespaces and TAPs? If not, says that it was skipped and why.
 pub fn require_root(test: &str) -> bool {
@@ -179,6 +180,21 @@ impl NetNs {
         (number("numqueues"), number("numdisabled"))
     }
 
+    /// Waits until the interface takes frames: for a moment after it has got its carrier, the kernel drops what is sent to
+    /// it (its queueing discipline is put in place by a deferred job). Nothing tells when.
+    pub fn wait_operational(&self, device: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        // One that had its carrier from the start is UNKNOWN for ever.
+        let is_down = || {
+            let shown = self.ip(&format!("link show dev {device}"));
+            ["state DOWN", "state LOWERLAYERDOWN"].iter().any(|state| shown.contains(state))
+        };
+        while is_down() {
+            assert!(Instant::now() < deadline, "{device} does not come up");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     fn write_sysctl(&self, name: &str, value: &str) {
         // /proc/sys/net shows the namespace of the thread that looks.
         self.within(|| {
@@ -274,7 +290,8 @@ fn tun_queue(device: &str, wanted: libc::c_int) -> OwnedFd {
     fd
 }
 
-/// A packet socket on a device, on the host's side: sends towards the guest, receives what the guest sent.
+/// A packet socket on a device, on the host's side: sends towards the guest, receives what the guest sent, VLAN tags in
+/// their place.
 pub struct PacketSocket {
     fd: OwnedFd,
     vnet_hdr: bool,
@@ -295,6 +312,10 @@ impl PacketSocket {
         let fd = namespace.within(|| bound_packet_socket(device));
         // What this host sends is not what the guest sent.
         set_packet_option(&fd, libc::PACKET_IGNORE_OUTGOING, 1);
+        // The kernel takes a VLAN tag out of a frame, and tells it beside.
+        set_packet_option(&fd, libc::PACKET_AUXDATA, 1);
+        // Room for a burst: what finds none is lost.
+        set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 8 << 20);
         if vnet_hdr {
             set_packet_option(&fd, libc::PACKET_VNET_HDR, 1);
         }
@@ -335,16 +356,49 @@ impl PacketSocket {
         if !wait_readable(&self.fd, timeout) {
             return None;
         }
-        let mut bytes = vec![0; 1 << 17];
-        let (len, _) = recv(&self.fd, &mut bytes[..], RecvFlags::empty()).unwrap();
-        bytes.truncate(len);
-        if !self.vnet_hdr {
-            return Some((VnetHdr::default(), bytes));
+        let (mut bytes, tag) = receive_with_tag(&self.fd);
+        let mut header = VnetHdr::default();
+        if self.vnet_hdr {
+            let frame = bytes.split_off(10);
+            bytes.extend([0, 0]);
+            header = VnetHdr::from_bytes(&std::mem::replace(&mut bytes, frame));
         }
-        let frame = bytes.split_off(10);
-        bytes.extend([0, 0]);
-        Some((VnetHdr::from_bytes(&bytes), frame))
+        let Some((tpid, tci)) = tag else { return Some((header, bytes)) };
+        if header.flags & net_flag::NEEDS_CSUM != 0 {
+            header.csum_start += 4;
+        }
+        Some((header, frames::tag(&bytes, tpid, tci)))
     }
+}
+
+/// Reads a frame, header and all, and the VLAN tag that the kernel took out of it.
+fn receive_with_tag(fd: &OwnedFd) -> (Vec<u8>, Option<(u16, u16)>) {
+    let mut bytes = vec![0; 1 << 17];
+    let mut iovec = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // Aligned as a cmsghdr is.
+    let mut control = [0_u64; 8];
+    // SAFETY: all zeros is a valid msghdr: null pointers and lengths of 0.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut iovec;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: `message` names `bytes` and `control`, which outlive the call and are not otherwise used meanwhile.
+    let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, 0) };
+    assert!(len >= 0, "recvmsg: {}", io::Error::last_os_error());
+    bytes.truncate(len as usize);
+    // SAFETY: `message` is as the kernel left it, and `control` is still there.
+    let first = unsafe { libc::CMSG_FIRSTHDR(&raw const message).as_ref() };
+    let aux = first.filter(|first| (first.cmsg_level, first.cmsg_type) == (libc::SOL_PACKET, libc::PACKET_AUXDATA));
+    // SAFETY: behind the header of such a message is a tpacket_auxdata, numbers only.
+    let aux = aux.map(|aux| unsafe { libc::CMSG_DATA(aux).cast::<libc::tpacket_auxdata>().read_unaligned() });
+    let aux = aux.filter(|aux| aux.tp_status & libc::TP_STATUS_VLAN_VALID != 0);
+    (bytes, aux.map(|aux| (aux.tp_vlan_tpid, aux.tp_vlan_tci)))
+}
+
+/// Has the kernel cut what is sent by this socket into datagrams of `size` bytes (`UDP_SEGMENT`).
+pub fn segment_datagrams(socket: &UdpSocket, size: usize) {
+    set_option(socket, libc::SOL_UDP, libc::UDP_SEGMENT, size as i32);
 }
 
 impl AsFd for PacketSocket {
@@ -386,15 +440,13 @@ fn interface_index(device: &str) -> i32 {
 }
 
 fn set_packet_option(fd: &OwnedFd, option: i32, value: i32) {
+    set_option(fd, libc::SOL_PACKET, option, value);
+}
+
+fn set_option(fd: &impl AsRawFd, level: i32, option: i32, value: i32) {
     // SAFETY: `value` is an int of the length given, and outlives the call.
     let set = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_PACKET,
-            option,
-            (&raw const value).cast(),
-            size_of_val(&value) as u32,
-        )
+        libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const value).cast(), size_of_val(&value) as u32)
     };
     assert_eq!(set, 0, "setsockopt: {}", io::Error::last_os_error());
 }

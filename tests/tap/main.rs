@@ -97,16 +97,14 @@ impl Place {
         front_end
     }
 
-    /// The host's side, once it takes frames: for a moment after a TAP has got its carrier, the kernel drops what is
-    /// sent to it (its queueing discipline is put in place by a deferred job).
+    /// The host's side, once it takes frames.
     fn host(&self) -> PacketSocket {
         self.wait_operational();
         PacketSocket::open(&self.namespace, TAP)
     }
 
     fn wait_operational(&self) {
-        // One that had its carrier from the start is UNKNOWN for ever.
-        wait_until("the TAP is operational", || !self.namespace.ip("link show dev tap0").contains("state DOWN"));
+        self.namespace.wait_operational(TAP);
     }
 }
 

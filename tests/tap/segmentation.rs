@@ -1,12 +1,11 @@
 //! Datagrams that the host sends as one, to a guest that takes them one by one.
 
 use std::net::UdpSocket;
-use std::os::fd::AsRawFd;
 
 use crate::common::PATIENCE;
 use crate::common::bench::Guest;
-use crate::common::frames::{HOST_MAC, checksums_are_right};
-use crate::common::netns::{TapSpec, require_root};
+use crate::common::frames::{HOST_MAC, checksums_are_right, mac_text};
+use crate::common::netns::{TapSpec, require_root, segment_datagrams};
 use crate::common::split;
 use crate::common::virtio::{feature, gso};
 use crate::{Place, TAP};
@@ -17,7 +16,7 @@ const DATAGRAMS: usize = 40;
 /// Sends datagrams through a socket with UDP segmentation; returns what arrives in the guest, checksums completed.
 fn sent_as_one(offloads: u64) -> (Vec<Vec<u8>>, u64) {
     let place = Place::new();
-    let mac = HOST_MAC.map(|byte| format!("{byte:02x}")).join(":");
+    let mac = mac_text(HOST_MAC);
     let spec = TapSpec { mac: Some(&mac), addr: Some("10.99.0.1/24"), ..TapSpec::new(TAP) };
     place.namespace.add_tap(&spec);
     place.namespace.ip("neigh add 10.99.0.2 lladdr 52:54:00:aa:00:01 dev tap0");
@@ -28,13 +27,7 @@ fn sent_as_one(offloads: u64) -> (Vec<Vec<u8>>, u64) {
     place.wait_operational();
     let socket = place.namespace.within(|| UdpSocket::bind("10.99.0.1:5000").unwrap());
     socket.connect("10.99.0.2:4000").unwrap();
-    let size = SIZE as libc::c_int;
-    let len = size_of_val(&size) as u32;
-    // SAFETY: `size` is an int of the length given, and outlives the call.
-    let set = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, (&raw const size).cast(), len)
-    };
-    assert_eq!(set, 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
+    segment_datagrams(&socket, SIZE);
     // The last one is shorter.
     let bytes: Vec<u8> = (0..SIZE * DATAGRAMS - 100).map(|at| (at * 7 % 251) as u8).collect();
     socket.send(&bytes).unwrap();
