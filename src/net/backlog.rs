@@ -191,8 +191,9 @@ impl Backlog {
 /// What follows from the kernel's refusal, if not that there is to be read again: the one place where that is decided.
 pub(super) fn after_read_error(error: Errno, counters: &PairCounters) -> Option<Pump> {
     match error {
-        // A packet socket says once that its interface went down.
-        Errno::AGAIN | Errno::NETDOWN => Some(Pump::Drained),
+        Errno::AGAIN => Some(Pump::Drained),
+        // A packet socket says once that its interface went down, before it gives the frames that came until then.
+        Errno::NETDOWN => None,
         Errno::BADFD | Errno::NXIO | Errno::CONNRESET => Some(Pump::DeviceLost),
         // The kernel takes a frame out of its queue before it finds that it cannot be handed over.
         Errno::INVAL | Errno::FAULT => {
