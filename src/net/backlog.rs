@@ -174,17 +174,20 @@ impl Backlog {
         waiting.retain_mut(|Waiting { slot, len, tag, .. }| {
             let bytes = stage.slot_mut(*slot);
             let is_frame = bytes.get_mut(..*len).is_some_and(|bytes| framing.enclose(bytes));
-            let tagged = tag.take().map_or(Some(*len), |tag| put_tag(bytes, *len, tag)).filter(|_| is_frame);
+            counters.rx_drop_short.add(u64::from(!is_frame));
+            let tagged = tag.take().map_or(Some(*len), |tag| put_tag(bytes, *len, tag));
+            counters.rx_drop_too_large.add(u64::from(is_frame && tagged.is_none()));
             *len = tagged.unwrap_or(*len);
-            counters.rx_drop_short.add(u64::from(tagged.is_none()));
-            tagged.is_some()
+            is_frame && tagged.is_some()
         });
     }
 
-    /// Puts a VLAN tag into the oldest frame.
-    pub(super) fn put_tag(&mut self, tag: VlanTag) {
-        let Some(Waiting { slot, len, .. }) = self.waiting.front_mut() else { return };
-        *len = put_tag(self.stage.slot_mut(*slot), *len, tag).unwrap_or(*len);
+    /// Puts a VLAN tag into the oldest frame; tells whether there is room. Without its tag it would be another network's.
+    pub(super) fn put_tag(&mut self, tag: VlanTag) -> bool {
+        let Some(Waiting { slot, len, .. }) = self.waiting.front_mut() else { return false };
+        let tagged = put_tag(self.stage.slot_mut(*slot), *len, tag);
+        *len = tagged.unwrap_or(*len);
+        tagged.is_some()
     }
 }
 

@@ -103,3 +103,29 @@ pub(super) fn put_tag(bytes: &mut [u8], len: usize, tag: VlanTag) -> Option<usiz
     *place = header.to_bytes();
     Some(len + TAG)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::header::{F_NEEDS_CSUM, VnetHeader};
+
+    const TAG: VlanTag = VlanTag { tpid: 0x88a8, tci: 5 };
+
+    #[test]
+    fn tag_goes_behind_the_addresses_and_moves_what_the_header_counts() {
+        let header = VnetHeader { flags: F_NEEDS_CSUM, hdr_len: 54, csum_start: 34, ..VnetHeader::default() };
+        let mut bytes = [&header.to_bytes()[..], &[1; 12], &[8, 0, 9], &[0; 4]].concat();
+        assert_eq!(put_tag(&mut bytes, HEADER_LEN + 15, TAG), Some(HEADER_LEN + 19));
+        let moved = VnetHeader { hdr_len: 58, csum_start: 38, ..header };
+        assert_eq!(bytes, [&moved.to_bytes()[..], &[1; 12], &[0x88, 0xa8, 0, 5], &[8, 0, 9]].concat());
+    }
+
+    #[test]
+    fn tag_without_room_is_not_put_in() {
+        let mut bytes = vec![7; HEADER_LEN + 100];
+        assert_eq!(put_tag(&mut bytes, HEADER_LEN + 97, TAG), None);
+        assert_eq!(put_tag(&mut bytes, HEADER_LEN + 3, TAG), None);
+        assert_eq!(bytes, vec![7; HEADER_LEN + 100]);
+        assert!(put_tag(&mut bytes, HEADER_LEN + 96, TAG).is_some());
+    }
+}

@@ -257,7 +257,10 @@ impl Rx {
         };
         if let Some(tag) = tag {
             put_together(backlog);
-            backlog.put_tag(tag);
+            if !backlog.put_tag(tag) {
+                backlog.pop();
+                return Step::Counted(|c| &c.rx_drop_too_large);
+            }
             return Step::Again;
         }
         if len > room {
