@@ -329,11 +329,21 @@ impl DeviceQueue {
         }
         let attached = to == Steering::Attached;
         match &self.group {
-            Some((group, place)) => group.steer(self.as_fd(), *place, attached)?,
+            Some((group, place)) => {
+                group.steer(self.as_fd(), *place, attached)?;
+                if !attached {
+                    self.forget_waiting();
+                }
+            }
             None => ioctl::tun_set_queue(self.as_fd(), attached)?,
         }
         self.steering = to;
         Ok(true)
+    }
+
+    /// Loses what waits in a socket: attached again much later, it would give frames of long ago.
+    fn forget_waiting(&self) {
+        while rustix::io::read(self, &mut [0; 64]).is_ok() {}
     }
 }
 
