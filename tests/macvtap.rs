@@ -407,6 +407,7 @@ fn what_cannot_be_is_refused_with_the_way_out() {
         (&["--tap", "mvt0"], "Interface \"mvt0\" is a macvtap interface, not a TAP"),
         (&["--macvtap-parent", "none"], "--macvtap-parent \"none\": there is no such interface"),
         (&["--macvtap-parent", "card", "--macvtap-mode", "passthru"], "is in use another way"),
+        (&["--macvtap-parent", "card", "--mtu", "9000"], "MTU 9000 of --mtu: \"card\" must have as much"),
     ] {
         let log = place.refusal(args);
         assert!(log.contains(wanted), "{args:?}: {log}");

@@ -80,6 +80,19 @@ pub enum MacvtapError {
         #[source]
         cause: io::Error,
     },
+    /// It cannot have that MTU.
+    #[error("Cannot give MACVTAP {name:?} MTU {mtu} of --mtu: {parent:?} must have as much")]
+    Mtu {
+        /// The interface.
+        name: String,
+        /// What it was to be.
+        mtu: u16,
+        /// What the interface is on.
+        parent: String,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
     /// Netlink did not answer.
     #[error("Cannot look up interface {name:?}")]
     Lookup {
@@ -216,7 +229,8 @@ fn make(
     let fault = |cause| MacvtapError::Make { name: name.to_owned(), parent: parent.to_owned(), cause };
     let created = netlink::make_macvtap(name, (parent, on.index), mode, how.mac).map_err(fault)?;
     if let Some(mtu) = how.mtu {
-        netlink::set_mtu(created.index(), mtu).map_err(fault)?;
+        let (name, parent) = (name.to_owned(), parent.to_owned());
+        netlink::set_mtu(created.index(), mtu).map_err(|cause| MacvtapError::Mtu { name, mtu, parent, cause })?;
     }
     netlink::let_groups_in(created.index()).map_err(fault)?;
     netlink::set_up(created.index()).map_err(fault)?;

@@ -88,6 +88,19 @@ pub enum PacketError {
         #[source]
         cause: io::Error,
     },
+    /// It cannot have that MTU.
+    #[error("Cannot give MACVLAN {name:?} MTU {mtu} of --mtu: {parent:?} must have as much")]
+    Mtu {
+        /// The interface.
+        name: String,
+        /// What it was to be.
+        mtu: u16,
+        /// What the interface is on.
+        parent: String,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
     /// Netlink did not answer.
     #[error("Cannot look up interface {name:?}")]
     Lookup {
@@ -116,7 +129,10 @@ fn hint_make(cause: &io::Error) -> &'static str {
             ": this user may not; make it as root with 'ip link add link IF name NAME type macvlan mode bridge' and name it \
              with --interface"
         }
-        Some(libc::EBUSY) => ": it is a port of a bridge, has MACVTAPs of another kind, or a MACVLAN in mode passthru",
+        Some(libc::EBUSY | libc::EINVAL) => {
+            ": it is in use another way (a bridge's port, or by MACVLANs or MACVTAPs of which one has mode passthru)"
+        }
+        Some(libc::EADDRINUSE) => ": it, or another MACVLAN on it, has that address; give another with --mac",
         Some(libc::EEXIST) => ": an interface of that name exists",
         Some(libc::EOPNOTSUPP) => ": the kernel has no MACVLAN; load it with 'modprobe macvlan'",
         _ => "",
@@ -190,7 +206,8 @@ fn make(
     let fault = |cause| PacketError::Make { name: name.to_owned(), parent: parent.to_owned(), cause };
     let created = netlink::make_macvlan(name, (parent, on.index), mode, how.mac).map_err(fault)?;
     if let Some(mtu) = how.mtu {
-        netlink::set_mtu(created.index(), mtu).map_err(fault)?;
+        let (name, parent) = (name.to_owned(), parent.to_owned());
+        netlink::set_mtu(created.index(), mtu).map_err(|cause| PacketError::Mtu { name, mtu, parent, cause })?;
     }
     netlink::set_up(created.index()).map_err(fault)?;
     if !on.is_up {
@@ -222,17 +239,23 @@ fn check(name: &str, link: &Link, how: &Existing) -> Result<(), PacketError> {
              'ip address flush dev {name}', or leave the guest an interface of its own"
         );
     }
-    if link.kind.as_deref() == Some("macvlan")
-        && !link.takes_all
-        && let Some(mac) = how.mac.filter(|mac| !how.promiscuous && Some(*mac) != link.mac)
-    {
-        log::warn!(
-            "MACVLAN {name:?} lets in frames to its own address only, which is not that of --mac: \
-             'ip link set {name} address {}'",
-            ShownMac(Some(mac))
-        );
+    if link.kind.as_deref() == Some("macvlan") && !link.takes_all {
+        warn_of_own_address(name, link, how);
     }
     Ok(())
+}
+
+/// Such a MACVLAN cannot be asked for more.
+fn warn_of_own_address(name: &str, link: &Link, how: &Existing) {
+    let only = format_args!("MACVLAN {name:?} lets in frames to its own address and to groups only");
+    match how.mac {
+        _ if how.promiscuous => log::warn!("{only}, with --promiscuous, too: one of mode passthru lets in all"),
+        Some(mac) if Some(mac) != link.mac => {
+            let mac = ShownMac(Some(mac));
+            log::warn!("{only}, and its own is not that of --mac: 'ip link set {name} address {mac}'");
+        }
+        _ => {}
+    }
 }
 
 /// An address of the interface that others may use; one of its link alone is there always.
