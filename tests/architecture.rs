@@ -101,3 +101,27 @@ fn unsafe_code_stands_behind_the_doors_only() {
         assert_eq!(has_unsafe, DOORS.contains(&path.as_str()), "{path}");
     }
 }
+
+#[test]
+fn unsafe_code_is_little_and_each_site_says_why_it_is_sound() {
+    /// How many there may be.
+    const SITES: usize = 30;
+    let mut sites = 0;
+    for path in sources() {
+        let source = read(&path);
+        let lines: Vec<_> = source.lines().map(str::trim_start).collect();
+        for (at, line) in lines.iter().enumerate() {
+            if line.starts_with("//") || !(line.contains("unsafe {") || line.contains("unsafe impl")) {
+                continue;
+            }
+            sites += 1;
+            let reason = lines[..at].iter().rev().take_while(|line| line.starts_with("//"));
+            // A call that is broken over lines may begin a line or two above its `unsafe`.
+            let near = lines[at.saturating_sub(3)..at].iter();
+            let says_why = reason.chain(near).any(|line| line.starts_with("// SAFETY: "));
+            assert!(says_why, "{path}:{}: {line}", at + 1);
+        }
+    }
+    assert!(sites <= SITES, "{sites} unsafe sites");
+    assert!(sites > 0, "The test sees them");
+}

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_uint, ifreq};
@@ -26,93 +27,103 @@ pub(crate) fn take_inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// `TUNSETIFF`: makes `fd` a queue of interface `name`, which is created if need be; tells the interface's name.
+/// A request whose argument is the address of one `T`, which the kernel reads or writes.
+struct Request<T>(libc::Ioctl, PhantomData<T>);
+
+impl<T> Request<T> {
+    const fn new(number: libc::Ioctl) -> Request<T> {
+        Request(number, PhantomData)
+    }
+}
+
+// linux/if_tun.h
+const TUNSETIFF: Request<ifreq> = Request::new(libc::TUNSETIFF as _);
+const TUNGETIFF: Request<ifreq> = Request::new(libc::TUNGETIFF as _);
+const TUNSETQUEUE: Request<ifreq> = Request::new(libc::TUNSETQUEUE as _);
+const TUNSETVNETHDRSZ: Request<c_int> = Request::new(libc::TUNSETVNETHDRSZ as _);
+const TUNSETVNETLE: Request<c_int> = Request::new(libc::TUNSETVNETLE as _);
+const TUNGETSNDBUF: Request<c_int> = Request::new(libc::TUNGETSNDBUF as _);
+const TUNSETSNDBUF: Request<c_int> = Request::new(libc::TUNSETSNDBUF as _);
+const TUNSETCARRIER: Request<c_int> = Request::new(libc::_IOW::<c_int>(b'T' as u32, 226));
+
+fn call<T>(fd: BorrowedFd<'_>, request: &Request<T>, argument: &mut T) -> io::Result<()> {
+    // SAFETY: the kernel reads or writes one `T` at the address of `argument`: the table above says so of each request.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request.0, std::ptr::from_mut(argument)) })
+}
+
+/// `request` is one that takes its argument by value.
+fn call_by_value(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: u32) -> io::Result<()> {
+    // SAFETY: the requests that this is called with below take a number, and touch no memory of ours whatever that is.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, libc::c_ulong::from(argument)) })
+}
+
+/// Makes `fd` a queue of interface `name`, which is created if need be; tells the interface's name.
 pub(crate) fn tun_set_iff(fd: BorrowedFd<'_>, name: &str, flags: c_int) -> io::Result<String> {
-    let mut request = ifreq_named(name);
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    // SAFETY: TUNSETIFF reads and writes one ifreq at the given address, that of `request`.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })?;
+    let mut request = ifreq_with(name, flags);
+    call(fd, &TUNSETIFF, &mut request)?;
     Ok(name_of(&request))
 }
 
-/// `TUNGETIFF`: the interface's name and its `IFF_` flags.
+/// The interface's name and its `IFF_` flags.
 pub(crate) fn tun_get_iff(fd: BorrowedFd<'_>) -> io::Result<(String, c_int)> {
-    let mut request = ifreq_named("");
-    // SAFETY: TUNGETIFF writes one ifreq at the given address, that of `request`.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) })?;
-    // SAFETY: the kernel filled in the union's `ifru_flags`, and every bit pattern is a short.
+    let mut request = ifreq_with("", 0);
+    call(fd, &TUNGETIFF, &mut request)?;
+    // SAFETY: `ifreq_with` or the kernel filled in the union's `ifru_flags`, and every bit pattern is a short.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
     Ok((name_of(&request), c_int::from(flags as u16)))
 }
 
-/// `TUNSETOFFLOAD`: which unfinished frames (`TUN_F_`) may be read from the interface.
+/// Which unfinished frames (`TUN_F_`) may be read from the interface.
 pub(crate) fn tun_set_offload(fd: BorrowedFd<'_>, flags: c_uint) -> io::Result<()> {
-    // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory of ours.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD as _, libc::c_ulong::from(flags)) })
+    call_by_value(fd, libc::TUNSETOFFLOAD as _, flags)
 }
 
-/// `TUNSETVNETHDRSZ`: bytes of the virtio-net header before each frame.
-pub(crate) fn tun_set_vnet_header_size(fd: BorrowedFd<'_>, size: c_int) -> io::Result<()> {
-    // SAFETY: TUNSETVNETHDRSZ reads one int at the given address, that of `size`.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &raw const size) })
+/// Bytes of the virtio-net header before each frame.
+pub(crate) fn tun_set_vnet_header_size(fd: BorrowedFd<'_>, mut size: c_int) -> io::Result<()> {
+    call(fd, &TUNSETVNETHDRSZ, &mut size)
 }
 
-/// `TUNSETVNETLE`: the header's words are little-endian, whatever the host is.
+/// The header's words are little-endian, whatever the host is.
 pub(crate) fn tun_set_vnet_little_endian(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let on: c_int = 1;
-    // SAFETY: TUNSETVNETLE reads one int at the given address, that of `on`.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETLE as _, &raw const on) })
+    call(fd, &TUNSETVNETLE, &mut 1)
 }
 
-/// `TUNGETSNDBUF`: how many bytes of frames may be on their way before the interface takes no more.
+/// How many bytes of frames may be on their way before the interface takes no more.
 pub(crate) fn tun_send_limit(fd: BorrowedFd<'_>) -> io::Result<c_int> {
-    let mut limit: c_int = 0;
-    // SAFETY: TUNGETSNDBUF writes one int at the given address, that of `limit`.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETSNDBUF as _, &raw mut limit) })?;
+    let mut limit = 0;
+    call(fd, &TUNGETSNDBUF, &mut limit)?;
     Ok(limit)
 }
 
-/// `TUNSETSNDBUF`: how many bytes of frames may be on their way; `c_int::MAX` for any.
-pub(crate) fn tun_set_send_limit(fd: BorrowedFd<'_>, limit: c_int) -> io::Result<()> {
-    // SAFETY: TUNSETSNDBUF reads one int at the given address, that of `limit`.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETSNDBUF as _, &raw const limit) })
+/// How many bytes of frames may be on their way; `c_int::MAX` for any.
+pub(crate) fn tun_set_send_limit(fd: BorrowedFd<'_>, mut limit: c_int) -> io::Result<()> {
+    call(fd, &TUNSETSNDBUF, &mut limit)
 }
 
-/// `TUNSETQUEUE`: whether the kernel gives this queue frames.
+/// Whether the kernel gives this queue frames.
 pub(crate) fn tun_set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
-    let mut request = ifreq_named("");
     let flags = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    // SAFETY: TUNSETQUEUE reads one ifreq at the given address, that of `request`.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETQUEUE as _, &raw const request) })
+    call(fd, &TUNSETQUEUE, &mut ifreq_with("", flags))
 }
 
-/// `TUNSETOWNER`: the user who may attach to the interface, besides root.
+/// The user who may attach to the interface, besides root.
 pub(crate) fn tun_set_owner(fd: BorrowedFd<'_>, user: u32) -> io::Result<()> {
-    // SAFETY: TUNSETOWNER takes its argument by value and touches no memory of ours.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOWNER as _, libc::c_ulong::from(user)) })
+    call_by_value(fd, libc::TUNSETOWNER as _, user)
 }
 
-/// `TUNSETGROUP`: the group whose members may attach to the interface.
+/// The group whose members may attach to the interface.
 pub(crate) fn tun_set_group(fd: BorrowedFd<'_>, group: u32) -> io::Result<()> {
-    // SAFETY: TUNSETGROUP takes its argument by value and touches no memory of ours.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETGROUP as _, libc::c_ulong::from(group)) })
+    call_by_value(fd, libc::TUNSETGROUP as _, group)
 }
 
-/// `TUNSETPERSIST`: the interface stays when its last queue is closed.
+/// The interface stays when its last queue is closed.
 pub(crate) fn tun_set_persistent(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: TUNSETPERSIST takes its argument by value and touches no memory of ours.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETPERSIST as _, 1 as libc::c_ulong) })
+    call_by_value(fd, libc::TUNSETPERSIST as _, 1)
 }
-
-/// Of linux/if_tun.h.
-const TUNSETCARRIER: libc::Ioctl = libc::_IOW::<c_int>(b'T' as u32, 226);
 
 /// Sets the interface's carrier.
 pub(crate) fn tun_set_carrier(fd: BorrowedFd<'_>, is_on: bool) -> io::Result<()> {
-    let value = c_int::from(is_on);
-    // SAFETY: TUNSETCARRIER reads one int at the given address, that of `value`.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETCARRIER as _, &raw const value) })
+    call(fd, &TUNSETCARRIER, &mut c_int::from(is_on))
 }
 
 /// `PACKET_VNET_HDR` (linux/if_packet.h).
@@ -136,19 +147,14 @@ pub(crate) fn set_packet_option(fd: BorrowedFd<'_>, option: c_int, value: c_int)
 
 /// Has the packet socket get frames of the interface with this index.
 pub(crate) fn bind_to_interface(fd: BorrowedFd<'_>, index: u32) -> io::Result<()> {
-    // SAFETY: all zeros is a valid sockaddr_ll: numbers and bytes.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-    address.sll_ifindex = c_int::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let address = packet_address(c_int::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?);
     // SAFETY: bind reads one sockaddr_ll at the given address, that of `address`.
     check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as _) })
 }
 
 /// The index of the interface that the packet socket is bound to; -1 once that is gone.
 pub(crate) fn bound_interface(fd: BorrowedFd<'_>) -> io::Result<c_int> {
-    // SAFETY: all zeros is a valid sockaddr_ll: numbers and bytes.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let mut address = packet_address(0);
     let mut len = size_of_val(&address) as libc::socklen_t;
     // SAFETY: getsockname writes at most `len` bytes, a sockaddr_ll, at the address of `address`, and the length at that of
     // `len`.
@@ -156,17 +162,22 @@ pub(crate) fn bound_interface(fd: BorrowedFd<'_>) -> io::Result<c_int> {
     Ok(address.sll_ifindex)
 }
 
+fn packet_address(index: c_int) -> libc::sockaddr_ll {
+    libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+        sll_ifindex: index,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    }
+}
+
 /// How many frames the packet socket had no room for since this was asked last.
 pub(crate) fn packet_drops(fd: BorrowedFd<'_>) -> io::Result<u32> {
-    // SAFETY: all zeros is a valid tpacket_stats: numbers.
-    let mut stats: libc::tpacket_stats = unsafe { std::mem::zeroed() };
-    let mut len = size_of_val(&stats) as libc::socklen_t;
-    // SAFETY: getsockopt writes at most `len` bytes, a tpacket_stats, at the address of `stats`, and the length at that of
-    // `len`.
-    check(unsafe {
-        let value = (&raw mut stats).cast();
-        libc::getsockopt(fd.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, value, &raw mut len)
-    })?;
+    let mut stats = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+    get_option(fd, (libc::SOL_PACKET, libc::PACKET_STATISTICS), &mut stats)?;
     Ok(stats.tp_drops)
 }
 
@@ -219,11 +230,7 @@ pub(crate) fn attach_filter(fd: BorrowedFd<'_>, program: &[libc::sock_filter]) -
 pub(crate) fn join_fan_out(fd: BorrowedFd<'_>, id: Option<c_int>) -> io::Result<c_int> {
     set_packet_option(fd, PACKET_FANOUT, id.map_or(FANOUT_KIND | FANOUT_UNIQUE, |id| FANOUT_KIND | id))?;
     let mut value: c_int = 0;
-    let mut len = size_of_val(&value) as libc::socklen_t;
-    // SAFETY: getsockopt writes at most `len` bytes, an int, at the address of `value`, and the length at that of `len`.
-    check(unsafe {
-        libc::getsockopt(fd.as_raw_fd(), libc::SOL_PACKET, PACKET_FANOUT, (&raw mut value).cast(), &raw mut len)
-    })?;
+    get_option(fd, (libc::SOL_PACKET, PACKET_FANOUT), &mut value)?;
     Ok(value & 0xffff)
 }
 
@@ -246,17 +253,29 @@ fn set_option<T>(fd: BorrowedFd<'_>, (level, option): (c_int, c_int), value: &T)
     check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), len) })
 }
 
+/// `value` is of a type of numbers, which the option fills in.
+fn get_option<T>(fd: BorrowedFd<'_>, (level, option): (c_int, c_int), value: &mut T) -> io::Result<()> {
+    let mut len = size_of::<T>() as libc::socklen_t;
+    let value = std::ptr::from_mut(value).cast();
+    // SAFETY: getsockopt writes at most `len` bytes at the address of `value`, which is that long and of a type for which every
+    // bit pattern is valid, and the length at the address of `len`.
+    check(unsafe { libc::getsockopt(fd.as_raw_fd(), level, option, value, &raw mut len) })
+}
+
 fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A request for `name`, of which at most [`MAX_NAME`] bytes are used (`name` refuses longer ones before).
-fn ifreq_named(name: &str) -> ifreq {
+/// A request about `name`, of which at most [`MAX_NAME`] bytes are used (`name` refuses longer ones before).
+fn ifreq_with(name: &str, flags: c_int) -> ifreq {
     let mut ifr_name = [0; libc::IFNAMSIZ];
     for (to, from) in ifr_name.iter_mut().take(MAX_NAME).zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    ifreq { ifr_name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data: std::ptr::null_mut() } }
+    // All of the union is initialised, and then the part that is read.
+    let mut request = ifreq { ifr_name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data: std::ptr::null_mut() } };
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    request
 }
 
 fn name_of(request: &ifreq) -> String {
