@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LinkChoice, LogLevel, LossChoice, ModeChoice};
-use crate::device::macvtap::{Macvtap, MacvtapMode};
+use crate::device::macvtap::Macvtap;
 use crate::device::netns::NetNs;
+use crate::device::on_card::{OnCardMode, Wanted};
 use crate::device::packet::Existing;
 use crate::device::tap::{Extras, TapByName};
 use crate::device::{Io, Layer};
@@ -129,11 +130,15 @@ impl TryFrom<Cli> for Config {
             DeviceChoice::Tap(TapByName { layer, name, queue_pairs, shared: cli.shared, mtu, extras, reopens: false })
         } else if cli.macvtap.is_some() || cli.macvtap_parent.is_some() {
             let parent = cli.macvtap_parent.map(|parent| (parent, mode(cli.macvtap_mode)));
-            DeviceChoice::Macvtap(Macvtap { name: cli.macvtap, parent, queue_pairs, mac, mtu })
+            DeviceChoice::Macvtap(Macvtap { interface: Wanted { name: cli.macvtap, parent, mac, mtu }, queue_pairs })
         } else if cli.interface.is_some() || cli.macvlan_parent.is_some() {
             let parent = cli.macvlan_parent.map(|parent| (parent, mode(cli.macvlan_mode)));
             let promiscuous = cli.promiscuous;
-            DeviceChoice::Existing(Existing { name: cli.interface, parent, queue_pairs, mac, mtu, promiscuous })
+            DeviceChoice::Existing(Existing {
+                interface: Wanted { name: cli.interface, parent, mac, mtu },
+                queue_pairs,
+                promiscuous,
+            })
         } else if cli.tap_fd.is_empty() {
             return Err(ConfigError::Incomplete);
         } else {
@@ -195,12 +200,12 @@ fn group_number(option: &'static str, name: &str) -> Result<u32, ConfigError> {
     })
 }
 
-fn mode(mode: ModeChoice) -> MacvtapMode {
+fn mode(mode: ModeChoice) -> OnCardMode {
     match mode {
-        ModeChoice::Bridge => MacvtapMode::Bridge,
-        ModeChoice::Vepa => MacvtapMode::Vepa,
-        ModeChoice::Private => MacvtapMode::Private,
-        ModeChoice::Passthru => MacvtapMode::Passthru,
+        ModeChoice::Bridge => OnCardMode::Bridge,
+        ModeChoice::Vepa => OnCardMode::Vepa,
+        ModeChoice::Private => OnCardMode::Private,
+        ModeChoice::Passthru => OnCardMode::Passthru,
     }
 }
 

@@ -18,26 +18,18 @@ use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR};
 use rustix::fs::{CWD, Dev, FileType, Mode, OFlags, makedev, mknodat};
 use thiserror::Error;
 
-use super::name::InterfaceName;
-use super::netlink::{self, CreatedLink, Link};
+use super::netlink::Link;
+use super::on_card::{self, Found, OnCardError, OnCardKind, Wanted};
 use super::tap_queue::{self, CannotSet, Interface};
 use super::{Device, DeviceQueue, Driver, Layer, Steering, ioctl};
-
-pub use super::netlink::MacvtapMode;
 
 /// Which MACVTAP to open, or to make.
 #[derive(Clone, Debug)]
 pub struct Macvtap {
-    /// The interface; one that is made has a name of its own if not given.
-    pub name: Option<InterfaceName>,
-    /// What to make it on, and how; it must exist if not given.
-    pub parent: Option<(InterfaceName, MacvtapMode)>,
+    /// Which one.
+    pub interface: Wanted,
     /// How many queues to open.
     pub queue_pairs: u16,
-    /// The address of one that is made; in mode passthru it is its parent's.
-    pub mac: Option<[u8; 6]>,
-    /// The MTU of one that is made.
-    pub mtu: Option<u16>,
 }
 
 /// Why a MACVTAP cannot be used.
@@ -63,45 +55,9 @@ pub enum MacvtapError {
         /// What it is.
         kind: String,
     },
-    /// What it is to be made on does not exist.
-    #[error("--macvtap-parent {parent:?}: there is no such interface; 'ip link' lists them")]
-    NoParent {
-        /// The interface that is not there.
-        parent: String,
-    },
-    /// It cannot be made.
-    #[error("Cannot make MACVTAP {name:?} on {parent:?}{}", hint_make(parent, cause))]
-    Make {
-        /// The interface.
-        name: String,
-        /// What it was to be made on.
-        parent: String,
-        /// What the kernel said.
-        #[source]
-        cause: io::Error,
-    },
-    /// It cannot have that MTU.
-    #[error("Cannot give MACVTAP {name:?} MTU {mtu} of --mtu: {parent:?} must have as much")]
-    Mtu {
-        /// The interface.
-        name: String,
-        /// What it was to be.
-        mtu: u16,
-        /// What the interface is on.
-        parent: String,
-        /// What the kernel said.
-        #[source]
-        cause: io::Error,
-    },
-    /// Netlink did not answer.
-    #[error("Cannot look up interface {name:?}")]
-    Lookup {
-        /// The interface.
-        name: String,
-        /// What went wrong.
-        #[source]
-        cause: io::Error,
-    },
+    /// It cannot be found or made.
+    #[error(transparent)]
+    OnCard(#[from] OnCardError),
     /// Nothing tells its device numbers.
     #[error(
         "Cannot find the device numbers of MACVTAP {name:?} in /sys/class/net; is that another network namespace's? \
@@ -142,20 +98,6 @@ pub enum MacvtapError {
     Set(#[from] CannotSet),
 }
 
-fn hint_make(parent: &str, cause: &io::Error) -> String {
-    match cause.raw_os_error() {
-        Some(libc::EPERM) => ": this user may not; make it as root, and pass its queues with --tap-fd".to_owned(),
-        Some(libc::EBUSY | libc::EINVAL) => {
-            format!(
-                ": {parent:?} is in use another way (a bridge's port, or by MACVTAPs of which one has mode passthru)"
-            )
-        }
-        Some(libc::EEXIST) => ": an interface of that name exists".to_owned(),
-        Some(libc::EOPNOTSUPP) => ": the kernel has no MACVTAP; load it with 'modprobe macvtap'".to_owned(),
-        _ => String::new(),
-    }
-}
-
 fn hint_open(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
         Some(libc::ENOENT) => {
@@ -175,26 +117,11 @@ fn hint_open(cause: &io::Error) -> &'static str {
 /// # Errors
 /// [`MacvtapError`], which says what to do about it.
 pub fn open(how: &Macvtap) -> Result<(Device, Vec<DeviceQueue>), MacvtapError> {
-    let name = how.name.as_ref().map_or_else(own_name, |name| name.as_str().to_owned());
-    let lookup =
-        |name: &str| netlink::link_by_name(name).map_err(|cause| MacvtapError::Lookup { name: name.to_owned(), cause });
-    let existing = lookup(&name)?;
-    let created = match (&existing, &how.parent) {
-        (None, Some((parent, mode))) => {
-            let parent = parent.as_str();
-            let on = lookup(parent)?.ok_or_else(|| MacvtapError::NoParent { parent: parent.to_owned() })?;
-            Some(make(&name, (parent, &on), *mode, how)?)
-        }
-        _ => None,
-    };
-    let link = lookup(&name)?.ok_or_else(|| MacvtapError::Missing { name: name.clone() })?;
+    let Found { name, link, created } = on_card::find_or_make(OnCardKind::Macvtap, &how.interface)?;
+    let link = link.ok_or_else(|| MacvtapError::Missing { name: name.clone() })?;
     if link.kind.as_deref() != Some("macvtap") {
         let kind = link.kind.as_deref().unwrap_or("physical").to_owned();
         return Err(MacvtapError::NotAMacvtap { name, kind });
-    }
-    if let (Some(_), Some((parent, _))) = (&existing, &how.parent) {
-        let parent = parent.as_str();
-        log::warn!("MACVTAP {name:?} is there already and is used as it is, not made on {parent:?} and not taken away");
     }
     if !link.is_up {
         log::warn!("MACVTAP {name:?} is down, no frames will pass: 'ip link set {name} up'");
@@ -213,31 +140,6 @@ pub fn open(how: &Macvtap) -> Result<(Device, Vec<DeviceQueue>), MacvtapError> {
     };
     let (device, queues) = tap_queue::set_up(interface, queues)?;
     Ok((Device { created, ..device }, queues))
-}
-
-/// A name that no other process of this namespace takes.
-fn own_name() -> String {
-    format!("macvtap-{}", std::process::id())
-}
-
-fn make(
-    name: &str,
-    (parent, on): (&str, &Link),
-    mode: MacvtapMode,
-    how: &Macvtap,
-) -> Result<CreatedLink, MacvtapError> {
-    let fault = |cause| MacvtapError::Make { name: name.to_owned(), parent: parent.to_owned(), cause };
-    let created = netlink::make_macvtap(name, (parent, on.index), mode, how.mac).map_err(fault)?;
-    if let Some(mtu) = how.mtu {
-        let (name, parent) = (name.to_owned(), parent.to_owned());
-        netlink::set_mtu(created.index(), mtu).map_err(|cause| MacvtapError::Mtu { name, mtu, parent, cause })?;
-    }
-    netlink::let_groups_in(created.index()).map_err(fault)?;
-    netlink::set_up(created.index()).map_err(fault)?;
-    if !on.is_up {
-        log::warn!("Interface {parent:?} is down, no frames will pass: 'ip link set {parent} up'");
-    }
-    Ok(created)
 }
 
 fn open_queues(name: &str, link: &Link, queue_pairs: u16) -> Result<Vec<DeviceQueue>, MacvtapError> {

@@ -12,6 +12,7 @@ pub(crate) mod mmsg;
 pub mod name;
 pub mod netlink;
 pub mod netns;
+pub mod on_card;
 pub mod packet;
 pub mod passed;
 pub mod stage;

@@ -14,6 +14,8 @@ use netlink_packet_route::link::{
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
+use super::on_card::{OnCardKind, OnCardMode};
+
 /// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Link {
@@ -67,20 +69,6 @@ pub(crate) fn link_by_name(name: &str) -> io::Result<Option<Link>> {
     }
 }
 
-/// How MACVTAPs of one parent, and what is behind it, reach each other.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MacvtapMode {
-    /// They reach each other directly.
-    #[default]
-    Bridge,
-    /// All frames go out; the switch outside may send them back.
-    Vepa,
-    /// They do not reach each other.
-    Private,
-    /// There is one only, which has all frames of its parent.
-    Passthru,
-}
-
 /// An interface that we made; it is deleted when this is dropped.
 #[derive(Debug)]
 pub(crate) struct CreatedLink {
@@ -115,44 +103,24 @@ impl Drop for CreatedLink {
     }
 }
 
-/// Makes a MACVTAP on an interface, of which `parent` is name and index.
-pub(crate) fn make_macvtap(
+/// Makes a MACVTAP or MACVLAN on an interface, of which `parent` is name and index.
+pub(super) fn make_on_card(
+    kind: OnCardKind,
     name: &str,
     parent: (&str, u32),
-    mode: MacvtapMode,
+    mode: OnCardMode,
     mac: Option<[u8; 6]>,
 ) -> io::Result<CreatedLink> {
-    let data = InfoData::MacVtap(vec![InfoMacVtap::Mode(kernel_mode(mode))]);
-    make(name, parent, vec![LinkInfo::Kind(InfoKind::MacVtap), LinkInfo::Data(data)], mac)
-}
-
-/// The same with a MACVLAN.
-pub(crate) fn make_macvlan(
-    name: &str,
-    parent: (&str, u32),
-    mode: MacvtapMode,
-    mac: Option<[u8; 6]>,
-) -> io::Result<CreatedLink> {
-    let data = InfoData::MacVlan(vec![InfoMacVlan::Mode(kernel_mode(mode))]);
-    make(name, parent, vec![LinkInfo::Kind(InfoKind::MacVlan), LinkInfo::Data(data)], mac)
-}
-
-fn kernel_mode(mode: MacvtapMode) -> netlink_packet_route::link::MacVtapMode {
-    use netlink_packet_route::link::MacVtapMode as Kernel;
-    match mode {
-        MacvtapMode::Bridge => Kernel::Bridge,
-        MacvtapMode::Vepa => Kernel::Vepa,
-        MacvtapMode::Private => Kernel::Private,
-        MacvtapMode::Passthru => Kernel::Passthrough,
-    }
-}
-
-fn make(name: &str, parent: (&str, u32), info: Vec<LinkInfo>, mac: Option<[u8; 6]>) -> io::Result<CreatedLink> {
+    let mode = kernel_mode(mode);
+    let (kind, data) = match kind {
+        OnCardKind::Macvtap => (InfoKind::MacVtap, InfoData::MacVtap(vec![InfoMacVtap::Mode(mode)])),
+        OnCardKind::Macvlan => (InfoKind::MacVlan, InfoData::MacVlan(vec![InfoMacVlan::Mode(mode)])),
+    };
     let mut message = LinkMessage::default();
     message.attributes.extend([
         LinkAttribute::IfName(name.to_owned()),
         LinkAttribute::Link(parent.1),
-        LinkAttribute::LinkInfo(info),
+        LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind), LinkInfo::Data(data)]),
     ]);
     message.attributes.extend(mac.map(|mac| LinkAttribute::Address(mac.to_vec())));
     let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
@@ -160,6 +128,16 @@ fn make(name: &str, parent: (&str, u32), info: Vec<LinkInfo>, mac: Option<[u8; 6
     request_on(&socket, RouteNetlinkMessage::NewLink(message), flags)?;
     let link = link_by_name(name)?.ok_or(io::ErrorKind::NotFound)?;
     Ok(CreatedLink { socket, index: link.index, name: name.to_owned(), parent: (parent.0.to_owned(), parent.1) })
+}
+
+fn kernel_mode(mode: OnCardMode) -> netlink_packet_route::link::MacVtapMode {
+    use netlink_packet_route::link::MacVtapMode as Kernel;
+    match mode {
+        OnCardMode::Bridge => Kernel::Bridge,
+        OnCardMode::Vepa => Kernel::Vepa,
+        OnCardMode::Private => Kernel::Private,
+        OnCardMode::Passthru => Kernel::Passthrough,
+    }
 }
 
 /// Sets the interface administratively up.
@@ -257,10 +235,10 @@ fn read_info(info: &LinkInfo, link: &mut Link) {
             attributes.iter().for_each(|attribute| read_tun(attribute, &mut link.tun));
         }
         LinkInfo::Data(InfoData::MacVtap(attributes)) => {
-            link.takes_all = attributes.contains(&InfoMacVtap::Mode(kernel_mode(MacvtapMode::Passthru)));
+            link.takes_all = attributes.contains(&InfoMacVtap::Mode(kernel_mode(OnCardMode::Passthru)));
         }
         LinkInfo::Data(InfoData::MacVlan(attributes)) => {
-            link.takes_all = attributes.contains(&InfoMacVlan::Mode(kernel_mode(MacvtapMode::Passthru)));
+            link.takes_all = attributes.contains(&InfoMacVlan::Mode(kernel_mode(OnCardMode::Passthru)));
         }
         _ => {}
     }

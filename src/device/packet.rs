@@ -21,24 +21,18 @@ use thiserror::Error;
 
 use super::ioctl::Membership;
 use super::macvtap::ShownMac;
-use super::name::InterfaceName;
-use super::netlink::{self, CreatedLink, Link, MacvtapMode};
+use super::netlink::Link;
+use super::on_card::{self, Found, OnCardError, OnCardKind, Wanted};
 use super::{Device, DeviceQueue, Driver, Kind, Layer, Steering, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
 use super::{TUN_F_USO4, TUN_F_USO6, bpf, ioctl};
 
 /// How to open an interface.
 #[derive(Clone, Debug)]
 pub struct Existing {
-    /// The interface; a MACVLAN that is made has a name of its own if not given.
-    pub name: Option<InterfaceName>,
-    /// What to make a MACVLAN on, and how; the interface must exist if not given.
-    pub parent: Option<(InterfaceName, MacvtapMode)>,
+    /// Which one, or what MACVLAN to make. The guest's address is its `mac`, or else the interface's.
+    pub interface: Wanted,
     /// How many sockets to open.
     pub queue_pairs: u16,
-    /// The guest's address; the interface's if not given.
-    pub mac: Option<[u8; 6]>,
-    /// The MTU of one that is made.
-    pub mtu: Option<u16>,
     /// Whether frames to other addresses come too.
     pub promiscuous: bool,
 }
@@ -71,45 +65,9 @@ pub enum PacketError {
         /// The interface.
         name: String,
     },
-    /// What a MACVLAN is to be made on does not exist.
-    #[error("--macvlan-parent {parent:?}: there is no such interface; 'ip link' lists them")]
-    NoParent {
-        /// The interface that is not there.
-        parent: String,
-    },
-    /// A MACVLAN cannot be made.
-    #[error("Cannot make MACVLAN {name:?} on {parent:?}{}", hint_make(cause))]
-    Make {
-        /// The interface.
-        name: String,
-        /// What it was to be made on.
-        parent: String,
-        /// What the kernel said.
-        #[source]
-        cause: io::Error,
-    },
-    /// It cannot have that MTU.
-    #[error("Cannot give MACVLAN {name:?} MTU {mtu} of --mtu: {parent:?} must have as much")]
-    Mtu {
-        /// The interface.
-        name: String,
-        /// What it was to be.
-        mtu: u16,
-        /// What the interface is on.
-        parent: String,
-        /// What the kernel said.
-        #[source]
-        cause: io::Error,
-    },
-    /// Netlink did not answer.
-    #[error("Cannot look up interface {name:?}")]
-    Lookup {
-        /// The interface.
-        name: String,
-        /// What went wrong.
-        #[source]
-        cause: io::Error,
-    },
+    /// It cannot be found or made.
+    #[error(transparent)]
+    OnCard(#[from] OnCardError),
     /// There is no socket, or it cannot be set up.
     #[error("Cannot open a packet socket on {name:?} ({what}){}", hint_open(cause))]
     Open {
@@ -121,22 +79,6 @@ pub enum PacketError {
         #[source]
         cause: io::Error,
     },
-}
-
-fn hint_make(cause: &io::Error) -> &'static str {
-    match cause.raw_os_error() {
-        Some(libc::EPERM) => {
-            ": this user may not; make it as root with 'ip link add link IF name NAME type macvlan mode bridge' and name it \
-             with --interface"
-        }
-        Some(libc::EBUSY | libc::EINVAL) => {
-            ": it is in use another way (a bridge's port, or by MACVLANs or MACVTAPs of which one has mode passthru)"
-        }
-        Some(libc::EADDRINUSE) => ": it, or another MACVLAN on it, has that address; give another with --mac",
-        Some(libc::EEXIST) => ": an interface of that name exists",
-        Some(libc::EOPNOTSUPP) => ": the kernel has no MACVLAN; load it with 'modprobe macvlan'",
-        _ => "",
-    }
 }
 
 fn hint_open(cause: &io::Error) -> &'static str {
@@ -154,30 +96,11 @@ fn hint_open(cause: &io::Error) -> &'static str {
 /// # Errors
 /// [`PacketError`], which says what to do about it.
 pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
-    let own_name = || format!("macvlan-{}", std::process::id());
-    let name = how.name.as_ref().map_or_else(own_name, |name| name.as_str().to_owned());
-    let lookup =
-        |name: &str| netlink::link_by_name(name).map_err(|cause| PacketError::Lookup { name: name.to_owned(), cause });
-    let existing = lookup(&name)?;
-    let created = match (&existing, &how.parent) {
-        (None, Some((parent, mode))) => {
-            let parent = parent.as_str();
-            let on = lookup(parent)?.ok_or_else(|| PacketError::NoParent { parent: parent.to_owned() })?;
-            Some(make(&name, (parent, &on), *mode, how)?)
-        }
-        (Some(_), Some((parent, _))) => {
-            log::warn!(
-                "Interface {name:?} is there already and is used as it is, not made on {:?} and not taken away",
-                parent.as_str()
-            );
-            None
-        }
-        _ => None,
-    };
-    let link = lookup(&name)?.ok_or_else(|| PacketError::Missing { name: name.clone() })?;
+    let Found { name, link, created } = on_card::find_or_make(OnCardKind::Macvlan, &how.interface)?;
+    let link = link.ok_or_else(|| PacketError::Missing { name: name.clone() })?;
     check(&name, &link, how)?;
     let own = link.mac.filter(|_| !link.takes_all);
-    let address = how.mac.or(own).filter(|_| !how.promiscuous);
+    let address = how.interface.mac.or(own).filter(|_| !how.promiscuous);
     let queues = open_sockets(&name, link.index, how, address)?;
     let second = |cause| PacketError::Open { name: name.clone(), what: "second descriptor", cause };
     let sockets = queues.iter().map(|queue| queue.fd.try_clone()).collect::<Result<_, _>>().map_err(second)?;
@@ -195,25 +118,6 @@ pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
         created,
     };
     Ok((device, queues))
-}
-
-fn make(
-    name: &str,
-    (parent, on): (&str, &Link),
-    mode: MacvtapMode,
-    how: &Existing,
-) -> Result<CreatedLink, PacketError> {
-    let fault = |cause| PacketError::Make { name: name.to_owned(), parent: parent.to_owned(), cause };
-    let created = netlink::make_macvlan(name, (parent, on.index), mode, how.mac).map_err(fault)?;
-    if let Some(mtu) = how.mtu {
-        let (name, parent) = (name.to_owned(), parent.to_owned());
-        netlink::set_mtu(created.index(), mtu).map_err(|cause| PacketError::Mtu { name, mtu, parent, cause })?;
-    }
-    netlink::set_up(created.index()).map_err(fault)?;
-    if !on.is_up {
-        log::warn!("Interface {parent:?} is down, no frames will pass: 'ip link set {parent} up'");
-    }
-    Ok(created)
 }
 
 /// Whether the interface will do; says what is odd about it.
@@ -248,7 +152,7 @@ fn check(name: &str, link: &Link, how: &Existing) -> Result<(), PacketError> {
 /// Such a MACVLAN cannot be asked for more.
 fn warn_of_own_address(name: &str, link: &Link, how: &Existing) {
     let only = format_args!("MACVLAN {name:?} lets in frames to its own address and to groups only");
-    match how.mac {
+    match how.interface.mac {
         _ if how.promiscuous => log::warn!("{only}, with --promiscuous, too: one of mode passthru lets in all"),
         Some(mac) if Some(mac) != link.mac => {
             let mac = ShownMac(Some(mac));
@@ -296,7 +200,7 @@ fn open_sockets(
             queue.address = address.filter(|_| place == 0);
             queue.group = group.as_ref().map(|group| (Arc::clone(group), u32::from(place)));
             if place == 0 {
-                let other = how.mac.map(Membership::Address);
+                let other = how.interface.mac.map(Membership::Address);
                 let asked = if how.promiscuous { Some(Membership::Promiscuous) } else { other };
                 for membership in asked.into_iter().chain([Membership::AllGroups]) {
                     ioctl::add_membership(queue.as_fd(), index, membership)
