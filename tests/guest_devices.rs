@@ -35,6 +35,11 @@ fn macvtap_carries_bulk() {
 }
 
 #[test]
+fn macvlan_carries_bulk() {
+    carries_bulk("macvlan_carries_bulk", HostDevice::Macvlan);
+}
+
+#[test]
 fn tun_carries_bulk() {
     carries_bulk("tun_carries_bulk", HostDevice::Tun);
 }

@@ -8,6 +8,7 @@ mod common;
 
 use std::io::Write;
 use std::net::{TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 

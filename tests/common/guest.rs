@@ -79,19 +79,24 @@ pub enum HostDevice {
     Tap,
     /// On one end of a veth pair, whose other end is the host.
     Macvtap,
+    /// The same, through packet sockets.
+    Macvlan,
     Tun,
 }
 
 impl HostDevice {
     /// Whether this kernel has such devices; says aloud that `test` is skipped if not.
     pub fn require(self, test: &str) -> bool {
-        let has = self != HostDevice::Macvtap || {
-            let namespace = NetNs::new();
-            namespace.ip("link add card type veth peer name outside");
-            namespace.try_ip("link add link card name probe type macvtap")
+        let kind = match self {
+            HostDevice::Tap | HostDevice::Tun => return true,
+            HostDevice::Macvtap => "macvtap",
+            HostDevice::Macvlan => "macvlan",
         };
+        let namespace = NetNs::new();
+        namespace.ip("link add card type veth peer name outside");
+        let has = namespace.try_ip(&format!("link add link card name probe type {kind}"));
         if !has {
-            skip(test, "this kernel has no MACVTAP");
+            skip(test, &format!("this kernel has no {kind}"));
         }
         has
     }
@@ -106,13 +111,12 @@ impl HostDevice {
                 ["--tap", TAP]
             }
             HostDevice::Macvtap => {
-                namespace.ip("link add card type veth peer name outside");
-                namespace.ip("link set card up");
-                namespace.ip(&format!("addr add {address} dev outside"));
-                namespace.ip("link set outside up");
-                namespace.ip(&format!("link add link card name mvt0 address {MAC} type macvtap mode bridge"));
-                namespace.ip("link set mvt0 up");
+                make_on_veth(namespace, "mvt0", "macvtap", &address);
                 ["--macvtap", "mvt0"]
+            }
+            HostDevice::Macvlan => {
+                make_on_veth(namespace, "mv0", "macvlan", &address);
+                ["--interface", "mv0"]
             }
             HostDevice::Tun => {
                 let multi_queue = if queue_pairs > 1 { "multi_queue" } else { "" };
@@ -123,6 +127,16 @@ impl HostDevice {
             }
         }
     }
+}
+
+/// Makes a MACVTAP or MACVLAN on one end of a veth pair; the other end has the host's address.
+fn make_on_veth(namespace: &NetNs, name: &str, kind: &str, address: &str) {
+    namespace.ip("link add card type veth peer name outside");
+    namespace.ip("link set card up");
+    namespace.ip(&format!("addr add {address} dev outside"));
+    namespace.ip("link set outside up");
+    namespace.ip(&format!("link add link card name {name} address {MAC} type {kind} mode bridge"));
+    namespace.ip(&format!("link set {name} up"));
 }
 
 /// A guest to boot; `..GuestSpec::new(vmm)` for the rest.

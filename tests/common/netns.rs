@@ -387,11 +387,15 @@ fn receive_with_tag(fd: &OwnedFd) -> (Vec<u8>, Option<(u16, u16)>) {
     let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, 0) };
     assert!(len >= 0, "recvmsg: {}", io::Error::last_os_error());
     bytes.truncate(len as usize);
-    // SAFETY: `message` is as the kernel left it, and `control` is still there.
-    let first = unsafe { libc::CMSG_FIRSTHDR(&raw const message).as_ref() };
+    // SAFETY: `message` is as the kernel left it.
+    let first = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    // SAFETY: it is null, or points into `control`, which is aligned and still there.
+    let first = unsafe { first.as_ref() };
     let aux = first.filter(|first| (first.cmsg_level, first.cmsg_type) == (libc::SOL_PACKET, libc::PACKET_AUXDATA));
+    // SAFETY: the pointer is one behind the header, and is not read here.
+    let aux = aux.map(|aux| unsafe { libc::CMSG_DATA(aux) }.cast::<libc::tpacket_auxdata>());
     // SAFETY: behind the header of such a message is a tpacket_auxdata, numbers only.
-    let aux = aux.map(|aux| unsafe { libc::CMSG_DATA(aux).cast::<libc::tpacket_auxdata>().read_unaligned() });
+    let aux = aux.map(|aux| unsafe { aux.read_unaligned() });
     let aux = aux.filter(|aux| aux.tp_status & libc::TP_STATUS_VLAN_VALID != 0);
     (bytes, aux.map(|aux| (aux.tp_vlan_tpid, aux.tp_vlan_tci)))
 }
