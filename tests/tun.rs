@@ -108,6 +108,31 @@ fn guest_and_host_exchange_datagrams() {
     }
 }
 
+#[test]
+fn jumbo_packets_pass_both_ways_once_the_mtu_allows_them() {
+    if !require_root("jumbo_packets_pass_both_ways_once_the_mtu_allows_them") {
+        return;
+    }
+    for features in [0, CSUM] {
+        let place = Place::new();
+        let mut backend = place.start(&["--tun", "tun0"]);
+        let mut guest = guest_with(1, features);
+        let front_end = place.connect(&guest);
+        let host = place.host();
+        place.namespace.ip("link set dev tun0 mtu 9000");
+        backend.wait_line("Interface \"tun0\": MTU 9000");
+        assert_eq!(front_end.get_config(10, 2).unwrap(), 9000_u16.to_le_bytes());
+        let content = payload(Stamp { stream: 1, seq: 0 }, 8972);
+        guest.pairs[0].send(&VnetHdr::default(), &frames::udp4(&Ends::TX, &content, L4Csum::Full));
+        let mut bytes = [0; 10_000];
+        let (len, from) = host.recv_from(&mut bytes).expect("a datagram on the host");
+        assert!(bytes[..len] == content);
+        host.send_to(&content, from).unwrap();
+        let (_, frame) = guest.pairs[0].recv(PATIENCE).expect("a frame in the guest");
+        assert!(frame[42..] == content);
+    }
+}
+
 /// As many datagrams as go as one frame to the kernel come out one by one.
 #[test]
 fn coalesced_datagrams_arrive_as_they_were_sent() {
