@@ -94,8 +94,9 @@ impl Daemon {
                         log::error!("Cannot hear of the interface any more: {error}");
                         self.stop_watching(ops);
                     }
-                    // What is there is told again.
-                    return;
+                    // Its coming back may be what was missed. What is there is told again.
+                    self.following.retries = RETRIES;
+                    return self.open_again(ops);
                 }
             }
         }
