@@ -114,12 +114,15 @@ fn guest_with_another_address_is_warned_of_once() {
         let mut backend = place.start(&how[..if promiscuous { 3 } else { 2 }]);
         for _ in 0..2 {
             let mut guest = guest_with(1, CSUM);
-            let _front_end = place.connect(&guest);
+            let front_end = place.connect(&guest);
             let outside = place.outside();
             for seq in 0..3 {
                 guest.pairs[0].send(&VnetHdr::default(), &outward(1, seq, 200));
                 assert_eq!(outside.recv(PATIENCE).expect("a frame outside"), outward(1, seq, 200));
             }
+            drop(front_end);
+            // A process that another test is about to start may have it open for a moment.
+            backend.wait_line("Front-end disconnected");
         }
         backend.signal(nix::sys::signal::Signal::SIGTERM);
         assert!(backend.wait_end(PATIENCE).success());
