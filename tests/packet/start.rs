@@ -56,12 +56,13 @@ fn macvlan_on_an_interface_that_is_down_is_warned_of_and_works_once_it_is_up() {
     place.namespace.ip("link set card address 52:54:00:cc:00:01");
     place.namespace.ip("link set card down");
     let how = ["--macvlan-parent", "card", "--interface", "made", "--mac", MAC, "--queue-pairs", "4"];
-    let backend = place.start(&how);
+    let mut backend = place.start(&how);
     assert!(backend.log().contains("Interface \"card\" is down, no frames will pass"), "{}", backend.log());
     let mut guest = guest_with(4, CSUM);
     let _front_end = place.connect(&guest);
     place.namespace.ip("link set card up");
     place.wait_operational("made");
+    backend.wait_line("link up");
     assert_frames_pass(&mut guest, &place.outside(), 0);
 }
 
