@@ -178,13 +178,16 @@ fn guest_with_another_address_is_warned_of_once() {
     let mut backend = place.start(&["--macvtap", "mvt0"]);
     for _ in 0..2 {
         let mut guest = guest_with(1, feature::MRG_RXBUF);
-        let _front_end = place.connect(&guest);
+        let front_end = place.connect(&guest);
         let outside = place.outside();
         for seq in 0..3 {
             let out = test_frame(&Ends::TX, Stamp { stream: 1, seq }, 200);
             guest.pairs[0].send(&VnetHdr::default(), &out);
             assert_eq!(outside.recv(PATIENCE).expect("a frame outside"), out);
         }
+        drop(front_end);
+        // A process that another test is about to start may have it open for a moment.
+        backend.wait_line("Front-end disconnected");
     }
     backend.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(backend.wait_end(PATIENCE).success());

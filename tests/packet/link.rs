@@ -55,6 +55,8 @@ fn frames_are_dropped_and_counted_while_the_interface_is_down_and_pass_when_it_i
 
             place.namespace.ip(&format!("link set {name} up"));
             place.wait_operational(name);
+            // Until it heard of that the back-end drops what the guest sends.
+            backend.wait_line("link up");
 
             assert_frames_pass(&mut guest, &outside, round as u32);
             assert_eq!(assert_flows_arrive(&mut guest, &outside, filled), filled);
@@ -85,12 +87,13 @@ fn frames_that_came_before_the_interface_went_down_arrive() {
 fn one_that_was_down_at_the_start_is_warned_of_and_works_once_it_is_up() {
     let Some(place) = Place::new("one_that_was_down_at_the_start_is_warned_of_and_works_once_it_is_up") else { return };
     place.namespace.ip("link set card down");
-    let backend = place.start(&["--interface", "card"]);
+    let mut backend = place.start(&["--interface", "card"]);
     assert!(backend.log().contains("is down, no frames will pass: 'ip link set card up'"), "{}", backend.log());
     let mut guest = guest_with(1, CSUM);
     let _front_end = place.connect(&guest);
     place.namespace.ip("link set card up");
     place.wait_operational("card");
+    backend.wait_line("link up");
     assert_frames_pass(&mut guest, &place.outside(), 0);
 }
 

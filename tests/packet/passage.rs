@@ -126,11 +126,12 @@ fn interface_of_another_namespace_is_served_made_and_taken_away() {
         let mut backend =
             Spawned::start_in(&empty, &[&["--socket-path", arg(&socket), "--netns", netns], device].concat());
         assert_eq!(empty.ip("-br link").lines().count(), 1, "Nothing but lo is here");
+        let is_made = device.contains(&"made");
+        place.wait_operational(if is_made { "made" } else { "card" });
         let mut guest = guest_with(1, feature::MRG_RXBUF);
         let front_end = place.connect(&guest);
         let outside = place.outside();
-        if device.contains(&"made") {
-            place.wait_operational("made");
+        if is_made {
             assert_frame_leaves(&mut guest, 0, &outside, 0);
         } else {
             assert_frames_pass(&mut guest, &outside, 0);

@@ -56,12 +56,13 @@ fn macvlan_on_an_interface_that_is_down_is_warned_of_and_works_once_it_is_up() {
     place.namespace.ip("link set card address 52:54:00:cc:00:01");
     place.namespace.ip("link set card down");
     let how = ["--macvlan-parent", "card", "--interface", "made", "--mac", MAC, "--queue-pairs", "4"];
-    let backend = place.start(&how);
+    let mut backend = place.start(&how);
     assert!(backend.log().contains("Interface \"card\" is down, no frames will pass"), "{}", backend.log());
     let mut guest = guest_with(4, CSUM);
     let _front_end = place.connect(&guest);
     place.namespace.ip("link set card up");
     place.wait_operational("made");
+    backend.wait_line("link up");
     assert_frames_pass(&mut guest, &place.outside(), 0);
 }
 
@@ -114,12 +115,15 @@ fn guest_with_another_address_is_warned_of_once() {
         let mut backend = place.start(&how[..if promiscuous { 3 } else { 2 }]);
         for _ in 0..2 {
             let mut guest = guest_with(1, CSUM);
-            let _front_end = place.connect(&guest);
+            let front_end = place.connect(&guest);
             let outside = place.outside();
             for seq in 0..3 {
                 guest.pairs[0].send(&VnetHdr::default(), &outward(1, seq, 200));
                 assert_eq!(outside.recv(PATIENCE).expect("a frame outside"), outward(1, seq, 200));
             }
+            drop(front_end);
+            // A process that another test is about to start may have it open for a moment.
+            backend.wait_line("Front-end disconnected");
         }
         backend.signal(nix::sys::signal::Signal::SIGTERM);
         assert!(backend.wait_end(PATIENCE).success());
