@@ -653,7 +653,7 @@ fn buffer_used_without_a_call_panics() {
             device.store_u16(addrs.used + 2, 1, Ordering::Release);
         });
         mem.store_u16(addrs.avail + 12, 7, Ordering::Relaxed);
-        ring.wait_used(Duration::from_millis(300));
+        ring.wait_used(Duration::from_secs(2));
     });
 }
 
