@@ -32,7 +32,7 @@ use super::backlog::{Backlog, after_read_error};
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
 use super::framing::Framing;
-use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx};
+use super::header::{F_NEEDS_CSUM, HEADER_LEN, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx};
 use super::ip_link::Answer;
 use super::segment::{Need as Work, Plan, complete_checksum, plan};
 use super::window::{Filled, Need, Window};
@@ -341,7 +341,9 @@ impl Rx {
             // It was being cut, and is to go whole now that the guest changed its mind: the rest alone makes no sense.
             Ok(Work::Nothing(_)) if delivered > 0 => Err(|c| &c.rx_drop_not_negotiated),
             Ok(Work::Nothing(finished)) => {
-                let was_finished = (header.flags, header.gso_type) == (finished.flags, finished.gso_type);
+                // Whether the host saw its checksum (`DATA_VALID`) is not a matter of that.
+                let left = |header: VnetHeader| (header.flags & F_NEEDS_CSUM, header.gso_type);
+                let was_finished = left(header) == left(finished);
                 *unfinished = if was_finished { unfinished.saturating_sub(1) } else { UNFINISHED_PERIOD };
                 *place = finished.to_bytes();
                 Ok(Work::Nothing(finished))
