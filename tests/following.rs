@@ -316,12 +316,7 @@ fn interface_that_is_made_here_comes_back_with_what_it_was_made_on() {
     }
     for (parent, name) in [("--macvtap-parent", "--macvtap"), ("--macvlan-parent", "--interface")] {
         let place = Place::new();
-        let card = || {
-            place.namespace.ip("link add card type veth peer name outside");
-            place.namespace.ip("link set card up");
-            place.namespace.ip("link set outside up");
-        };
-        card();
+        place.make_card();
         if !place.namespace.try_ip("link add link card name probe type macvtap") {
             return skip(TEST, "this kernel has no MACVTAP");
         }
@@ -334,7 +329,7 @@ fn interface_that_is_made_here_comes_back_with_what_it_was_made_on() {
             assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, "outside"), seq);
             place.namespace.ip("link del card");
             backend.wait_line("was deleted; waiting for one of that name");
-            card();
+            place.make_card();
             backend.wait_line("is back; frames pass again");
             wait_for_carrier(&place.namespace, "made");
         }

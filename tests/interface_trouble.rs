@@ -20,18 +20,10 @@ use common::virtio::{VnetHdr, feature};
 
 const GUEST_MAC: &str = "52:54:00:aa:00:01";
 
-/// Interfaces `card` and `outside`, two ends of a veth pair, and a MACVTAP `mvt0` on the first; none, said aloud, where the
-/// kernel has no such.
+/// With a MACVTAP `mvt0` on a card.
 fn macvtap_place(test: &str) -> Option<Place> {
-    let place = Place::new();
-    place.namespace.ip("link add card type veth peer name outside");
-    place.namespace.ip("link set card up");
-    place.namespace.ip("link set outside up");
-    if !place.namespace.try_ip(&format!("link add link card name mvt0 address {GUEST_MAC} type macvtap mode bridge")) {
-        skip(test, "this kernel has no MACVTAP");
-        return None;
-    }
-    place.namespace.ip("link set mvt0 up");
+    let place = Place::with_card(test)?;
+    place.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
     Some(place)
 }
 
@@ -55,15 +47,12 @@ fn number(backend: &mut Spawned, line: &str, name: &str) -> u64 {
 #[test]
 fn frames_into_a_macvtap_that_is_down_or_whose_card_is_are_counted_and_it_is_said() {
     const TEST: &str = "frames_into_a_macvtap_that_is_down_or_whose_card_is_are_counted_and_it_is_said";
-    if !require_root(TEST) {
-        return;
-    }
     let Some(place) = macvtap_place(TEST) else { return };
     let mut backend = place.start(&["--macvtap", "mvt0"]);
     let mut guest = Guest::new(1, feature::MRG_RXBUF);
     guest.pairs[0].post_rx(64, 2048);
     let _front_end = place.connect(&guest);
-    let outside = PacketSocket::open(&place.namespace, "outside");
+    let outside = place.outside();
     assert_frames_pass(&mut guest, &outside, 0);
     for (round, interface) in [(1, "mvt0"), (2, "card")] {
         place.namespace.ip(&format!("link set {interface} down"));
@@ -80,9 +69,6 @@ fn frames_into_a_macvtap_that_is_down_or_whose_card_is_are_counted_and_it_is_sai
 #[test]
 fn macvtap_is_not_taken_for_one_of_the_same_index_in_another_namespace() {
     const TEST: &str = "macvtap_is_not_taken_for_one_of_the_same_index_in_another_namespace";
-    if !require_root(TEST) {
-        return;
-    }
     let (Some(first), Some(second)) = (macvtap_place(TEST), macvtap_place(TEST)) else { return };
     let index = |place: &Place| place.namespace.run("cat", &["/sys/class/net/mvt0/ifindex"]);
     assert_eq!(index(&first), index(&second), "The test is about equal indices");
@@ -91,7 +77,7 @@ fn macvtap_is_not_taken_for_one_of_the_same_index_in_another_namespace() {
         let mut guest = Guest::new(1, feature::MRG_RXBUF);
         guest.pairs[0].post_rx(64, 2048);
         let _front_end = place.connect(&guest);
-        assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, "outside"), seq as u32);
+        assert_frames_pass(&mut guest, &place.outside(), seq as u32);
     }
 }
 
@@ -139,9 +125,6 @@ fn frames_larger_than_an_mtu_that_was_lowered_pass() {
 #[test]
 fn what_the_kernel_drops_for_a_guest_without_buffers_is_shown() {
     const TEST: &str = "what_the_kernel_drops_for_a_guest_without_buffers_is_shown";
-    if !require_root(TEST) {
-        return;
-    }
     let Some(place) = macvtap_place(TEST) else { return };
     place.namespace.ip("link add veth0 type veth peer name veth1");
     place.namespace.ip("link set veth0 up");

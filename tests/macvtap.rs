@@ -9,95 +9,23 @@ mod common;
 
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::PATIENCE;
 use common::backend::{Spawned, arg, inherit};
 use common::bench::Guest;
 use common::frames::{
     self, Ends, L4Csum, Stamp, TCP_CSUM_OFFSET, checksums_are_right, find_stamp, payload, test_frame,
 };
-use common::frontend::RawFrontend;
-use common::netns::{NetNs, PacketSocket, TapSpec, require_root};
+use common::netns::{NetNs, PacketSocket, TapSpec};
+use common::place::{Place, assert_frames_pass};
 use common::virtio::{VnetHdr, feature, gso, net_flag};
-use common::{PATIENCE, skip};
-use tempfile::TempDir;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
 const GUEST_MAC: &str = "52:54:00:aa:00:01";
 const MODES: [&str; 4] = ["bridge", "vepa", "private", "passthru"];
 const MSS: u16 = 1448;
-
-/// A namespace with a veth pair: MACVTAPs are on `outside`'s other end, `card`.
-struct Place {
-    namespace: NetNs,
-    dir: TempDir,
-}
-
-impl Place {
-    /// None, said aloud, where it cannot be.
-    fn new(test: &str) -> Option<Place> {
-        if !require_root(test) {
-            return None;
-        }
-        let place = Place { namespace: NetNs::new(), dir: TempDir::new().unwrap() };
-        place.namespace.ip("link add card type veth peer name outside");
-        place.namespace.ip("link set card up");
-        place.namespace.ip("link set outside up");
-        if !place.namespace.try_ip("link add link card name probe type macvtap") {
-            skip(test, "this kernel has no MACVTAP");
-            return None;
-        }
-        place.namespace.ip("link del probe");
-        Some(place)
-    }
-
-    fn add(&self, name: &str, mode: &str, mac: &str) {
-        self.namespace.ip(&format!("link add link card name {name} address {mac} type macvtap mode {mode}"));
-        self.namespace.ip(&format!("link set {name} up"));
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("socket")
-    }
-
-    fn start(&self, more: &[&str]) -> Spawned {
-        let socket = self.socket();
-        let mut args = vec!["--socket-path", arg(&socket)];
-        args.extend(more);
-        Spawned::start_in(&self.namespace, &args)
-    }
-
-    fn refusal(&self, more: &[&str]) -> String {
-        let socket = self.socket();
-        let mut command = self.namespace.command(BINARY);
-        let (code, log) = Spawned::refusal(command.args(["--socket-path", arg(&socket)]).args(more));
-        assert_eq!(code, Some(1), "{log}");
-        log
-    }
-
-    fn connect(&self, guest: &Guest) -> RawFrontend {
-        let front_end = RawFrontend::connect(self.socket()).unwrap();
-        front_end.negotiate_like_cloud_hypervisor(&guest.session()).unwrap();
-        front_end
-    }
-
-    fn outside(&self) -> PacketSocket {
-        PacketSocket::open(&self.namespace, "outside")
-    }
-}
-
-/// One frame each way on queue pair 0, which has buffers.
-fn assert_frames_pass(guest: &mut Guest, outside: &PacketSocket, seq: u32) {
-    let driver = &mut guest.pairs[0];
-    let out = test_frame(&Ends::TX, Stamp { stream: 1, seq }, 200);
-    driver.send(&VnetHdr::default(), &out);
-    assert_eq!(outside.recv(PATIENCE).expect("a frame outside"), out);
-    let inn = test_frame(&Ends::RX, Stamp { stream: 2, seq }, 200);
-    outside.send(&inn);
-    assert_eq!(driver.recv(PATIENCE).expect("a frame in the guest").1, inn);
-}
 
 fn guest_with(pairs: usize, features: u64) -> Guest {
     let mut guest = Guest::new(pairs, features);
@@ -109,8 +37,8 @@ fn guest_with(pairs: usize, features: u64) -> Guest {
 #[test]
 fn frames_pass_both_ways_in_all_modes() {
     for mode in MODES {
-        let Some(place) = Place::new("frames_pass_both_ways_in_all_modes") else { return };
-        place.add("mvt0", mode, GUEST_MAC);
+        let Some(place) = Place::with_card("frames_pass_both_ways_in_all_modes") else { return };
+        place.add_on_card("macvtap", "mvt0", mode, GUEST_MAC);
         let backend = place.start(&["--macvtap", "mvt0"]);
         assert!(backend.log().contains("Attached to MACVTAP \"mvt0\" with 1 queue(s), address"), "{}", backend.log());
         let mut guest = guest_with(1, feature::MRG_RXBUF);
@@ -131,7 +59,7 @@ fn frames_pass_both_ways_in_all_modes() {
 #[test]
 fn interface_that_was_asked_for_is_made_and_taken_away() {
     for mode in MODES {
-        let Some(place) = Place::new("interface_that_was_asked_for_is_made_and_taken_away") else { return };
+        let Some(place) = Place::with_card("interface_that_was_asked_for_is_made_and_taken_away") else { return };
         let mut backend = place.start(&[
             "--macvtap-parent",
             "card",
@@ -163,8 +91,8 @@ fn interface_that_was_asked_for_is_made_and_taken_away() {
 
 #[test]
 fn guest_is_told_the_address_that_frames_come_to() {
-    let Some(place) = Place::new("guest_is_told_the_address_that_frames_come_to") else { return };
-    place.add("mvt0", "bridge", "52:54:00:12:34:56");
+    let Some(place) = Place::with_card("guest_is_told_the_address_that_frames_come_to") else { return };
+    place.add_on_card("macvtap", "mvt0", "bridge", "52:54:00:12:34:56");
     let _backend = place.start(&["--macvtap", "mvt0"]);
     let guest = guest_with(1, 0);
     let front_end = place.connect(&guest);
@@ -173,8 +101,8 @@ fn guest_is_told_the_address_that_frames_come_to() {
 
 #[test]
 fn guest_with_another_address_is_warned_of_once() {
-    let Some(place) = Place::new("guest_with_another_address_is_warned_of_once") else { return };
-    place.add("mvt0", "bridge", "52:54:00:12:34:56");
+    let Some(place) = Place::with_card("guest_with_another_address_is_warned_of_once") else { return };
+    place.add_on_card("macvtap", "mvt0", "bridge", "52:54:00:12:34:56");
     let mut backend = place.start(&["--macvtap", "mvt0"]);
     for _ in 0..2 {
         let mut guest = guest_with(1, feature::MRG_RXBUF);
@@ -207,8 +135,8 @@ fn offloads_are_what_the_guest_negotiated() {
     let large = VnetHdr { gso_type: gso::TCPV4, hdr_len: 54, gso_size: MSS, ..needs_csum };
     let tcp = |ends: &Ends, len| frames::tcp4(ends, 1, &payload(Stamp { stream: 1, seq: 0 }, len), L4Csum::Partial);
     for features in [feature::MRG_RXBUF, CSUM, TSO] {
-        let Some(place) = Place::new("offloads_are_what_the_guest_negotiated") else { return };
-        place.add("mvt0", "bridge", GUEST_MAC);
+        let Some(place) = Place::with_card("offloads_are_what_the_guest_negotiated") else { return };
+        place.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
         let _backend = place.start(&["--macvtap", "mvt0"]);
         let mut guest = guest_with(1, features);
         let _front_end = place.connect(&guest);
@@ -245,8 +173,8 @@ fn offloads_are_what_the_guest_negotiated() {
 #[test]
 fn coalesced_datagrams_arrive_as_they_were_sent() {
     const DATAGRAMS: u32 = 50;
-    let Some(place) = Place::new("coalesced_datagrams_arrive_as_they_were_sent") else { return };
-    place.add("mvt0", "bridge", GUEST_MAC);
+    let Some(place) = Place::with_card("coalesced_datagrams_arrive_as_they_were_sent") else { return };
+    place.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
     let mac = frames::mac_text(frames::HOST_MAC);
     place.namespace.ip(&format!("link set dev outside address {mac}"));
     place.namespace.ip("addr add 10.99.0.1/24 dev outside");
@@ -274,8 +202,8 @@ fn coalesced_datagrams_arrive_as_they_were_sent() {
 #[test]
 fn four_queue_pairs_get_every_flow() {
     const FLOWS: u16 = 64;
-    let Some(place) = Place::new("four_queue_pairs_get_every_flow") else { return };
-    place.add("mvt0", "bridge", GUEST_MAC);
+    let Some(place) = Place::with_card("four_queue_pairs_get_every_flow") else { return };
+    place.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
     let _backend = place.start(&["--macvtap", "mvt0", "--queue-pairs", "4"]);
     let mut guest = guest_with(4, feature::MRG_RXBUF);
     let _front_end = place.connect(&guest);
@@ -305,8 +233,8 @@ fn four_queue_pairs_get_every_flow() {
 
 #[test]
 fn passed_descriptor_is_served_and_its_end_is_noticed() {
-    let Some(place) = Place::new("passed_descriptor_is_served_and_its_end_is_noticed") else { return };
-    place.add("mvt0", "bridge", GUEST_MAC);
+    let Some(place) = Place::with_card("passed_descriptor_is_served_and_its_end_is_noticed") else { return };
+    place.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
     let queue = place.namespace.open_macvtap("mvt0");
     let mut command = Command::new(BINARY);
     inherit(&mut command, queue.as_fd(), 20);
@@ -323,7 +251,7 @@ fn passed_descriptor_is_served_and_its_end_is_noticed() {
 /// The process is in an empty namespace, and its socket is not in any.
 #[test]
 fn device_of_another_namespace_is_served_made_and_taken_away() {
-    let Some(place) = Place::new("device_of_another_namespace_is_served_made_and_taken_away") else { return };
+    let Some(place) = Place::with_card("device_of_another_namespace_is_served_made_and_taken_away") else { return };
     let empty = NetNs::new();
     let name = place.namespace.name.clone();
     let path = format!("/run/netns/{name}");
@@ -351,8 +279,8 @@ fn device_of_another_namespace_is_served_made_and_taken_away() {
 
 #[test]
 fn deleted_interface_of_another_namespace_is_noticed() {
-    let Some(place) = Place::new("deleted_interface_of_another_namespace_is_noticed") else { return };
-    place.add("mvt0", "bridge", GUEST_MAC);
+    let Some(place) = Place::with_card("deleted_interface_of_another_namespace_is_noticed") else { return };
+    place.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
     let socket = place.socket();
     let empty = NetNs::new();
     let args = ["--socket-path", arg(&socket), "--netns", &place.namespace.name, "--macvtap", "mvt0"];
@@ -362,7 +290,7 @@ fn deleted_interface_of_another_namespace_is_noticed() {
 
 #[test]
 fn namespace_that_is_none_is_refused() {
-    let Some(place) = Place::new("namespace_that_is_none_is_refused") else { return };
+    let Some(place) = Place::with_card("namespace_that_is_none_is_refused") else { return };
     for (netns, wanted) in [
         ("no-such", "no network namespace at \"/run/netns/no-such\"; 'ip netns list' lists names"),
         ("/proc/self/ns/uts", "cannot enter \"/proc/self/ns/uts\": it is not a network namespace"),
@@ -375,8 +303,8 @@ fn namespace_that_is_none_is_refused() {
 /// F-04
 #[test]
 fn deleted_interface_is_noticed_within_a_second() {
-    let Some(place) = Place::new("deleted_interface_is_noticed_within_a_second") else { return };
-    place.add("mvt0", "bridge", GUEST_MAC);
+    let Some(place) = Place::with_card("deleted_interface_is_noticed_within_a_second") else { return };
+    place.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
     let mut backend = place.start(&["--macvtap", "mvt0"]);
     let mut guest = guest_with(1, feature::MRG_RXBUF);
     let _front_end = place.connect(&guest);
@@ -400,8 +328,8 @@ fn assert_end_is_noticed(place: &Place, backend: &mut Spawned, within: Duration)
 
 #[test]
 fn what_cannot_be_is_refused_with_the_way_out() {
-    let Some(place) = Place::new("what_cannot_be_is_refused_with_the_way_out") else { return };
-    place.add("mvt0", "bridge", GUEST_MAC);
+    let Some(place) = Place::with_card("what_cannot_be_is_refused_with_the_way_out") else { return };
+    place.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
     place.namespace.add_tap(&TapSpec::new("tap0"));
     for (args, wanted) in [
         (&["--macvtap", "none"][..], "There is no interface \"none\"; make it with 'ip link add link IF name none"),

@@ -7,61 +7,25 @@ mod common;
 
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 
 use common::PATIENCE;
 use common::backend::{Spawned, arg, inherit};
 use common::bench::Guest;
 use common::frames::{self, Ends, GUEST_MAC, L4Csum, Stamp, checksums_are_right, payload};
-use common::frontend::RawFrontend;
-use common::netns::{NetNs, require_root};
+use common::netns::require_root;
+use common::place::Place;
 use common::virtio::{VnetHdr, feature, net_flag};
-use tempfile::TempDir;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
 const CSUM: u64 = feature::CSUM | feature::GUEST_CSUM | feature::MRG_RXBUF;
 const ALL: u64 = CSUM | feature::GUEST_TSO4 | feature::HOST_TSO4 | feature::GUEST_TSO6 | feature::HOST_TSO6;
 
-struct Place {
-    namespace: NetNs,
-    dir: TempDir,
-}
-
-impl Place {
-    fn new() -> Place {
-        Place { namespace: NetNs::new(), dir: TempDir::new().unwrap() }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("socket")
-    }
-
-    fn start(&self, more: &[&str]) -> Spawned {
-        let socket = self.socket();
-        Spawned::start_in(&self.namespace, &[&["--socket-path", arg(&socket)], more].concat())
-    }
-
-    fn refusal(&self, more: &[&str]) -> String {
-        let socket = self.socket();
-        let mut command = self.namespace.command(BINARY);
-        let (code, log) = Spawned::refusal(command.args(["--socket-path", arg(&socket)]).args(more));
-        assert_eq!(code, Some(1), "{log}");
-        log
-    }
-
-    fn connect(&self, guest: &Guest) -> RawFrontend {
-        let front_end = RawFrontend::connect(self.socket()).unwrap();
-        front_end.negotiate_like_cloud_hypervisor(&guest.session()).unwrap();
-        front_end
-    }
-
-    /// A socket of the host's on `tun0`, which is given the address.
-    fn host(&self) -> UdpSocket {
-        self.namespace.ip("addr add 10.99.0.1/24 dev tun0");
-        let socket = self.namespace.within(|| UdpSocket::bind("10.99.0.1:5000").unwrap());
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        socket
-    }
+/// A socket of the host's on `tun0`, which is given the address.
+fn host(place: &Place) -> UdpSocket {
+    place.namespace.ip("addr add 10.99.0.1/24 dev tun0");
+    let socket = place.namespace.within(|| UdpSocket::bind("10.99.0.1:5000").unwrap());
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
 }
 
 fn guest_with(queue_pairs: usize, features: u64) -> Guest {
@@ -83,7 +47,7 @@ fn guest_and_host_exchange_datagrams() {
         assert!(backend.log().contains("Created TUN \"tun0\""), "{}", backend.log());
         let mut guest = guest_with(queue_pairs, features);
         let _front_end = place.connect(&guest);
-        let host = place.host();
+        let host = host(&place);
         let mut bytes = [0; 2000];
         for seq in 0..20 {
             let content = payload(Stamp { stream: 1, seq }, 16 + 60 * seq as usize);
@@ -118,7 +82,7 @@ fn jumbo_packets_pass_both_ways_once_the_mtu_allows_them() {
         let mut backend = place.start(&["--tun", "tun0"]);
         let mut guest = guest_with(1, features);
         let front_end = place.connect(&guest);
-        let host = place.host();
+        let host = host(&place);
         place.namespace.ip("link set dev tun0 mtu 9000");
         backend.wait_line("Interface \"tun0\": MTU 9000");
         assert_eq!(front_end.get_config(10, 2).unwrap(), 9000_u16.to_le_bytes());
@@ -144,7 +108,7 @@ fn coalesced_datagrams_arrive_as_they_were_sent() {
     let mut backend = place.start(&["--tun", "tun0"]);
     let mut guest = guest_with(1, feature::CSUM | feature::EVENT_IDX);
     let _front_end = place.connect(&guest);
-    let host = place.host();
+    let host = host(&place);
     let header = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 6, ..VnetHdr::default() };
     let content = |seq| payload(Stamp { stream: 1, seq }, 1400 - 300 * usize::from(seq % 10 == 9));
     for seq in 0..DATAGRAMS {
@@ -184,7 +148,7 @@ fn existing_and_passed_tuns_carry_packets_too() {
         };
         let mut guest = guest_with(1, 0);
         let _front_end = place.connect(&guest);
-        let host = place.host();
+        let host = host(&place);
         let content = payload(Stamp { stream: 1, seq: 0 }, 100);
         guest.pairs[0].send(&VnetHdr::default(), &frames::udp4(&Ends::TX, &content, L4Csum::Full));
         assert_eq!(host.recv_from(&mut [0; 200]).expect("a datagram on the host").0, 100);

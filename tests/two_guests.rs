@@ -10,7 +10,7 @@ use common::backend::{Spawned, arg};
 use common::bench::Guest;
 use common::frames::{Ends, Mac, Stamp, test_frame};
 use common::frontend::RawFrontend;
-use common::netns::{PacketSocket, require_root};
+use common::netns::require_root;
 use common::place::Place;
 use common::virtio::{VnetHdr, feature};
 use common::{PATIENCE, QUIET, skip};
@@ -80,14 +80,12 @@ fn guests_reach_each_other_and_the_peer_as_the_mode_says() {
     for kind in ["macvtap", "macvlan"] {
         for mode in ["bridge", "vepa", "private"] {
             let place = Place::new();
-            place.namespace.ip("link add card type veth peer name outside");
-            place.namespace.ip("link set card up");
-            place.namespace.ip("link set outside up");
+            place.make_card();
             let Some(mut first) = Resident::move_in(&place, kind, mode, 1) else {
                 return skip(TEST, &format!("this kernel has no {kind}"));
             };
             let mut second = Resident::move_in(&place, kind, mode, 2).unwrap();
-            let outside = PacketSocket::open(&place.namespace, "outside");
+            let outside = place.outside();
             let expect_outside = |frame: &[u8]| assert_eq!(outside.recv(PATIENCE).expect("a frame outside"), frame);
 
             // Each and the peer.
@@ -134,14 +132,12 @@ fn card_in_mode_passthru_has_one_guest() {
     }
     for kind in ["macvtap", "macvlan"] {
         let place = Place::new();
-        place.namespace.ip("link add card type veth peer name outside");
-        place.namespace.ip("link set card up");
-        place.namespace.ip("link set outside up");
+        place.make_card();
         let Some(mut only) = Resident::move_in(&place, kind, "passthru", 1) else {
             return skip(TEST, &format!("this kernel has no {kind}"));
         };
         assert!(Resident::move_in(&place, kind, "passthru", 2).is_none());
-        let outside = PacketSocket::open(&place.namespace, "outside");
+        let outside = place.outside();
         let sent = only.send(PEER, 0);
         assert_eq!(outside.recv(PATIENCE).expect("a frame outside"), sent);
         let answer = frame(PEER, only.mac, 1);

@@ -12,7 +12,7 @@
 
 use std::sync::Arc;
 
-use super::header::HEADER_LEN;
+use super::header::{F_NEEDS_CSUM, HEADER_LEN, VnetHeader};
 use super::ip_link::{self, IpLink};
 use super::{ETH_HEADER, VlanTag};
 
@@ -86,7 +86,6 @@ impl Framing {
 pub(super) fn put_tag(bytes: &mut [u8], len: usize, tag: VlanTag) -> Option<usize> {
     const TAG: usize = 4;
     const AT: usize = HEADER_LEN + 12;
-    use super::header::{F_NEEDS_CSUM, VnetHeader};
     let room = bytes.get_mut(AT..len + TAG)?;
     let kept = room.len().checked_sub(TAG)?;
     room.copy_within(..kept, TAG);
@@ -107,7 +106,6 @@ pub(super) fn put_tag(bytes: &mut [u8], len: usize, tag: VlanTag) -> Option<usiz
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::header::{F_NEEDS_CSUM, VnetHeader};
 
     const TAG: VlanTag = VlanTag { tpid: 0x88a8, tci: 5 };
 

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
-use super::PATIENCE;
 use super::backend::{Spawned, arg};
 use super::bench::Guest;
 use super::frames::{Ends, Stamp, test_frame};
 use super::frontend::RawFrontend;
-use super::netns::{NetNs, PacketSocket};
+use super::netns::{NetNs, PacketSocket, require_root};
 use super::virtio::VnetHdr;
+use super::{PATIENCE, skip};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
 
@@ -23,6 +23,38 @@ pub struct Place {
 impl Place {
     pub fn new() -> Place {
         Place { namespace: NetNs::new(), dir: TempDir::new().unwrap() }
+    }
+
+    /// With interfaces `card` and `outside`, two ends of a veth pair; none, said aloud, where there is no root or no MACVTAP.
+    pub fn with_card(test: &str) -> Option<Place> {
+        if !require_root(test) {
+            return None;
+        }
+        let place = Place::new();
+        place.make_card();
+        if !place.namespace.try_ip("link add link card name probe type macvtap") {
+            skip(test, "this kernel has no MACVTAP");
+            return None;
+        }
+        place.namespace.ip("link del probe");
+        Some(place)
+    }
+
+    pub fn make_card(&self) {
+        self.namespace.ip("link add card type veth peer name outside");
+        self.namespace.ip("link set card up");
+        self.namespace.ip("link set outside up");
+    }
+
+    /// Makes a MACVTAP or MACVLAN on `card`, and sets it up.
+    pub fn add_on_card(&self, kind: &str, name: &str, mode: &str, mac: &str) {
+        self.namespace.ip(&format!("link add link card name {name} address {mac} type {kind} mode {mode}"));
+        self.namespace.ip(&format!("link set {name} up"));
+    }
+
+    /// The world beyond the card.
+    pub fn outside(&self) -> PacketSocket {
+        PacketSocket::open(&self.namespace, "outside")
     }
 
     pub fn socket(&self) -> PathBuf {
