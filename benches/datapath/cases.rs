@@ -1,7 +1,7 @@
 //! What is measured: each case once, for one contender.
 
 use std::net::UdpSocket;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use crate::common::frames::{self, Ends, L4Csum, Stamp, payload};
@@ -9,8 +9,8 @@ use crate::common::memory::GuestMemory;
 use crate::common::netns::PacketSocket;
 use crate::common::virtio::{VnetHdr, feature, gso, net_flag};
 use crate::common::{fd_of, wait_readable};
-use crate::guest::{FEATURES, Guest, RING_SIZE, rest};
-use crate::place::{BACKEND_CPU, Contender, Place, TAP, bind_to, on_backend_cpu, thread_cpu};
+use crate::guest::{FEATURES, Guest, RING_SIZE, Ring, rest};
+use crate::place::{BACKEND_CPU, Contender, On, Place, TAP, bind_to, on_backend_cpu, set_option, thread_cpu};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Payload of a frame that asks to be segmented.
@@ -33,6 +33,9 @@ pub enum Kind {
     Tx(usize),
     /// The same on two queue pairs.
     TxPairs(usize),
+    /// From the guest, flows mixed: frames of so many bytes to a socket of the host that is full, so all of the host's
+    /// way in is gone through, whatever the device.
+    TxToFull(usize),
     /// From the guest: super-frames.
     TxLarge,
     /// From the guest, one stream of datagrams of so many bytes into a socket of the host.
@@ -70,6 +73,9 @@ impl Sample {
     }
 }
 
+/// From the guest, to nobody: the host takes no frame to this address, and forwards no packet to that one.
+const NOBODY: Ends = Ends { dst_mac: [2, 0, 0, 0, 0, 9], dst_ip: [10, 99, 0, 9], ..Ends::TX };
+
 fn partial_udp() -> VnetHdr {
     VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 6, ..VnetHdr::default() }
 }
@@ -92,16 +98,18 @@ fn datagram(ends: &Ends, len: usize) -> (VnetHdr, Vec<u8>) {
     (partial_udp(), frames::udp4(ends, &bytes, L4Csum::Partial))
 }
 
-/// Frames that no one takes, of flows in turn.
+/// Frames of flows in turn that no one takes.
 fn mixed(len: usize) -> Vec<(VnetHdr, Vec<u8>)> {
-    let ends = |flow| Ends { dst_mac: [2, 0, 0, 0, 0, 9], src_port: 4000 + flow, ..Ends::TX };
-    (0..FLOWS).map(|flow| datagram(&ends(flow), len)).collect()
+    mixed_to(NOBODY, len)
+}
+
+fn mixed_to(ends: Ends, len: usize) -> Vec<(VnetHdr, Vec<u8>)> {
+    (0..FLOWS).map(|flow| datagram(&Ends { src_port: 4000 + flow, ..ends }, len)).collect()
 }
 
 fn large() -> Vec<(VnetHdr, Vec<u8>)> {
-    let ends = Ends { dst_mac: [2, 0, 0, 0, 0, 9], ..Ends::TX };
     let bytes = payload(Stamp { stream: 1, seq: 0 }, LARGE);
-    vec![(large_header(), frames::tcp4(&ends, 1, &bytes, L4Csum::Partial))]
+    vec![(large_header(), frames::tcp4(&NOBODY, 1, &bytes, L4Csum::Partial))]
 }
 
 /// Measures one contender in one case; `scale` frames for each thousand.
@@ -109,6 +117,7 @@ pub fn measure(kind: Kind, contender: &Contender, scale: u64) -> Sample {
     match kind {
         Kind::Tx(len) => transmit(contender, 1, &mixed(len), 150 * scale),
         Kind::TxPairs(len) => transmit(contender, 2, &mixed(len), 100 * scale),
+        Kind::TxToFull(len) => to_full(contender, len, 150 * scale),
         Kind::TxLarge => transmit(contender, 1, &large(), 10 * scale),
         Kind::UdpToSocket(len) => to_socket(contender, len, 20 * scale),
         Kind::UdpToVeth(len) => to_veth(contender, len, 100 * scale),
@@ -151,8 +160,21 @@ fn transmit_in(
     Sample::new(count, process.cpu() - cpu, wall)
 }
 
+fn to_full(contender: &Contender, len: usize, count: u64) -> Sample {
+    let place = Place::new(false);
+    let socket = host_socket(&place, SO_RCVBUF_MIN);
+    let sample = transmit_in(&place, contender, 1, &mixed_to(Ends::TX, len), count);
+    let arrived = socket.recv(&mut [0; 2048]).expect("a datagram");
+    assert_eq!(arrived, len - 42, "{} delivers datagrams", contender.name());
+    sample
+}
+
+/// Less than one datagram: the kernel raises it to what it thinks the least, which holds one or two.
+const SO_RCVBUF_MIN: i32 = 0;
+
 fn floor_transmit(place: &Place, contender: &Contender, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> Sample {
-    let queue = place.floor(contender);
+    let on = contender.on();
+    let queue = place.floor(on);
     // As many frames as the rings have, in such memory as a guest's: as many pages are gone through.
     let mem = GuestMemory::single(256 << 20);
     let frames: Vec<_> = frames
@@ -160,9 +182,10 @@ fn floor_transmit(place: &Place, contender: &Contender, frames: &[(VnetHdr, Vec<
         .cycle()
         .take(RING_SIZE.into())
         .map(|(header, frame)| {
-            let at = mem.alloc(VnetHdr::LEN + frame.len(), 64);
-            mem.write(at, &[&header.to_bytes()[..], frame].concat());
-            [mem.iovec(at, VnetHdr::LEN), mem.iovec(at + VnetHdr::LEN as u64, frame.len())]
+            let (header, frame) = (on.header(header), &frame[on.omitted()..]);
+            let at = mem.alloc(header.len() + frame.len(), 64);
+            mem.write(at, &[&header, frame].concat());
+            [mem.iovec(at, header.len()), mem.iovec(at + header.len() as u64, frame.len())]
         })
         .collect();
     let send = |count: u64| {
@@ -187,25 +210,18 @@ fn vectored(fd: &impl AsFd, iovecs: &[libc::iovec], call: Vectored) {
     assert!(len > 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Room for all datagrams: nobody reads them while it is measured.
-fn deep_socket(place: &Place) -> UdpSocket {
+/// What the guest sends to, with room for so many bytes: nobody reads them while it is measured.
+fn host_socket(place: &Place, room: i32) -> UdpSocket {
     let socket = place.namespace.within(|| UdpSocket::bind("10.99.0.1:5000").expect("a socket"));
-    set_option(&socket.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 1 << 29);
+    set_option(&socket.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, room);
+    socket.set_nonblocking(true).expect("a socket");
     socket
-}
-
-fn set_option(fd: &BorrowedFd<'_>, level: i32, option: i32, value: i32) {
-    let len = size_of_val(&value) as u32;
-    // SAFETY: `value` is an int of the length given, and outlives the call.
-    let set = unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const value).cast(), len) };
-    assert_eq!(set, 0, "setsockopt: {}", std::io::Error::last_os_error());
 }
 
 fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
     const AT_ONCE: u64 = 1000;
     let place = Place::new(false);
-    let socket = deep_socket(&place);
-    socket.set_nonblocking(true).expect("a socket");
+    let socket = host_socket(&place, 1 << 29);
     let mut bytes = [0; 2048];
     // Between two measurements, so that the reader's time does not count and the kernel's memory is used again.
     let mut read = || {
@@ -219,7 +235,7 @@ fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
     let frames = [datagram(&Ends::TX, len + 42)];
     let (mut cpu, mut wall) = (Duration::ZERO, Duration::ZERO);
     if contender.is_floor() {
-        let queue = place.floor(contender);
+        let queue = place.floor(contender.on());
         let mem = GuestMemory::single(1 << 20);
         let at = mem.alloc(2048, 64);
         mem.write(at, &[&frames[0].0.to_bytes()[..], &frames[0].1].concat());
@@ -280,52 +296,68 @@ fn sender(place: &Place, contender: &Contender, vnet_hdr: bool) -> PacketSocket 
 
 fn receive(contender: &Contender, len: usize, count: u64) -> Sample {
     let (_, frame) = datagram(&Ends::RX, len);
-    receive_with(contender, count, 1, |place| {
+    let frame = &frame[contender.on().omitted()..];
+    receive_with(contender, count.div_ceil(AT_ONCE), AT_ONCE, 1, |place| {
         let socket = sender(place, contender, false);
-        (0..count).for_each(|_| socket.send(&frame));
+        (0..AT_ONCE).for_each(|_| socket.send(frame));
     })
 }
+
+/// Frames that wait at the same time: so many of the usual MTU a packet socket of ours has room for.
+const AT_ONCE: u64 = 3000;
 
 fn receive_large(contender: &Contender, count: u64) -> Sample {
     let frame = frames::tcp4(&Ends::RX, 1, &payload(Stamp { stream: 2, seq: 0 }, LARGE), L4Csum::Partial);
     let header = large_header();
-    receive_with(contender, count, LARGE.div_ceil(1500) as u64, |place| {
+    receive_with(contender, 1, count, LARGE.div_ceil(1500) as u64, |place| {
         let socket = sender(place, contender, true);
         (0..count).for_each(|_| socket.send_vnet(&header, &frame).expect("the TAP's queue has room"));
     })
 }
 
-/// Fills the TAP, then gives the guest's buffers and times how they come back.
-fn receive_with(contender: &Contender, count: u64, chains: u64, fill: impl Fn(&Place)) -> Sample {
+/// Fills the TAP with `count` frames, then gives the guest's buffers and times how they come back, `times` over.
+fn receive_with(contender: &Contender, times: u64, count: u64, chains: u64, fill: impl Fn(&Place)) -> Sample {
     let place = Place::new(false);
+    let (mut cpu, mut wall) = (Duration::ZERO, Duration::ZERO);
     if contender.is_floor() {
-        let queue = place.floor(contender);
-        fill(&place);
+        let queue = place.floor(contender.on());
         // Buffers as a guest's: the header apart, and so many for a super-frame.
         let mem = GuestMemory::single(8 << 20);
         let buffers: Vec<_> = (0..RING_SIZE).map(|_| mem.iovec(mem.alloc(1536, 64), 1536)).collect();
-        let header = mem.iovec(mem.alloc(VnetHdr::LEN, 64), VnetHdr::LEN);
-        return on_backend_cpu(|| {
-            let (cpu, begun) = (thread_cpu(), Instant::now());
-            let mut iovecs = Vec::new();
-            for frame in 0..count as usize {
-                iovecs.clear();
-                iovecs.push(header);
-                let first = frame * chains as usize;
-                iovecs.extend((first..first + chains as usize).map(|at| buffers[at % buffers.len()]));
-                vectored(&queue, &iovecs, libc::readv);
-            }
-            Sample::new(count, thread_cpu() - cpu, begun.elapsed())
-        });
+        let header = mem.iovec(mem.alloc(VnetHdr::LEN, 64), contender.on().header_len());
+        for _ in 0..times {
+            fill(&place);
+            let (spent, took) = on_backend_cpu(|| {
+                let (cpu, begun) = (thread_cpu(), Instant::now());
+                let mut iovecs = Vec::new();
+                for frame in 0..count as usize {
+                    iovecs.clear();
+                    iovecs.push(header);
+                    let first = frame * chains as usize;
+                    iovecs.extend((first..first + chains as usize).map(|at| buffers[at % buffers.len()]));
+                    vectored(&queue, &iovecs, libc::readv);
+                }
+                (thread_cpu() - cpu, begun.elapsed())
+            });
+            (cpu, wall) = (cpu + spent, wall + took);
+        }
+        return Sample::new(times * count, cpu, wall);
     }
     let mut guest = Guest::new(1, &[datagram(&Ends::TX, 64)], FEATURES);
     let process = place.start(contender, &mut guest, &[(CHAINS, chains.to_string())]);
-    fill(&place);
-    std::thread::sleep(Duration::from_millis(20));
-    let (cpu, begun) = (process.cpu(), Instant::now());
-    drain(&mut guest, count * if chains == 1 { 1 } else { chains_of_large() });
-    let wall = begun.elapsed();
-    Sample::new(count, process.cpu() - cpu, wall)
+    for _ in 0..times {
+        fill(&place);
+        std::thread::sleep(Duration::from_millis(20));
+        let (before, begun) = (process.cpu(), Instant::now());
+        if chains == 1 {
+            drain(&mut guest, count, count);
+        } else {
+            drain(&mut guest, count * chains_of_large(), u64::MAX);
+        }
+        wall += begun.elapsed();
+        cpu += process.cpu() - before;
+    }
+    Sample::new(times * count, cpu, wall)
 }
 
 /// Buffers that a super-frame takes.
@@ -333,10 +365,16 @@ fn chains_of_large() -> u64 {
     (12 + 54 + LARGE).div_ceil(1536) as u64
 }
 
-/// Gives buffers, all the time, until `count` came back.
-fn drain(guest: &mut Guest, count: u64) {
+/// Gives buffers, `most` at most, until `count` came back.
+fn drain(guest: &mut Guest, count: u64, most: u64) {
     let rx = &mut guest.pairs[0].rx;
-    rx.give(RING_SIZE);
+    let mut left = most;
+    let mut give = |rx: &mut Ring, free: u16| {
+        let more = left.min(free.into());
+        left -= more;
+        rx.give(more as u16);
+    };
+    give(rx, RING_SIZE);
     let deadline = Instant::now() + PATIENCE;
     let (mut came, mut free) = (0, 0);
     while came < count {
@@ -344,7 +382,7 @@ fn drain(guest: &mut Guest, count: u64) {
         came += u64::from(back);
         free += back;
         if free >= RING_SIZE / 4 {
-            rx.give(std::mem::take(&mut free));
+            give(rx, std::mem::take(&mut free));
         }
         if back == 0 {
             assert!(Instant::now() < deadline, "only {came} of {count} came");
@@ -359,7 +397,7 @@ fn from_socket(contender: &Contender, count: u64) -> Sample {
     let place = Place::new(false);
     let mut guest = Guest::new(1, &[datagram(&Ends::TX, 64)], FEATURES);
     let process = (!contender.is_floor()).then(|| place.start(contender, &mut guest, &[]));
-    let queue = process.is_none().then(|| place.floor(contender));
+    let queue = process.is_none().then(|| place.floor(contender.on()));
     let socket = place.namespace.within(|| UdpSocket::bind("10.99.0.1:0").expect("a socket"));
     socket.connect("10.99.0.2:5000").expect("a route");
     set_option(&socket.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, 1 << 29);
@@ -378,7 +416,7 @@ fn from_socket(contender: &Contender, count: u64) -> Sample {
             thread_cpu() - before
         });
     } else {
-        drain(&mut guest, sends * TOGETHER);
+        drain(&mut guest, sends * TOGETHER, u64::MAX);
     }
     let wall = begun.elapsed();
     if let (Some(process), Some(before)) = (process, backend) {
@@ -393,7 +431,7 @@ fn ping_pong(contender: &Contender, count: u64) -> Sample {
     let (_, back) = datagram(&Ends::RX, 64);
     let mut trips = Vec::new();
     if contender.is_floor() {
-        let queue = place.floor(contender);
+        let queue = place.floor(contender.on());
         let host = PacketSocket::open(&place.namespace, TAP);
         floor_ping_pong(&queue, &host, &[&header.to_bytes()[..], &frame].concat(), &back, count, &mut trips);
     } else {
@@ -466,7 +504,7 @@ pub struct Idle {
 }
 
 pub fn idle(seconds: u64) -> Idle {
-    let ours = Contender::Ours(&[]);
+    let ours = Contender::Ours(On::Tap, &[]);
     let run = |pairs: usize| {
         let place = Place::new(pairs > 1);
         let mut guest = Guest::new(pairs, &mixed(64), FEATURES);

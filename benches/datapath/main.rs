@@ -5,7 +5,8 @@
 //! * the floor: a bare loop of `writev` or `readv` on the same TAP, without a virtqueue;
 //! * the baseline: a conventional back-end ([`baseline`]) of the crates that most are made of;
 //! * DPDK's `dpdk-testpmd` where it is installed ([`testpmd`]);
-//! * ours, with its options.
+//! * ours, with its options;
+//! * ours and the floor on other devices than a TAP, in cases of their own.
 //!
 //! The figure that counts is the back-end's processor time for each frame. Ratios above 1 mean that ours needs less.
 #![allow(clippy::unwrap_used, clippy::panic, unreachable_pub)]
@@ -24,7 +25,7 @@ use std::process::ExitCode;
 
 use cases::{Kind, Sample};
 use clap::Parser;
-use place::Contender;
+use place::{Contender, On};
 
 /// Measure the data path beside a bare loop of system calls and a conventional back-end
 #[derive(Parser)]
@@ -59,6 +60,13 @@ struct Case {
     contenders: Vec<Contender>,
 }
 
+impl Case {
+    /// Whether it is about other devices than a TAP.
+    fn is_on_others(&self) -> bool {
+        self.contenders.iter().any(|contender| contender.on() != On::Tap)
+    }
+}
+
 /// A case's samples: for each contender one a round.
 struct Measured {
     case: Case,
@@ -66,42 +74,41 @@ struct Measured {
 }
 
 fn cases() -> Vec<Case> {
-    const OURS: Contender = Contender::Ours(&[]);
-    const SYSCALL: Contender = Contender::Ours(&["--io", "syscall"]);
-    const URING: Contender = Contender::Ours(&["--io", "uring"]);
-    const ALONE: Contender = Contender::Ours(&["--coalesce", "off"]);
-    const POLLING: Contender = Contender::Ours(&["--poll-us", "50"]);
-    const ON_MACVTAP: Contender = Contender::OnMacvtap;
-    const FLOOR_ON_MACVTAP: Contender = Contender::FloorOnMacvtap;
-    const ADAPTIVE: Contender = Contender::Ours(&["--poll-us", "auto"]);
+    const FLOOR: Contender = Contender::Floor(On::Tap);
+    const OURS: Contender = Contender::Ours(On::Tap, &[]);
+    const SYSCALL: Contender = Contender::Ours(On::Tap, &["--io", "syscall"]);
+    const URING: Contender = Contender::Ours(On::Tap, &["--io", "uring"]);
+    const ALONE: Contender = Contender::Ours(On::Tap, &["--coalesce", "off"]);
+    const POLLING: Contender = Contender::Ours(On::Tap, &["--poll-us", "50"]);
+    const ADAPTIVE: Contender = Contender::Ours(On::Tap, &["--poll-us", "auto"]);
     let with = |name, kind, more: &[Contender]| {
-        let mut contenders = vec![Contender::Floor, Contender::Baseline, OURS];
+        let mut contenders = vec![FLOOR, Contender::Baseline, OURS];
         contenders.extend_from_slice(more);
         Case { name, kind, contenders }
+    };
+    let on_all = |name, kind| {
+        let others = On::OTHERS.into_iter().flat_map(|on| [Contender::Floor(on), Contender::Ours(on, &[])]);
+        Case { name, kind, contenders: [FLOOR, OURS].into_iter().chain(others).collect() }
     };
     vec![
         with("tx 64 B, mixed flows", Kind::Tx(64), &[SYSCALL, URING, Contender::Testpmd]),
         with("tx 512 B, mixed flows", Kind::Tx(512), &[]),
-        with(
-            "tx 1500 B, mixed flows",
-            Kind::Tx(1500),
-            &[SYSCALL, URING, Contender::Testpmd, ON_MACVTAP, FLOOR_ON_MACVTAP],
-        ),
-        Case {
-            name: "tx 64 B, mixed flows, 2 pairs",
-            kind: Kind::TxPairs(64),
-            contenders: vec![Contender::Floor, OURS],
-        },
-        with("tx 64 KiB super-frames", Kind::TxLarge, &[ON_MACVTAP, FLOOR_ON_MACVTAP]),
+        with("tx 1500 B, mixed flows", Kind::Tx(1500), &[SYSCALL, URING, Contender::Testpmd]),
+        Case { name: "tx 64 B, mixed flows, 2 pairs", kind: Kind::TxPairs(64), contenders: vec![FLOOR, OURS] },
+        with("tx 64 KiB super-frames", Kind::TxLarge, &[]),
         with("udp 1400 B to a socket", Kind::UdpToSocket(1400), &[ALONE]),
         with("udp 200 B to a socket", Kind::UdpToSocket(200), &[ALONE]),
         with("udp 1400 B to a veth", Kind::UdpToVeth(1400), &[ALONE]),
         with("rx 64 B", Kind::Rx(64), &[SYSCALL, URING]),
         with("rx 512 B", Kind::Rx(512), &[]),
-        with("rx 1500 B", Kind::Rx(1500), &[SYSCALL, URING, ON_MACVTAP, FLOOR_ON_MACVTAP]),
+        with("rx 1500 B", Kind::Rx(1500), &[SYSCALL, URING]),
         with("rx 64 KiB super-frames", Kind::RxLarge, &[]),
         with("udp 1400 B from a socket, sender's time too", Kind::UdpFromSocket, &[]),
         with("round trip", Kind::PingPong, &[POLLING, ADAPTIVE]),
+        on_all("devices: tx 1500 B, mixed flows", Kind::Tx(1500)),
+        on_all("devices: tx 1500 B to a full socket", Kind::TxToFull(1500)),
+        on_all("devices: rx 1500 B", Kind::Rx(1500)),
+        on_all("devices: tx 64 KiB super-frames", Kind::TxLarge),
     ]
 }
 

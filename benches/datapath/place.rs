@@ -1,7 +1,7 @@
-//! Where it is measured: a TAP in a namespace of its own, the back-ends on it, and clocks.
+//! Where it is measured: a TAP in a namespace of its own, or another device, the back-ends on it, and clocks.
 
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -9,14 +9,22 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use tempfile::TempDir;
 
 use crate::common::frames::HOST_MAC;
-use crate::common::netns::{NetNs, TapSpec};
+use crate::common::netns::{NetNs, PacketSocket, TapSpec};
 use crate::common::virtio::VnetHdr;
 use crate::guest::{FEATURES, Guest};
 use crate::testpmd;
 
 pub const TAP: &str = "tap0";
-/// The far end of the veth pair that the MACVTAP is on.
+const TUN: &str = "tun0";
+/// One end of a veth pair, and the far one, where the host is.
+const CARD: &str = "card";
 const OUTSIDE: &str = "outside";
+const MACVTAP: &str = "macvtap0";
+const MACVLAN: &str = "macvlan0";
+/// What makes one of them the host's ([`HOST_MAC`]).
+const HOSTS: &str = "address 52:54:00:bb:00:01";
+/// What makes one of them the guest's, and has as many frames wait as a case sends at once.
+const GUESTS: &str = "address 52:54:00:aa:00:01 txqueuelen 20000";
 /// The back-ends have a CPU of their own, and so has the floor: the same.
 pub const BACKEND_CPU: usize = 0;
 /// The driver, and what sends from the host.
@@ -53,39 +61,119 @@ fn on_any_cpu<R>(act: impl FnOnce() -> R) -> R {
     result
 }
 
-/// A contender: what runs on the TAP.
+/// What a contender is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum On {
+    Tap,
+    /// On one end of a veth pair, by its device.
+    Macvtap,
+    /// On one end of a veth pair, by a packet socket.
+    Macvlan,
+    /// That end itself, by a packet socket.
+    Veth,
+    Tun,
+}
+
+impl On {
+    /// All but the TAP, which each of them is compared with.
+    pub const OTHERS: [On; 4] = [On::Macvtap, On::Macvlan, On::Veth, On::Tun];
+
+    fn name(self) -> &'static str {
+        match self {
+            On::Tap => "a TAP",
+            On::Macvtap => "a MACVTAP",
+            On::Macvlan => "a MACVLAN",
+            On::Veth => "a veth end",
+            On::Tun => "a TUN",
+        }
+    }
+
+    /// The interface that the host reaches the guest through.
+    fn host_side(self) -> &'static str {
+        match self {
+            On::Tap => TAP,
+            On::Macvtap | On::Macvlan | On::Veth => OUTSIDE,
+            On::Tun => TUN,
+        }
+    }
+
+    /// How ours is told of it.
+    fn options(self) -> [&'static str; 2] {
+        match self {
+            On::Tap => ["--tap", TAP],
+            On::Macvtap => ["--macvtap", MACVTAP],
+            On::Macvlan => ["--interface", MACVLAN],
+            On::Veth => ["--interface", CARD],
+            On::Tun => ["--tun", TUN],
+        }
+    }
+
+    /// Bytes of its virtio-net header.
+    pub fn header_len(self) -> usize {
+        match self {
+            On::Macvlan | On::Veth => VnetHdr::LEN - 2,
+            On::Tap | On::Macvtap | On::Tun => VnetHdr::LEN,
+        }
+    }
+
+    /// Bytes of a frame's start that do not go over it.
+    pub fn omitted(self) -> usize {
+        if self == On::Tun { 14 } else { 0 }
+    }
+
+    /// A frame's virtio-net header as it goes over it.
+    pub fn header(self, header: &VnetHdr) -> Vec<u8> {
+        let earlier = |offset: u16| offset.saturating_sub(self.omitted() as u16);
+        let header = VnetHdr { csum_start: earlier(header.csum_start), hdr_len: earlier(header.hdr_len), ..*header };
+        header.to_bytes()[..self.header_len()].to_vec()
+    }
+}
+
+/// A contender: what runs on the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Contender {
-    /// A bare loop of system calls on the TAP, in this process, without a virtqueue.
-    Floor,
-    /// The same on a MACVTAP, on one end of a veth pair.
-    FloorOnMacvtap,
+    /// A bare loop of system calls, in this process, without a virtqueue.
+    Floor(On),
     /// The conventional back-end.
     Baseline,
     /// DPDK's, on a TAP of its own.
     Testpmd,
-    /// This project's on such a MACVTAP.
-    OnMacvtap,
     /// This project's, with these options.
-    Ours(&'static [&'static str]),
+    Ours(On, &'static [&'static str]),
 }
 
 impl Contender {
     /// Whether it is a bare loop.
     pub fn is_floor(&self) -> bool {
-        matches!(self, Contender::Floor | Contender::FloorOnMacvtap)
+        matches!(self, Contender::Floor(_))
+    }
+
+    /// What it is on.
+    pub fn on(&self) -> On {
+        match self {
+            Contender::Floor(on) | Contender::Ours(on, _) => *on,
+            Contender::Baseline | Contender::Testpmd => On::Tap,
+        }
+    }
+
+    /// The same on a TAP.
+    pub fn on_tap(&self) -> Contender {
+        match self {
+            Contender::Floor(_) => Contender::Floor(On::Tap),
+            Contender::Ours(_, options) => Contender::Ours(On::Tap, options),
+            other => other.clone(),
+        }
     }
 
     pub fn name(&self) -> String {
-        match self {
-            Contender::Floor => "floor".to_owned(),
-            Contender::FloorOnMacvtap => "floor on a MACVTAP".to_owned(),
+        let name = match self {
+            Contender::Floor(_) => "floor".to_owned(),
             Contender::Baseline => "baseline".to_owned(),
             Contender::Testpmd => "dpdk-testpmd".to_owned(),
-            Contender::OnMacvtap => "ours on a MACVTAP".to_owned(),
-            Contender::Ours([]) => "ours".to_owned(),
-            Contender::Ours(options) => format!("ours {}", options.join(" ")),
-        }
+            Contender::Ours(_, []) => "ours".to_owned(),
+            Contender::Ours(_, options) => format!("ours {}", options.join(" ")),
+        };
+        if self.on() == On::Tap { name } else { format!("{name} on {}", self.on().name()) }
     }
 
     /// What a guest negotiates with it.
@@ -95,11 +183,7 @@ impl Contender {
 
     /// The interface that the host reaches the guest through.
     pub fn host_side(&self) -> &'static str {
-        match self {
-            Contender::Testpmd => testpmd::TAP,
-            Contender::OnMacvtap | Contender::FloorOnMacvtap => OUTSIDE,
-            _ => TAP,
-        }
+        if *self == Contender::Testpmd { testpmd::TAP } else { self.on().host_side() }
     }
 }
 
@@ -157,7 +241,7 @@ impl Place {
 
     fn command(&self, contender: &Contender, socket: &str, pairs: usize) -> Command {
         match contender {
-            Contender::Floor | Contender::FloorOnMacvtap => panic!("the floor is no process"),
+            Contender::Floor(_) => panic!("the floor is no process"),
             Contender::Testpmd => testpmd::command(&self.namespace, socket),
             Contender::Baseline => {
                 let this = std::env::current_exe().expect("this program");
@@ -165,36 +249,43 @@ impl Place {
                 command.args(["--as-baseline", socket]);
                 command
             }
-            Contender::OnMacvtap => {
-                self.add_macvtap();
-                self.ours(socket, pairs, &["--macvtap", "macvtap0"])
-            }
-            Contender::Ours(options) => {
-                let mut command = self.ours(socket, pairs, &["--tap", TAP]);
-                command.args(*options);
+            Contender::Ours(on, options) => {
+                self.add(*on);
+                let mut command = self.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
+                command.args(["--socket-path", socket, "--log-level", "warn", "--queue-pairs"]).arg(pairs.to_string());
+                command.args(on.options()).args(*options);
                 command
             }
         }
     }
 
-    fn ours(&self, socket: &str, pairs: usize, device: &[&str]) -> Command {
-        let mut command = self.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
-        command.args(["--socket-path", socket, "--log-level", "warn", "--queue-pairs"]).arg(pairs.to_string());
-        command.args(device);
-        command
+    /// Adds what is not there from the start.
+    fn add(&self, on: On) {
+        let veth = |words: &str| {
+            self.namespace.ip(&format!("link add {CARD} {words} type veth peer name {OUTSIDE} {HOSTS}"));
+            self.up(OUTSIDE);
+            self.up(CARD);
+        };
+        let on_card = |name, kind| {
+            veth("");
+            self.namespace.ip(&format!("link add link {CARD} name {name} {GUESTS} type {kind} mode bridge"));
+            self.up(name);
+        };
+        match on {
+            On::Tap => {}
+            On::Macvtap => on_card(MACVTAP, "macvtap"),
+            On::Macvlan => on_card(MACVLAN, "macvlan"),
+            On::Veth => veth(GUESTS),
+            On::Tun => {
+                self.namespace.ip(&format!("tuntap add dev {TUN} mode tun vnet_hdr"));
+                self.namespace.ip(&format!("link set dev {TUN} txqueuelen 20000"));
+                self.up(TUN);
+            }
+        }
     }
 
-    /// What arrives at the other end goes to nobody.
-    fn add_macvtap(&self) {
-        for words in [
-            "link add card type veth peer name outside",
-            "link set outside up",
-            "link set card up",
-            "link add link card name macvtap0 txqueuelen 20000 address 52:54:00:aa:00:01 type macvtap mode bridge",
-            "link set macvtap0 up",
-        ] {
-            self.namespace.ip(words);
-        }
+    fn up(&self, name: &str) {
+        self.namespace.ip(&format!("link set dev {name} up"));
     }
 
     /// For a moment after a TAP got its carrier the kernel drops what is sent to it.
@@ -208,22 +299,34 @@ impl Place {
     }
 
     /// A queue for the floor.
-    pub fn floor(&self, contender: &Contender) -> OwnedFd {
-        let fd = if *contender == Contender::FloorOnMacvtap {
-            self.add_macvtap();
-            let fd = self.namespace.open_macvtap("macvtap0");
+    pub fn floor(&self, on: On) -> OwnedFd {
+        self.add(on);
+        let fd = match on {
+            On::Tap => self.namespace.open_tap(TAP, self.multi_queue).fd,
+            On::Macvtap => self.namespace.open_macvtap(MACVTAP),
+            On::Macvlan => self.floor_socket(MACVLAN),
+            On::Veth => self.floor_socket(CARD),
+            On::Tun => self.namespace.open_tun(TUN, libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR),
+        };
+        if !matches!(on, On::Macvlan | On::Veth) {
             set_int(&fd, libc::TUNSETVNETHDRSZ, VnetHdr::LEN as i32);
             set_int(&fd, libc::TUNSETSNDBUF, i32::MAX);
-            fd
-        } else {
-            self.namespace.open_tap(TAP, self.multi_queue).fd
-        };
-        // The offloads that the back-ends set.
-        let flags = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
-        // SAFETY: TUNSETOFFLOAD takes its argument by value.
-        let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
-        assert_eq!(set, 0, "TUNSETOFFLOAD: {}", std::io::Error::last_os_error());
-        self.wait_operational(contender.host_side());
+            // The offloads that the back-ends set.
+            let flags = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+            // SAFETY: TUNSETOFFLOAD takes its argument by value.
+            let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
+            assert_eq!(set, 0, "TUNSETOFFLOAD: {}", std::io::Error::last_os_error());
+        }
+        self.wait_operational(on.host_side());
+        fd
+    }
+
+    /// A packet socket with virtio-net headers, and with room for the frames that ours has room for.
+    fn floor_socket(&self, name: &str) -> OwnedFd {
+        let socket = PacketSocket::open_vnet_hdr(&self.namespace, name);
+        set_option(&socket.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 4 << 20);
+        let fd = socket.as_fd().try_clone_to_owned().expect("a descriptor");
+        rustix::fs::fcntl_setfl(&fd, rustix::fs::OFlags::NONBLOCK).expect("a socket");
         fd
     }
 }
@@ -232,6 +335,13 @@ fn set_int(fd: &OwnedFd, request: libc::Ioctl, value: i32) {
     // SAFETY: both requests that this is called with read one int at the given address, that of `value`.
     let set = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw const value) };
     assert_eq!(set, 0, "ioctl: {}", std::io::Error::last_os_error());
+}
+
+pub fn set_option(fd: &BorrowedFd<'_>, level: i32, option: i32, value: i32) {
+    let len = size_of_val(&value) as u32;
+    // SAFETY: `value` is an int of the length given, and outlives the call.
+    let set = unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const value).cast(), len) };
+    assert_eq!(set, 0, "setsockopt: {}", std::io::Error::last_os_error());
 }
 
 /// A back-end's process; killed and reaped when dropped.

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use crate::Measured;
 use crate::cases::{Idle, Kind, Sample};
-use crate::place::Contender;
+use crate::place::{Contender, On};
 
 /// The least, the middle and the largest of some numbers.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +49,16 @@ impl Measured {
     }
 }
 
+/// What a contender is compared with, and what that is called in the JSON: the bare loop on the same device, and either
+/// the conventional back-end or, on another device than a TAP, the same contender on one.
+fn references(contender: &Contender) -> [(&'static str, Contender); 2] {
+    let floor = ("vs_floor", Contender::Floor(contender.on()));
+    match contender.on() {
+        On::Tap => [floor, ("vs_baseline", Contender::Baseline)],
+        _ => [floor, ("vs_tap", contender.on_tap())],
+    }
+}
+
 fn percentile(sample: &Sample, part: f64) -> f64 {
     let at = (sample.trips.len() as f64 * part) as usize;
     sample.trips.get(at.min(sample.trips.len().saturating_sub(1))).map_or(f64::NAN, |nanos| *nanos as f64)
@@ -57,7 +67,9 @@ fn percentile(sample: &Sample, part: f64) -> f64 {
 /// One case's table.
 pub fn print(measured: &Measured) {
     let unit = if measured.is_latency() { "p50 ns, p99, p99.9" } else { "ns of CPU, frames/s" };
-    println!("{:<34} {:>28}   {:<20} {:<20}", measured.case.name, unit, "floor / it", "baseline / it");
+    let is_on_others = measured.case.is_on_others();
+    let second = if is_on_others { "TAP / it" } else { "baseline / it" };
+    println!("{:<34} {:>28}   {:<20} {second:<20}", measured.case.name, unit, "floor / it");
     for (index, contender) in measured.case.contenders.iter().enumerate() {
         let samples = &measured.samples[index];
         let cost = Spread::of(samples.iter().map(|sample| measured.cost(sample)));
@@ -67,13 +79,12 @@ pub fn print(measured: &Measured) {
         } else {
             format!("{:>12.0}", Spread::of(samples.iter().map(|sample| sample.rate)).median)
         };
-        let ratio = |against| {
-            let is_itself = contender == against;
-            let ratio = (!is_itself).then(|| measured.ratio(index, against)).flatten();
+        let [first, second] = references(contender).map(|(_, against)| {
+            let is_itself = *contender == against;
+            let ratio = (!is_itself).then(|| measured.ratio(index, &against)).flatten();
             ratio.map_or_else(String::new, |ratio| ratio.to_string())
-        };
-        let (floor, baseline) = (ratio(&Contender::Floor), ratio(&Contender::Baseline));
-        println!("  {:<32} {:>9.0} {:>18}   {floor:<20} {baseline:<20}", contender.name(), cost.median, more);
+        });
+        println!("  {:<32} {:>9.0} {:>18}   {first:<20} {second:<20}", contender.name(), cost.median, more);
     }
     println!();
 }
@@ -110,7 +121,7 @@ pub fn json(all: &[Measured], idle: Option<&Idle>) -> String {
                 let rates: Vec<_> = samples.iter().map(|sample| format!("{:.0}", sample.rate)).collect();
                 let _ = write!(out, ", \"frames_per_s\": [{}]", rates.join(", "));
             }
-            for (name, against) in [("vs_floor", Contender::Floor), ("vs_baseline", Contender::Baseline)] {
+            for (name, against) in references(contender) {
                 if let Some(ratio) = measured.ratio(index, &against) {
                     let _ = write!(out, ", {name:?}: {:.3}", ratio.median);
                 }
@@ -143,6 +154,7 @@ const ONE: f64 = 80.0;
 
 /// The ratios of ours as bars, readable on light and on dark ground.
 pub fn svg(all: &[Measured]) -> String {
+    let all: Vec<_> = all.iter().filter(|measured| !measured.case.is_on_others()).collect();
     let height = 50 + ROW * all.len();
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"sans-serif\" \
@@ -158,11 +170,13 @@ pub fn svg(all: &[Measured]) -> String {
         let (label_x, label_y) = (LEFT - 10, y + 20);
         let name = measured.case.name;
         let _ = writeln!(out, "<text x=\"{label_x}\" y=\"{label_y}\" text-anchor=\"end\">{name}</text>");
-        let Some(ours) = measured.case.contenders.iter().position(|contender| *contender == Contender::Ours(&[]))
+        let Some(ours) =
+            measured.case.contenders.iter().position(|contender| *contender == Contender::Ours(On::Tap, &[]))
         else {
             continue;
         };
-        for (bar, (class, against)) in [("f", Contender::Floor), ("b", Contender::Baseline)].iter().enumerate() {
+        let against = [("f", Contender::Floor(On::Tap)), ("b", Contender::Baseline)];
+        for (bar, (class, against)) in against.iter().enumerate() {
             let Some(ratio) = measured.ratio(ours, against) else { continue };
             let (y, width) = (y + 16 * bar, (ratio.median * ONE).min((WIDTH - LEFT - 60) as f64));
             let (text_x, text_y) = (LEFT as f64 + width + 6.0, y + 12);
