@@ -302,7 +302,10 @@ impl Session {
             match self.start_if_complete(index) {
                 Ok(_) => {}
                 Err(stuck @ (Refusal::Stuck(_) | Refusal::Nic(NicError::Stuck(_)))) => return Err(stuck),
-                Err(refusal) => log::warn!("Ring {index} does not start: {}", crate::error_chain(&refusal)),
+                Err(refusal) if self.throttle.allows() => {
+                    log::warn!("Ring {index} does not start: {}", crate::error_chain(&refusal));
+                }
+                Err(_) => {}
             }
         }
         Ok(Answer::Done)
