@@ -52,7 +52,13 @@ impl<T: 'static> Mailbox<T> {
         let (sender, receiver) = mpsc::channel();
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let inbox = Inbox { jobs: receiver, wake: Arc::clone(&wake) };
-        let thread = std::thread::Builder::new().name(name.clone()).spawn(move || run(inbox))?;
+        let spawned = std::thread::Builder::new().name(name.clone()).spawn(move || run(inbox));
+        let thread = spawned.map_err(|cause| {
+            io::Error::new(
+                cause.kind(),
+                format!("Cannot start thread {name} (too little memory, or too many threads?): {cause}"),
+            )
+        })?;
         Ok(Mailbox { name, patience, jobs: Some(sender), wake, is_stuck: AtomicBool::new(false), thread: Some(thread) })
     }
 
