@@ -93,6 +93,7 @@ fn frames() -> [(VnetHdr, Vec<u8>); 3] {
     ]
 }
 
+/// P-05
 #[test]
 fn frames_from_the_guest_need_no_memory() {
     for io in IOS {
@@ -123,6 +124,7 @@ fn frames_from_the_guest_need_no_memory() {
     }
 }
 
+/// P-05
 #[test]
 fn frames_to_the_guest_need_no_memory() {
     for io in IOS {

@@ -74,6 +74,7 @@ fn indirect(count: u32) -> Desc {
     desc(TABLE, 16 * count, IND, 0)
 }
 
+///
 #[test]
 fn next_outside_its_table_is_a_fault() {
     for index in [SIZE, SIZE + 1, 0x7fff, 0xffff] {
@@ -88,6 +89,7 @@ fn next_outside_its_table_is_a_fault() {
     assert_eq!(fault(INDIRECT, &[indirect(2), desc(BUF, 4, 0, 0), desc(BUF, 4, 0, 0)], &table), out);
 }
 
+///
 #[test]
 fn loop_of_any_length_is_a_fault() {
     let ahead = |k: u16| desc(BUF + 16 * u64::from(k), 4, NEXT, k + 1);
@@ -104,11 +106,13 @@ fn loop_of_any_length_is_a_fault() {
     }
 }
 
+///
 #[test]
 fn loop_of_empty_buffers_is_a_fault() {
     assert_eq!(fault(NONE, &[desc(0, 0, NEXT, 1), desc(0, 0, NEXT, 0)], &[]), ChainFault::Loop);
 }
 
+///
 #[test]
 fn chain_of_exactly_its_table_is_good() {
     let table: Vec<_> = (0..1024_u16).map(|k| desc(BUF + 2 * u64::from(k), 1, u16::from(k < 1023), k + 1)).collect();
@@ -116,6 +120,7 @@ fn chain_of_exactly_its_table_is_good() {
     assert_eq!((shape.readable_len, shape.readable().len()), (1024, 1024));
 }
 
+///
 #[test]
 fn indirect_where_it_may_not_be_is_a_fault() {
     let inner = [desc(BUF, 4, 0, 0)];
@@ -131,6 +136,7 @@ fn indirect_behind_direct_descriptors_is_good() {
     assert_eq!(shape.readable_len, 9);
 }
 
+///
 #[test]
 fn indirect_table_of_a_wrong_length_is_a_fault() {
     for len in [0, 1, 15, 17, 16 * 1025, 16 * 65_536, u32::MAX] {
@@ -139,6 +145,7 @@ fn indirect_table_of_a_wrong_length_is_a_fault() {
     }
 }
 
+///
 #[test]
 fn indirect_table_outside_memory_is_a_fault() {
     for addr in [0, START - 16, END - 16, END, u64::MAX - 16, u64::MAX] {
@@ -147,6 +154,7 @@ fn indirect_table_outside_memory_is_a_fault() {
     }
 }
 
+///
 #[test]
 fn buffer_outside_memory_is_a_fault() {
     for (addr, len) in [
@@ -175,6 +183,7 @@ fn readable_buffer_behind_a_writable_one_is_a_fault() {
     assert_eq!(fault(INDIRECT, &[indirect(2)], &chain), ChainFault::ReadableAfterWritable);
 }
 
+///
 #[test]
 fn chain_longer_than_32_bits_is_a_fault() {
     // One region of 4 MiB, named 1024 times: 2^32 bytes, one more than fits.
@@ -182,6 +191,7 @@ fn chain_longer_than_32_bits_is_a_fault() {
     assert_eq!(fault(INDIRECT, &[indirect(1024)], &table), ChainFault::TooLong);
 }
 
+///
 #[test]
 fn chain_of_more_pieces_than_one_call_takes_is_a_fault() {
     // 1023 and then two: the ring's descriptors before the table make one piece too many.
@@ -194,6 +204,7 @@ fn chain_of_more_pieces_than_one_call_takes_is_a_fault() {
     assert_eq!((shape.readable_len, shape.readable().len()), (1025, 2));
 }
 
+///
 #[test]
 fn buffer_in_the_wrong_direction_is_a_fault_of_its_queue() {
     let mixed = walk(NONE, &[desc(BUF, 4, NEXT, 1), desc(BUF + 8, 4, WRITE, 0)], &[]).unwrap();
@@ -206,6 +217,7 @@ fn buffer_in_the_wrong_direction_is_a_fault_of_its_queue() {
     assert!(writable.only_writable().is_ok() && writable.only_readable().is_err());
 }
 
+///
 #[test]
 fn empty_buffer_holds_nothing_wherever_it_stands_and_points() {
     let chain = |empty: usize| -> Vec<Desc> {
@@ -219,6 +231,7 @@ fn empty_buffer_holds_nothing_wherever_it_stands_and_points() {
     assert_eq!((shape.readable_len, shape.writable_len, shape.readable().len()), (0, 0, 0));
 }
 
+///
 #[test]
 fn unknown_descriptor_flags_are_ignored() {
     for bit in 3..16 {

@@ -5,7 +5,9 @@
 // A test fails by panicking.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -111,6 +113,33 @@ fn exit_code_tells_bad_usage_from_failure() {
         assert_eq!(text(&output.stdout), "", "{args:?}");
         assert!(code == 2 || printed.lines().count() == 1, "One message: {printed}");
         assert!(!Path::new("s").exists(), "{args:?}");
+    }
+}
+
+/// D-05
+#[test]
+fn odd_words_on_the_command_line_are_refused_with_one_message() {
+    let not_utf8 = OsStr::from_bytes(b"tap\xff\xfe");
+    let long = "x".repeat(100 << 10);
+    let socket = OsStr::new("--socket-path");
+    for (args, code, wanted) in [
+        (vec![socket, OsStr::new("s"), OsStr::new("--tap"), not_utf8], 2, "UTF-8"),
+        (vec![socket, OsStr::new("s"), not_utf8], 2, "unexpected argument"),
+        (vec![socket, OsStr::new("s"), OsStr::new("--tap"), OsStr::new(&long)], 2, "--tap"),
+        (
+            vec![socket, OsStr::new("s"), OsStr::new("--tap"), OsStr::new("t"), OsStr::new("--tap=u")],
+            2,
+            "cannot be used multiple times",
+        ),
+        (vec![socket, OsStr::new("s"), OsStr::new("--tap"), OsStr::new("t\nu")], 2, "--tap"),
+        (vec![OsStr::new(&long)], 2, "unexpected argument"),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_vhost-user-net")).args(&args).output().unwrap();
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{printed}");
+        assert!(printed.contains(wanted), "{wanted}: {printed}");
+        assert_eq!(printed.matches("error:").count(), 1, "{printed}");
+        assert!(!Path::new("s").exists());
     }
 }
 

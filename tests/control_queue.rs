@@ -4,15 +4,18 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use common::backend::InProcess;
 use common::driver::{CtrlDriver, NetDriver, NetDriverSpec};
 use common::frames::{BROADCAST, Ends, GUEST_MAC, HOST_MAC, Mac, Stamp, test_frame, vlan};
-use common::frontend::{RawFrontend, SessionSpec};
+use common::frontend::{Answer, RawFrontend, SessionSpec};
 use common::memory::GuestMemory;
-use common::split_ring::{Buf, Desc};
+use common::message::Message;
+use common::split_ring::{Buf, Desc, SplitRing};
 use common::virtio::{VnetHdr, ctrl, desc_flag, feature, gso, net_flag};
-use common::{PATIENCE, QUIET, fd_of, wait_readable};
+use common::{PATIENCE, QUIET, fd_of, times, wait_readable};
 use vhost_user_net::nic::NicSetup;
 
 const CTRL_RX_EXTRA: u64 = 1 << 20;
@@ -94,9 +97,9 @@ impl Bench {
             self.backend.taps[0].send(&VnetHdr::default(), frame);
             let judged =
                 |backend: &InProcess| backend.counter(0, "rx_frames") + backend.counter(0, "rx_drop_filtered") == count;
-            let deadline = std::time::Instant::now() + PATIENCE;
+            let deadline = Instant::now() + PATIENCE;
             while !judged(&self.backend) {
-                assert!(std::time::Instant::now() < deadline, "A frame is neither delivered nor counted");
+                assert!(Instant::now() < deadline, "A frame is neither delivered nor counted");
                 std::thread::yield_now();
             }
             let delivered = self.backend.counter(0, "rx_frames") > before;
@@ -127,6 +130,7 @@ fn mac_table(unicast: &[Mac], multicast: &[Mac]) -> Vec<u8> {
     [part(unicast), part(multicast)].concat()
 }
 
+/// C-03
 #[test]
 fn receive_modes_decide_which_frames_arrive() {
     for extra in [0, feature::EVENT_IDX, feature::INDIRECT_DESC, feature::MRG_RXBUF, feature::IN_ORDER] {
@@ -153,6 +157,7 @@ fn receive_modes_decide_which_frames_arrive() {
     }
 }
 
+/// C-03, C-05
 #[test]
 fn mac_table_and_address_decide_which_frames_arrive() {
     let mut bench = Bench::new(COMMANDS);
@@ -178,6 +183,7 @@ fn mac_table_and_address_decide_which_frames_arrive() {
     assert_eq!(bench.addresses(), ["other", "all"], "what was refused has changed nothing");
 }
 
+/// C-03, C-06
 #[test]
 fn vlan_table_decides_which_tagged_frames_arrive() {
     let mut bench = Bench::new(COMMANDS | feature::CTRL_VLAN);
@@ -208,6 +214,7 @@ fn without_vlan_filtering_every_tagged_frame_arrives() {
     bench.refused(ctrl::CLASS_VLAN, VLAN_ADD, &[5, 0]);
 }
 
+/// C-03, C-07, C-08
 #[test]
 fn queue_pairs_that_the_driver_does_not_use_get_no_frames() {
     let mut bench = Bench::new(COMMANDS | feature::MQ);
@@ -229,6 +236,7 @@ fn queue_pairs_that_the_driver_does_not_use_get_no_frames() {
     bench.refused(ctrl::CLASS_MQ, 1, &[1, 0]);
 }
 
+/// C-10
 #[test]
 fn guest_offloads_decide_which_unfinished_frames_arrive() {
     let mut bench = Bench::new(COMMANDS);
@@ -262,6 +270,7 @@ fn guest_offloads_decide_which_unfinished_frames_arrive() {
     }
 }
 
+/// C-09
 #[test]
 fn announcement_is_acknowledged() {
     let mut bench = Bench::new(COMMANDS);
@@ -270,6 +279,7 @@ fn announcement_is_acknowledged() {
     bench.refused(ctrl::CLASS_ANNOUNCE, 0, &[0]);
 }
 
+/// C-02, C-03
 #[test]
 fn unknown_or_oversized_command_is_refused() {
     let mut bench = Bench::new(COMMANDS | feature::MQ);
@@ -280,6 +290,7 @@ fn unknown_or_oversized_command_is_refused() {
     bench.mode(PROMISCUOUS, true);
 }
 
+/// C-02
 #[test]
 fn commands_without_their_feature_are_refused() {
     let mut bench = Bench::new(feature::CTRL_VQ);
@@ -293,6 +304,7 @@ fn commands_without_their_feature_are_refused() {
     assert_eq!(bench.addresses().len(), 5);
 }
 
+/// C-04
 #[test]
 fn command_split_byte_by_byte_is_put_together() {
     let mut bench = Bench::new(COMMANDS);
@@ -314,6 +326,7 @@ fn command_split_byte_by_byte_is_put_together() {
     assert_eq!(bench.addresses(), ["own", "other", "group", "all"]);
 }
 
+/// C-01, C-12
 #[test]
 fn chain_without_room_for_a_status_or_malformed_is_returned_without_effect() {
     let mut bench = Bench::new(COMMANDS);
@@ -350,13 +363,116 @@ fn chain_without_room_for_a_status_or_malformed_is_returned_without_effect() {
     assert_eq!(bench.addresses(), ["own", "all"]);
 }
 
+/// C-12
 #[test]
 fn broken_control_ring_is_reported_and_frames_go_on() {
     let mut bench = Bench::new(COMMANDS);
-    bench.front_end.tell(&common::message::Message::set_vring_err(4, fd_of(&bench.ctrl.ring.err)));
+    bench.front_end.tell(&Message::set_vring_err(4, fd_of(&bench.ctrl.ring.err)));
     assert!(bench.front_end.is_alive());
     bench.ctrl.ring.write_avail_idx(9999);
     bench.ctrl.ring.kick();
     assert!(wait_readable(fd_of(&bench.ctrl.ring.err), PATIENCE));
     assert_eq!(bench.addresses().len(), 5);
+}
+
+/// C-12: what cannot be returned parks the ring, here as on any other; it can be stopped at once, and starts again.
+#[test]
+fn control_ring_with_an_impossible_head_or_index_is_parked_and_heals() {
+    for (what, spoil) in [
+        ("head", (|ring| ring.put_avail(64)) as fn(&mut SplitRing)),
+        ("last head", |ring| ring.put_avail(0xffff)),
+        ("index back", |ring| ring.write_avail_idx(ring.used_idx().wrapping_sub(1))),
+        ("index too large", |ring| ring.write_avail_idx(ring.used_idx().wrapping_add(65))),
+    ] {
+        let mut bench = Bench::new(COMMANDS);
+        let err = Message::set_vring_err(4, fd_of(&bench.ctrl.ring.err));
+        assert!(bench.front_end.tell(&err) && bench.front_end.is_alive());
+        bench.mode(PROMISCUOUS, false);
+        let ring = &mut bench.ctrl.ring;
+        spoil(ring);
+        if what.ends_with("head") {
+            ring.publish();
+        }
+        ring.kick();
+        assert!(wait_readable(fd_of(&ring.err), PATIENCE), "{what}");
+        assert_eq!(bench.addresses(), ["own", "all"], "{what}");
+        assert!(bench.front_end.get_vring_base(4).is_ok(), "{what}");
+        let ring = &mut bench.ctrl.ring;
+        ring.reset();
+        for message in [
+            Message::set_vring_num(4, ring.size.into()),
+            Message::set_vring_addr(4, ring),
+            Message::set_vring_call(4, fd_of(&ring.call)),
+            Message::set_vring_kick(4, fd_of(&ring.kick)),
+        ] {
+            assert_eq!(bench.front_end.ask(message), Answer::Ack, "{what}");
+        }
+        bench.mode(PROMISCUOUS, true);
+        assert_eq!(bench.addresses().len(), 5, "{what}");
+    }
+}
+
+/// C-11
+#[test]
+fn commands_without_end_are_answered_and_frames_pass_meanwhile() {
+    let mut bench = Bench::new(COMMANDS | feature::MQ);
+    let frame = frame_to(GUEST_MAC);
+    for count in 0..times(5000, 100_000) {
+        match count % 4 {
+            0 => bench.mode(PROMISCUOUS, count % 8 == 0),
+            1 => bench.macs(&[OTHER], &[GROUP; 40]),
+            2 => bench.ok(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &[1 + (count / 4 % 2) as u8, 0]),
+            _ => bench.refused(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &[0, 0]),
+        }
+        if count % 50 == 0 {
+            bench.pairs[0].send(&VnetHdr::default(), &frame);
+            assert!(bench.backend.taps[0].recv(PATIENCE).is_some_and(|(_, got)| got == frame));
+            bench.backend.taps[0].send(&VnetHdr::default(), &frame);
+            assert!(bench.pairs[0].recv(PATIENCE).is_some_and(|(_, got)| got == frame));
+        }
+    }
+    assert!(bench.front_end.is_alive());
+}
+
+/// T-06: whatever is read, there is an answer, and the next command that is left alone is carried out.
+#[test]
+fn command_rewritten_while_it_is_read_does_no_harm() {
+    let mut bench = Bench::new(COMMANDS);
+    let table = mac_table(&[OTHER; 3], &[GROUP; 3]);
+    let command = [&[ctrl::CLASS_MAC, MAC_TABLE_SET][..], &table].concat();
+    let addr = bench.mem.alloc(command.len(), 8);
+    let status = bench.mem.alloc(1, 1);
+    let stop = AtomicBool::new(false);
+    let (mem, done) = (Arc::clone(&bench.mem), &stop);
+    let mut statuses = [0; 256];
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let counts = [3, 0, u32::MAX, 0x2aaa_aaab, 65, 2];
+            for count in counts.into_iter().cycle() {
+                if done.load(Ordering::Relaxed) {
+                    return;
+                }
+                mem.write(addr + 2, &count.to_le_bytes());
+                mem.write(addr, &[(count % 7) as u8, (count % 3) as u8]);
+                mem.write(addr, &command);
+            }
+        });
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_millis(300) || (statuses[0] == 0 && begin.elapsed() < PATIENCE) {
+            bench.mem.write(status, &[0xee]);
+            bench.ctrl.ring.add(&[Buf::readable(addr, 2 + table.len()), Buf::writable(status, 1)]);
+            bench.ctrl.ring.publish_and_kick();
+            if bench.ctrl.ring.wait_used(PATIENCE).is_none() {
+                break;
+            }
+            statuses[usize::from(bench.mem.read(status, 1)[0])] += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let [ok, err] = [ctrl::OK, ctrl::ERR].map(|status| statuses[usize::from(status)]);
+    common::say(&format!("{ok} commands were carried out, {err} refused"));
+    assert!(ok > 0 && statuses.iter().sum::<u32>() == ok + err, "An answer that is none");
+    bench.mode(PROMISCUOUS, false);
+    bench.macs(&[], &[]);
+    assert_eq!(bench.addresses(), ["own", "all"]);
 }

@@ -16,6 +16,7 @@ use common::path_bench::{Bench, FEATURE_SETS, rx_frame, tx_frame};
 use common::split_ring::Buf;
 use common::virtio::{VnetHdr, feature};
 
+/// H-20: a header is 12 bytes with every feature set; what would make it longer is not offered.
 #[test]
 fn frames_of_all_sizes_pass_both_ways() {
     for features in FEATURE_SETS {
@@ -31,6 +32,7 @@ fn frames_of_all_sizes_pass_both_ways() {
     }
 }
 
+///
 #[test]
 fn thousands_of_frames_each_way_arrive_in_order_over_the_wrap() {
     const FRAMES: u32 = 4000;
@@ -62,6 +64,7 @@ fn thousands_of_frames_each_way_arrive_in_order_over_the_wrap() {
     }
 }
 
+///
 #[test]
 fn header_cut_anywhere_is_put_together() {
     for features in [0, feature::INDIRECT_DESC] {
@@ -85,6 +88,7 @@ fn byte_by_byte(bench: &Bench, bytes: &[u8]) -> Vec<Buf> {
     bytes.iter().map(place).collect()
 }
 
+///
 #[test]
 fn chain_of_as_many_pieces_as_one_call_takes_passes_and_one_more_is_dropped() {
     let mut bench = Bench::with(NetDriverSpec { queue_size: 2048, ..NetDriverSpec::default() });
@@ -102,6 +106,7 @@ fn chain_of_as_many_pieces_as_one_call_takes_passes_and_one_more_is_dropped() {
     bench.assert_balance(0, 4);
 }
 
+///
 #[test]
 fn adjacent_descriptors_beyond_what_one_call_takes_are_merged() {
     let mut bench = Bench::with(NetDriverSpec { queue_size: 2048, ..NetDriverSpec::default() });
@@ -111,6 +116,7 @@ fn adjacent_descriptors_beyond_what_one_call_takes_are_merged() {
     assert_eq!(bench.tap().recv(PATIENCE).unwrap().1, frame);
 }
 
+/// Q-23, R-SPAN
 #[test]
 fn header_and_frame_over_two_memory_regions_pass_as_in_one() {
     const BORDER: u64 = 0x110_0000;
@@ -165,6 +171,7 @@ fn nothing_but_posted_buffers_and_used_rings_is_written() {
     }
 }
 
+/// N-02
 #[test]
 fn full_tap_holds_the_guest_back_and_nothing_is_lost() {
     const FRAMES: u32 = 100;
@@ -193,6 +200,7 @@ fn full_tap_holds_the_guest_back_and_nothing_is_lost() {
     }
 }
 
+/// N-01
 #[test]
 fn flood_without_buffers_waits_and_goes_on_once_there_are_some() {
     for features in FEATURE_SETS {

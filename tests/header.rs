@@ -84,6 +84,7 @@ fn good_request_passes_and_its_header_is_complete() {
     }
 }
 
+/// H-01, H-15
 #[test]
 fn frame_shorter_than_ethernet_or_longer_than_any_is_refused() {
     let plain = VnetHdr::default();
@@ -95,6 +96,7 @@ fn frame_shorter_than_ethernet_or_longer_than_any_is_refused() {
     }
 }
 
+/// H-02
 #[test]
 fn unknown_gso_type_is_refused() {
     let known = [gso::TCPV4, gso::TCPV6, gso::UDP, gso::UDP_L4, gso::TCPV4 | gso::ECN, gso::TCPV6 | gso::ECN];
@@ -104,6 +106,7 @@ fn unknown_gso_type_is_refused() {
     }
 }
 
+/// H-03
 #[test]
 fn request_that_was_not_negotiated_is_refused() {
     for (gso_type, frame, l4, _, needs) in good_requests() {
@@ -115,6 +118,7 @@ fn request_that_was_not_negotiated_is_refused() {
     }
 }
 
+/// H-04
 #[test]
 fn request_without_segment_size_is_refused() {
     for (gso_type, frame, l4, ..) in good_requests() {
@@ -123,6 +127,7 @@ fn request_without_segment_size_is_refused() {
     }
 }
 
+/// H-05
 #[test]
 fn request_for_more_segments_than_a_full_frame_of_48_bytes_is_refused() {
     let headers = L4_OF_IPV4 + 20;
@@ -137,6 +142,7 @@ fn request_for_more_segments_than_a_full_frame_of_48_bytes_is_refused() {
     assert!(with(1448, 0).is_ok(), "no payload is no segment");
 }
 
+/// H-06
 #[test]
 fn request_on_another_protocol_is_refused() {
     let arp = frames::arp_request(&Ends::TX);
@@ -157,6 +163,7 @@ fn request_on_another_protocol_is_refused() {
     }
 }
 
+/// H-06
 #[test]
 fn ethertype_and_ip_version_must_agree() {
     let mut frame = tcp4();
@@ -168,6 +175,7 @@ fn ethertype_and_ip_version_must_agree() {
     assert!(matches!(check(request(gso::TCPV4, 30), &frame), Err(HeaderFault::WrongProtocol { .. })), "{short}");
 }
 
+/// H-07
 #[test]
 fn request_without_a_checksum_to_complete_is_refused() {
     for (gso_type, frame, l4, ..) in good_requests() {
@@ -181,6 +189,7 @@ fn partial(csum_start: u16, csum_offset: u16) -> VnetHdr {
     VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start, csum_offset, ..VnetHdr::default() }
 }
 
+/// H-08, H-09, H-10
 #[test]
 fn checksum_field_outside_the_frame_is_refused() {
     const LEN: usize = 100;
@@ -205,12 +214,14 @@ fn checksum_field_outside_the_frame_is_refused() {
     }
 }
 
+/// H-11
 #[test]
 fn checksum_that_was_not_negotiated_is_refused() {
     let refused = check_with(TX_ALL & !feature::CSUM, partial(34, 16), 100, &[]);
     assert!(matches!(refused, Err(HeaderFault::NotNegotiated { .. })), "H-11");
 }
 
+/// H-12
 #[test]
 fn request_whose_checksum_is_not_where_the_protocol_has_it_is_refused() {
     for (gso_type, frame, l4, ..) in good_requests() {
@@ -226,6 +237,7 @@ fn request_whose_checksum_is_not_where_the_protocol_has_it_is_refused() {
     }
 }
 
+/// H-13
 #[test]
 fn header_length_is_computed_whatever_the_guest_says() {
     for hdr_len in [0, 1, 54, 0xffff] {
@@ -236,6 +248,7 @@ fn header_length_is_computed_whatever_the_guest_says() {
     }
 }
 
+/// H-14
 #[test]
 fn flags_that_exclude_each_other_are_refused_and_unknown_ones_cleared() {
     let both = VnetHdr { flags: net_flag::NEEDS_CSUM | net_flag::DATA_VALID, ..partial(34, 16) };
@@ -248,6 +261,7 @@ fn flags_that_exclude_each_other_are_refused_and_unknown_ones_cleared() {
     }
 }
 
+/// H-16
 #[test]
 fn number_of_buffers_from_a_guest_is_ignored() {
     let header = VnetHdr { num_buffers: 0xffff, ..request(gso::TCPV4, L4_OF_IPV4) };

@@ -48,6 +48,7 @@ fn descriptor(random: &mut Random, buf: u64, size: u16) -> Desc {
     Desc { addr, len, flags, next: random.below(u64::from(size) + 1) as u16 }
 }
 
+/// T-01, T-02, T-05
 #[test]
 fn rings_rewritten_while_they_are_read_do_no_harm() {
     for features in FEATURE_SETS {
@@ -150,6 +151,7 @@ fn send_while(rewrite: impl Fn(&GuestMemory, u64) + Send) {
     });
 }
 
+/// T-03
 #[test]
 fn header_rewritten_while_it_is_checked_reaches_the_tap_as_it_was_checked() {
     let bad = [
@@ -167,6 +169,7 @@ fn header_rewritten_while_it_is_checked_reaches_the_tap_as_it_was_checked() {
     });
 }
 
+/// T-03, T-04
 #[test]
 fn protocol_headers_rewritten_while_they_are_checked_reach_the_tap_as_they_were_checked() {
     send_while(|mem, addr| {

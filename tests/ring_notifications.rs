@@ -43,6 +43,7 @@ impl Bench {
     }
 }
 
+/// Q-34, N-06
 #[test]
 fn call_is_wanted_exactly_if_the_event_lies_among_the_new_entries() {
     for start in [0, 1, 40, 0x7fff, 0x8000, 65_500, 65_535] {
@@ -61,6 +62,7 @@ fn call_is_wanted_exactly_if_the_event_lies_among_the_new_entries() {
     }
 }
 
+/// Q-34, N-06
 #[test]
 fn every_event_distance_around_a_batch_is_judged_right() {
     let mut bench = Bench::new(65_400, ALL);
@@ -73,6 +75,7 @@ fn every_event_distance_around_a_batch_is_judged_right() {
     }
 }
 
+///
 #[test]
 fn without_event_index_the_flag_decides_on_calls() {
     let mut bench = Bench::new(65_530, NONE);
@@ -106,6 +109,7 @@ fn nothing_used_is_nothing_to_call_for() {
     }
 }
 
+/// N-06
 #[test]
 fn kicks_are_asked_for_by_flag_or_event_and_only_when_told() {
     for start in [0, 65_533] {

@@ -18,10 +18,11 @@ use common::split_ring::{Buf, RingAddrs, SplitRing};
 use common::virtio::{VnetHdr, feature};
 use common::{PATIENCE, QUIET, wait_readable};
 
+/// E-01: the last of these is one back.
 #[test]
 fn broken_ring_is_reported_once_and_the_other_goes_on_until_it_is_set_up_anew() {
     for features in FEATURE_SETS {
-        for wrong in [257, 5000, 0x8000] {
+        for wrong in [257, 5000, 0x8000, 0xffff] {
             let mut bench = Bench::new(features);
             bench.driver.post_rx(16, 2048);
             bench.pass_tx(0, 100);
@@ -42,6 +43,7 @@ fn broken_ring_is_reported_once_and_the_other_goes_on_until_it_is_set_up_anew() 
     }
 }
 
+///
 #[test]
 fn broken_rx_ring_does_not_stop_tx() {
     let mut bench = Bench::new(feature::MRG_RXBUF);
@@ -58,6 +60,7 @@ fn broken_rx_ring_does_not_stop_tx() {
     bench.wait_counter("broken_rings", 1);
 }
 
+/// U-48
 #[test]
 fn kick_whose_other_end_is_closed_parks_its_ring() {
     let mut bench = Bench::new(0);
@@ -74,6 +77,7 @@ fn kick_whose_other_end_is_closed_parks_its_ring() {
     assert_eq!(bench.counter("broken_rings"), 1);
 }
 
+/// U-49
 #[test]
 fn ring_without_kick_descriptor_is_polled() {
     let mut bench = Bench::new(0);
@@ -92,6 +96,7 @@ fn ring_without_kick_descriptor_is_polled() {
     assert_eq!((bench.counter("tx_kicks"), bench.counter("rx_kicks")), (0, 0));
 }
 
+/// U-54
 #[test]
 fn pipe_as_call_is_written_to_and_never_waited_for() {
     let mut bench = Bench::new(0);
@@ -119,6 +124,7 @@ fn pipe_as_call_is_written_to_and_never_waited_for() {
     bench.wait_counter("rx_frames", 102);
 }
 
+/// U-38
 #[test]
 fn memory_that_comes_and_goes_disturbs_no_frame() {
     const FRAMES: u32 = 2000;
@@ -150,6 +156,7 @@ fn memory_that_comes_and_goes_disturbs_no_frame() {
     }
 }
 
+/// U-38
 #[test]
 fn ring_whose_memory_is_taken_away_is_parked_and_the_other_goes_on() {
     let mem = Arc::new(GuestMemory::new(&[
@@ -170,6 +177,7 @@ fn ring_whose_memory_is_taken_away_is_parked_and_the_other_goes_on() {
     assert_eq!(bench.counter("broken_rings"), 1);
 }
 
+/// I-07
 #[test]
 fn stopped_ring_tells_its_base_and_is_not_touched_any_more() {
     for features in FEATURE_SETS {
@@ -201,6 +209,7 @@ fn stopped_ring_tells_its_base_and_is_not_touched_any_more() {
     }
 }
 
+/// I-03, U-59
 #[test]
 fn rings_carry_on_in_a_new_session_with_nothing_lost_or_doubled() {
     const FRAMES: u32 = 1000;
@@ -232,6 +241,7 @@ fn rings_carry_on_in_a_new_session_with_nothing_lost_or_doubled() {
     }
 }
 
+///
 #[test]
 fn used_ring_that_the_guest_scribbles_on_is_not_believed() {
     for features in FEATURE_SETS {
@@ -255,6 +265,7 @@ fn used_ring_that_the_guest_scribbles_on_is_not_believed() {
     }
 }
 
+/// I-08
 #[test]
 fn wrong_base_is_counted_and_the_used_index_wins() {
     let mut bench = Bench::new(0);

@@ -167,6 +167,7 @@ proptest! {
     }
 }
 
+///
 #[test]
 fn indices_wrap_with_batches_across_the_end() {
     for size in [1, 2, 8, 256] {
@@ -190,6 +191,7 @@ fn indices_wrap_with_batches_across_the_end() {
     }
 }
 
+///
 #[test]
 fn full_ring_of_every_size_is_read_to_its_end_and_no_further() {
     for log in 0..=15 {
@@ -209,6 +211,7 @@ fn full_ring_of_every_size_is_read_to_its_end_and_no_further() {
     }
 }
 
+///
 #[test]
 fn chain_of_all_descriptors_is_one_chain() {
     for size in [1, 2, 256, 1024] {
@@ -260,6 +263,7 @@ fn rewound_chains_come_again_in_order() {
     assert_eq!(used, heads.into_iter().zip(1..).collect::<Vec<_>>());
 }
 
+///
 #[test]
 fn avail_index_that_cannot_be_breaks_the_ring() {
     const SIZE: u16 = 8;
@@ -279,6 +283,7 @@ fn avail_index_that_cannot_be_breaks_the_ring() {
     }
 }
 
+///
 #[test]
 fn avail_index_behind_what_was_taken_breaks_the_ring() {
     let mem = Arc::new(GuestMemory::single(MIB));
@@ -293,6 +298,7 @@ fn avail_index_behind_what_was_taken_breaks_the_ring() {
     assert_eq!(ours.try_pop().unwrap_err(), RingBroken::AvailIndexBack { avail: 2, taken: 3 });
 }
 
+///
 #[test]
 fn head_that_is_no_descriptor_breaks_the_ring() {
     for head in [8, 9999, 0xffff] {
@@ -331,6 +337,7 @@ fn two_regions() -> Arc<GuestMemory> {
 
 const BORDER: u64 = 0x40_0000;
 
+/// R-SPAN
 #[test]
 fn ring_over_two_regions_works_as_one_in_one_region() {
     const SIZE: u16 = 16;
@@ -364,6 +371,7 @@ fn ring_over_two_regions_works_as_one_in_one_region() {
     }
 }
 
+/// R-SPAN, Q-10
 #[test]
 fn buffers_and_tables_over_two_regions_hold_the_same_bytes() {
     let bytes: Vec<u8> = (1..=64).collect();

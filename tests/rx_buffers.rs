@@ -17,6 +17,7 @@ fn bench_of(features: u64, queue_size: u16) -> Bench {
     Bench::with(NetDriverSpec { features, queue_size, ..NetDriverSpec::default() })
 }
 
+/// G-02
 #[test]
 fn frame_over_1_to_17_mergeable_buffers_says_exactly_how_many() {
     const ROOM: usize = 100;
@@ -37,6 +38,7 @@ fn frame_over_1_to_17_mergeable_buffers_says_exactly_how_many() {
     }
 }
 
+/// G-05
 #[test]
 fn frame_without_mergeable_buffers_is_in_one_buffer_and_says_so() {
     let mut bench = Bench::new(0);
@@ -45,6 +47,7 @@ fn frame_without_mergeable_buffers_is_in_one_buffer_and_says_so() {
     assert_eq!(bench.driver.recv_detailed(PATIENCE).unwrap().header.num_buffers, 1);
 }
 
+/// G-01, G-03
 #[test]
 fn frame_larger_than_its_buffer_is_dropped_and_the_next_one_has_the_buffer() {
     for features in FEATURE_SETS.into_iter().filter(|features| features & MERGEABLE == 0) {
@@ -77,6 +80,7 @@ fn buffer_shorter_than_a_standard_frame_that_a_frame_does_not_fit_is_returned_un
     }
 }
 
+/// G-01
 #[test]
 fn frame_longer_than_any_is_dropped() {
     for features in [0, MERGEABLE] {
@@ -90,6 +94,7 @@ fn frame_longer_than_any_is_dropped() {
     }
 }
 
+/// G-09
 #[test]
 fn frame_read_before_there_are_enough_buffers_comes_first_once_there_are() {
     let mut bench = Bench::new(MERGEABLE);
@@ -107,6 +112,7 @@ fn frame_read_before_there_are_enough_buffers_comes_first_once_there_are() {
     bench.assert_balance(3, 0);
 }
 
+/// G-09
 #[test]
 fn frame_that_waits_for_buffers_outlives_its_ring_and_its_session() {
     let mut bench = Bench::new(MERGEABLE);
@@ -121,6 +127,7 @@ fn frame_that_waits_for_buffers_outlives_its_ring_and_its_session() {
     bench.pass_rx(1, 60);
 }
 
+/// G-08
 #[test]
 fn frame_that_a_full_ring_cannot_hold_is_dropped() {
     let mut bench = bench_of(MERGEABLE, 4);
@@ -131,6 +138,7 @@ fn frame_that_a_full_ring_cannot_hold_is_dropped() {
     bench.assert_balance(2, 0);
 }
 
+/// G-08
 #[test]
 fn frame_that_a_full_ring_of_longer_chains_cannot_hold_is_dropped() {
     let mut bench = bench_of(MERGEABLE, 8);
@@ -140,6 +148,7 @@ fn frame_that_a_full_ring_of_longer_chains_cannot_hold_is_dropped() {
     bench.pass_rx(1, 4 * 100 - 12);
 }
 
+/// G-05, G-07, R-ZERO
 #[test]
 fn chain_of_as_many_pieces_as_there_can_be_takes_small_and_large_frames() {
     const PIECE: usize = 64;
@@ -180,6 +189,7 @@ fn useless_chains(buf: u64) -> Vec<(&'static str, [Desc; 2])> {
     ]
 }
 
+///
 #[test]
 fn useless_chain_is_returned_unused_and_the_next_one_gets_the_frame() {
     for features in [0, MERGEABLE] {
@@ -203,6 +213,7 @@ fn useless_chain_is_returned_unused_and_the_next_one_gets_the_frame() {
     }
 }
 
+///
 #[test]
 fn chain_shorter_than_the_smallest_frame_is_returned_unused_without_mergeable_buffers() {
     let mut bench = Bench::new(0);
@@ -218,6 +229,7 @@ fn chain_shorter_than_the_smallest_frame_is_returned_unused_without_mergeable_bu
     bench.pass_rx(0, 60);
 }
 
+/// Q-24, R-FDERR
 #[test]
 fn useless_chain_in_the_middle_of_a_frame_is_returned_with_those_before_it() {
     let mut bench = Bench::new(MERGEABLE);
@@ -251,8 +263,8 @@ fn frame_shorter_than_ethernet_is_dropped() {
     bench.assert_balance(5, 0);
 }
 
-/// Sent by a host that leaves checksums and cutting to others; what arrives is what an independent splitter makes of it,
-/// and its headers say nothing that was not negotiated.
+/// G-03. Sent by a host that leaves checksums and cutting to others; what arrives is what an independent splitter makes
+/// of it, and its headers say nothing that was not negotiated.
 #[test]
 fn frame_that_needs_what_was_not_negotiated_is_finished() {
     let tcp = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 16, ..VnetHdr::default() };
@@ -294,7 +306,7 @@ fn frame_that_needs_what_was_not_negotiated_is_finished() {
     }
 }
 
-/// What its header says cannot be done to it.
+/// G-03. What its header says cannot be done to it.
 #[test]
 fn frame_that_cannot_be_finished_is_dropped() {
     let partial = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 16, ..VnetHdr::default() };

@@ -34,6 +34,7 @@ fn bench_with_raw_descriptors(features: u64) -> (Bench, u64) {
     (bench, buf)
 }
 
+///
 #[test]
 fn malformed_chain_is_returned_and_the_next_frame_passes() {
     let desc = |addr, len, flags, next| Desc { addr, len, flags, next };
@@ -67,6 +68,7 @@ fn malformed_chain_is_returned_and_the_next_frame_passes() {
     }
 }
 
+/// H-01, H-15
 #[test]
 fn chain_of_no_possible_length_is_returned_and_counted() {
     let (mut bench, buf) = bench_with_raw_descriptors(0);
@@ -87,6 +89,7 @@ fn shortest_and_longest_frames_pass() {
     }
 }
 
+///
 #[test]
 fn empty_descriptors_in_a_chain_are_passed_over() {
     let (mut bench, buf) = bench_with_raw_descriptors(0);
@@ -108,6 +111,7 @@ fn empty_descriptors_in_a_chain_are_passed_over() {
     }
 }
 
+///
 #[test]
 fn same_head_twice_in_a_batch_is_sent_and_returned_twice() {
     let (mut bench, buf) = bench_with_raw_descriptors(0);
@@ -123,6 +127,7 @@ fn same_head_twice_in_a_batch_is_sent_and_returned_twice() {
     }
 }
 
+/// H-02, H-03, H-04, H-08, H-11
 #[test]
 fn header_that_asks_too_much_is_returned_and_counted() {
     let partial = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 16, ..VnetHdr::default() };
@@ -144,6 +149,7 @@ fn header_that_asks_too_much_is_returned_and_counted() {
     }
 }
 
+/// H-13, H-16, Q-22
 #[test]
 fn segmentation_request_reaches_the_tap_complete() {
     let mut bench = Bench::new(feature::CSUM | feature::HOST_TSO4);
@@ -160,6 +166,7 @@ fn segmentation_request_reaches_the_tap_complete() {
     }
 }
 
+/// U-56
 #[test]
 fn disabled_ring_discards_and_counts() {
     let mut bench = Bench::new(0);
@@ -186,6 +193,7 @@ fn frame_that_the_device_refuses_is_counted() {
     bench.pass_tx(1, 100);
 }
 
+///
 #[test]
 fn frame_that_lies_over_the_ring_itself_harms_nobody_else() {
     let spec = NetDriverSpec { queue_size: 16, ..NetDriverSpec::default() };

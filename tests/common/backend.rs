@@ -215,6 +215,11 @@ impl Spawned {
         self.log.lock().unwrap().join("\n")
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Waits for its end.
     pub fn wait_end(&mut self, timeout: Duration) -> ExitStatus {
         let deadline = Instant::now() + timeout;

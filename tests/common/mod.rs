@@ -78,6 +78,12 @@ pub fn fd_of(eventfd: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
 }
 
+/// How often to do what takes long: `usually`, or as often as it was meant where `VHOST_USER_NET_FULL=1` asks for that
+/// (`resources/run-tests.sh --full`).
+pub fn times(usually: u32, full: u32) -> u32 {
+    if std::env::var_os("VHOST_USER_NET_FULL").is_some_and(|wanted| wanted == "1") { full } else { usually }
+}
+
 /// Says aloud why a test did nothing: the test harness has no word for it.
 pub fn skip(test: &str, why: &str) {
     say(&format!("SKIPPED: {test}: {why}"));

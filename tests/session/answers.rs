@@ -72,7 +72,7 @@ fn set_up_without_call(bench: &Bench, index: u32) {
     assert_eq!(bench.ask(Message::set_vring_enable(index, 1)), Answer::Ack);
 }
 
-/// A masked vector, and polling.
+/// U-49. A masked vector, and polling.
 #[test]
 fn ring_without_call_and_kick_descriptors_is_polled() {
     let mut bench = Bench::running(1);
@@ -161,7 +161,7 @@ fn regions_added_and_removed_one_by_one_keep_the_rings_going() {
     }
 }
 
-/// The used index decides: completion is in order, so it is where the guest has its frames from.
+/// I-08. The used index decides: completion is in order, so it is where the guest has its frames from.
 #[test]
 fn base_that_differs_from_the_used_index_is_counted_and_not_used() {
     for off in [1, 5, 255, 0x8000] {
@@ -181,6 +181,7 @@ fn base_that_differs_from_the_used_index_is_counted_and_not_used() {
     }
 }
 
+///
 #[test]
 fn avail_index_too_far_ahead_of_the_used_index_breaks_the_ring_and_a_new_set_up_heals_it() {
     let mut bench = Bench::running(1);
@@ -201,7 +202,9 @@ fn avail_index_too_far_ahead_of_the_used_index_breaks_the_ring_and_a_new_set_up_
     bench.assert_frames_pass();
 }
 
-/// A front-end that takes the queue number for pairs sets up rings that nothing here runs.
+/// I-06: after a restart with fewer queue pairs there are rings that nothing runs any more. They are not refused, as
+/// a front-end that takes the queue number for pairs sets such up at any time; what passes frames goes on, and the log
+/// says why the others are idle.
 #[test]
 fn ring_beyond_the_queue_pairs_stays_idle_without_harm() {
     let backend = InProcess::start(1);
@@ -220,6 +223,7 @@ fn ring_beyond_the_queue_pairs_stays_idle_without_harm() {
     assert_eq!(bases, [Ok(0); 4]);
 }
 
+///
 #[test]
 fn guest_without_version_1_is_refused() {
     let bench = Bench::connected(1);

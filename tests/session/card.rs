@@ -21,6 +21,7 @@ fn with_mac_and_mtu() -> Bench {
     bench
 }
 
+/// R-ZERO
 #[test]
 fn configuration_space_reads_the_same_at_each_offset_and_size() {
     let bench = with_mac_and_mtu();

@@ -288,7 +288,7 @@ fn ring_that_spans_two_adjacent_regions_works() {
     }
 }
 
-/// U-12: a log that was not negotiated is not mapped either.
+/// U-12, U-40, U-41, U-42: a log that was not negotiated is not mapped either.
 #[test]
 fn dirty_log_is_refused() {
     let mut bench = Bench::running(1);

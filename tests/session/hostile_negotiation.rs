@@ -6,7 +6,7 @@ use crate::common::message::{Message, request};
 use crate::common::virtio::{feature, protocol};
 use crate::common::{PATIENCE, fd_of};
 
-/// U-09
+/// U-09, C-08
 #[test]
 fn features_that_were_not_offered_are_refused_and_the_old_ones_stay() {
     let mut bench = Bench::running(1);
@@ -36,7 +36,7 @@ fn protocol_features_that_were_not_offered_are_refused_and_the_old_ones_stay() {
     bench.assert_frames_pass();
 }
 
-/// U-11. LOG_ALL would be welcome on running rings; it is not offered, so it is refused as any other.
+/// U-11, U-43. LOG_ALL would be welcome on running rings; it is not offered, so it is refused as any other.
 #[test]
 fn features_that_change_while_rings_run_are_refused() {
     let mut bench = Bench::running(1);
@@ -49,7 +49,7 @@ fn features_that_change_while_rings_run_are_refused() {
     assert_eq!(bench.ask(Message::set_features(BASE | feature::MRG_RXBUF)), Answer::Ack, "With all rings stopped");
 }
 
-/// U-12
+/// U-12, U-46, U-47, D-01, D-02, D-03, D-04
 #[test]
 fn messages_of_a_protocol_feature_that_was_not_negotiated_are_refused() {
     let mut bench = Bench::connected(1);
@@ -117,7 +117,7 @@ fn second_owner_of_a_session_is_refused_and_the_next_session_has_its_own() {
     bench.assert_frames_pass();
 }
 
-/// U-13, small: every order of the messages that set a ring up ends in a ring that runs.
+/// U-13, N-04, small: every order of the messages that set a ring up ends in a ring that runs.
 #[test]
 fn ring_that_is_described_in_any_order_runs() {
     let count = 5;

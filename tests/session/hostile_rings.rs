@@ -7,7 +7,7 @@ use crate::common::memory::USER_OFFSET;
 use crate::common::message::{Message, VringAddr, request};
 use crate::common::split_ring::{RingAddrs, SplitRing};
 use crate::common::virtio::VnetHdr;
-use crate::common::{PATIENCE, QUIET, fd_of};
+use crate::common::{PATIENCE, QUIET, fd_of, times};
 
 /// U-18
 #[test]
@@ -131,7 +131,7 @@ fn ring_made_smaller_before_it_starts_has_the_smaller_size() {
     }
 }
 
-/// U-24, U-25, U-27
+/// U-24, U-25, U-27, U-44
 #[test]
 fn ring_that_cannot_lie_where_it_is_said_to_is_refused() {
     let mut bench = Bench::negotiated(1);
@@ -225,7 +225,7 @@ fn enable_is_0_or_1_and_may_come_at_any_time() {
     }
     assert_eq!(bench.ask(Message::set_mem_table(&bench.guest.mem)), Answer::Ack);
     (0..2).for_each(|index| bench.start_ring(index));
-    for _ in 0..2000 {
+    for _ in 0..times(2000, 500_000) {
         for index in 0..2 {
             assert_eq!(bench.ask(Message::set_vring_enable(index, 0)), Answer::Ack);
             assert_eq!(bench.ask(Message::set_vring_enable(index, 1)), Answer::Ack);
@@ -293,7 +293,7 @@ fn disabled_receive_ring_is_given_nothing() {
     assert_eq!(bench.guest.pairs[0].recv(PATIENCE).expect("the frame that waited").1, frame);
 }
 
-/// A ring's trouble is its own: the other pair goes on.
+/// Q-30, E-01. A ring's trouble is its own: the other pair goes on.
 #[test]
 fn broken_ring_leaves_the_other_pair_alone_and_heals_by_a_new_set_up() {
     let mut bench = Bench::running(2);

@@ -160,7 +160,7 @@ fn question_of_the_wrong_length_has_an_answer_all_the_same() {
     bench.assert_frames_pass();
 }
 
-/// U-07. Every request that this card does not have, too.
+/// U-07, U-46, U-47, D-01, D-02, D-03, D-04. Every request that this card does not have, too.
 #[test]
 fn unknown_request_is_refused_and_the_session_goes_on() {
     let mut bench = Bench::running(1);

@@ -73,6 +73,7 @@ fn stopped_rings_start_again_where_they_were_with_a_new_kick() {
     }
 }
 
+/// I-03
 #[test]
 fn session_after_session_carries_on_with_the_same_guest() {
     let mut bench = Bench::connected(1);
@@ -86,6 +87,7 @@ fn session_after_session_carries_on_with_the_same_guest() {
     assert_eq!(bench.backend.counter(0, "rings_resumed_off_base"), 0);
 }
 
+/// I-09
 #[test]
 fn frames_sent_while_nobody_is_connected_pass_after_the_reconnect() {
     let mut bench = Bench::running(1);
@@ -105,6 +107,7 @@ fn frames_sent_while_nobody_is_connected_pass_after_the_reconnect() {
     bench.assert_frames_pass();
 }
 
+/// P-10
 #[test]
 fn second_front_end_is_turned_away_and_the_first_untouched() {
     let mut bench = Bench::running(1);
@@ -129,7 +132,7 @@ fn front_end_that_comes_right_after_the_old_one_hung_up_is_served() {
     bench.assert_frames_pass();
 }
 
-/// With the old connection closed while frames flow, the rings are left alone before the next front-end is served.
+/// U-59: closed while frames flow, its rings are left alone before the next front-end is served.
 #[test]
 fn rings_of_a_closed_session_are_left_alone() {
     let mut bench = Bench::running(1);
@@ -173,6 +176,7 @@ fn reconnect_in_the_order_of_dpdks_virtio_user_is_answered() {
     bench.assert_frames_pass();
 }
 
+/// N-04
 #[test]
 fn early_enables_are_remembered() {
     let mut bench = Bench::connected(1);

@@ -49,6 +49,7 @@ fn signal_under_load_ends_the_process_with_status_0_and_its_socket() {
     }
 }
 
+/// P-01
 #[test]
 fn signal_while_idle_ends_the_process_with_status_0() {
     if !require_root("signal_while_idle_ends_the_process_with_status_0") {
@@ -63,6 +64,7 @@ fn signal_while_idle_ends_the_process_with_status_0() {
     assert!(!place.socket().exists());
 }
 
+/// P-03
 #[test]
 fn counters_are_logged_on_sigusr1_and_at_the_end() {
     if !require_root("counters_are_logged_on_sigusr1_and_at_the_end") {
@@ -186,6 +188,7 @@ fn socket_path_that_is_too_long_or_nowhere_is_refused() {
     assert!(RawFrontend::connect(&path).unwrap().is_alive(), "107 bytes will do");
 }
 
+/// P-11
 #[test]
 fn socket_has_the_mode_and_group_that_were_asked_for() {
     if !require_root("socket_has_the_mode_and_group_that_were_asked_for") {

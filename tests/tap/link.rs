@@ -151,7 +151,7 @@ fn tap_queue_of_a_pair_without_buffers_is_not_attached() {
     assert_flows_arrive(&mut guest, &place.host(), 2);
 }
 
-/// Frames wait for the guest to come back: with no session nothing is detached further.
+/// I-09. Frames wait for the guest to come back: with no session nothing is detached further.
 #[test]
 fn frames_for_a_guest_that_is_away_wait_in_the_tap() {
     if !require_root("frames_for_a_guest_that_is_away_wait_in_the_tap") {

@@ -152,7 +152,7 @@ fn guest_without_segmentation_offload_gets_segments() {
     }
 }
 
-/// Within one session, as at a reboot of the guest, and from session to session.
+/// G-04. Within one session, as at a reboot of the guest, and from session to session.
 #[test]
 fn offloads_follow_what_is_negotiated_next() {
     if !require_root("offloads_follow_what_is_negotiated_next") {
@@ -198,7 +198,7 @@ fn renegotiate(front_end: &RawFrontend, guest: &Guest, features: u64) {
     }
 }
 
-/// Without the feature the driver may not ask for it: dropped, counted, and the ring goes on.
+/// H-03. Without the feature the driver may not ask for it: dropped, counted, and the ring goes on.
 #[test]
 fn offload_that_the_guest_did_not_negotiate_is_not_given_to_the_kernel() {
     if !require_root("offload_that_the_guest_did_not_negotiate_is_not_given_to_the_kernel") {

@@ -6,22 +6,21 @@ use crate::common::bench::Guest;
 use crate::common::frames::{Checker, Ends, Stamp, test_frame};
 use crate::common::netns::{PacketSocket, TapSpec, require_root};
 use crate::common::virtio::{VnetHdr, feature};
-use crate::common::{PATIENCE, QUIET, say};
+use crate::common::{PATIENCE, QUIET, say, times};
 use crate::{Place, TAP};
 
-/// How often the process is killed.
-const KILLS: u32 = 40;
-/// Frames on their way when it is.
+/// Frames on their way when the process is killed.
 const BURST: u32 = 120;
 /// Completions that are published together: so many frames may be sent again.
 const BATCH: usize = 64;
 
-/// I-01: no descriptor is lost or doubled, no frame is lost on its way out, and at most a batch goes out twice.
+/// I-01, P-06: no descriptor is lost or doubled, no frame is lost on its way out, and at most a batch goes out twice.
 #[test]
 fn process_killed_under_load_loses_and_doubles_no_descriptor() {
     if !require_root("process_killed_under_load_loses_and_doubles_no_descriptor") {
         return;
     }
+    let kills = times(40, 1000);
     let place = Place::new();
     place.namespace.add_tap(&TapSpec::new(TAP));
     let mut guest = Guest::new(1, feature::MRG_RXBUF | feature::EVENT_IDX | feature::IN_ORDER);
@@ -30,12 +29,12 @@ fn process_killed_under_load_loses_and_doubles_no_descriptor() {
     let mut sent = 0;
     let mut killed_with_work = 0;
     let mut host = None;
-    for round in 0..=KILLS {
+    for round in 0..=kills {
         let mut backend = place.start(&[]);
         let front_end = place.connect(&guest);
         let host = host.get_or_insert_with(|| place.host());
         let driver = &mut guest.pairs[0];
-        if round == KILLS {
+        if round == kills {
             assert!(driver.wait_tx_done(PATIENCE), "every head comes back");
             take(host, &mut checker, sent);
             continue;
@@ -47,7 +46,7 @@ fn process_killed_under_load_loses_and_doubles_no_descriptor() {
         }
         driver.tx.publish_and_kick();
         // At a moment that differs from round to round, after so many frames came out.
-        for _ in 0..round * BURST / KILLS {
+        for _ in 0..round * BURST / kills {
             checker.see(&host.recv(PATIENCE).expect("a frame on the host"));
         }
         backend.signal(Signal::SIGKILL);
@@ -60,13 +59,13 @@ fn process_killed_under_load_loses_and_doubles_no_descriptor() {
         guest.resume_at_used_index();
     }
     say(&format!(
-        "Killed {KILLS} times, {killed_with_work} of them with frames on their way; {} went out twice",
+        "Killed {kills} times, {killed_with_work} of them with frames on their way; {} went out twice",
         checker.duplicated
     ));
     let driver = &guest.pairs[0];
     assert_eq!((driver.tx.out_of_order(), driver.rx.out_of_order()), (0, 0));
     assert_eq!(checker.lost(sent), Vec::<u32>::new());
-    assert!(checker.corrupted.is_empty() && checker.duplicated <= BATCH * KILLS as usize, "{checker:?}");
+    assert!(checker.corrupted.is_empty() && checker.duplicated <= BATCH * kills as usize, "{checker:?}");
     assert!(killed_with_work > 0, "no kill came in the middle of anything");
 }
 
