@@ -10,7 +10,7 @@ STAGES=(fmt clippy docs release guest vm build-tests doctests engines tests)
 
 usage() {
     cat <<USAGE
-Usage: sudo resources/run-tests.sh [--only STAGE]...
+Usage: sudo resources/run-tests.sh [--full] [--only STAGE]...
 
 Installs what the tests need (apt) and runs these stages, in this order, up to the first failure:
 
@@ -23,8 +23,9 @@ Installs what the tests need (apt) and runs these stages, in this order, up to t
   build-tests  the tests compile
   doctests     the examples in the documentation
   engines      the data path's tests with each way to read and write frames, and with polling
-  tests        all other tests
+  tests        all other tests, then a table of hostile inputs: what is wanted, what was seen
 
+  --full        what takes long as often as it is meant (1,000 kills, a million sessions): 15 minutes more
   --only STAGE  this stage only; may be given several times. tests takes guest along
 
 Without root the tests that need namespaces, a TAP or a guest say SKIP. With it they find the
@@ -34,6 +35,8 @@ USAGE
 
 # A test that hangs must not hang a CI machine.
 TESTS_LIMIT=15m
+# Of tests that do everything in full.
+FULL_LIMIT=1h
 
 stage_fmt() { run_rust cargo fmt --check; }
 stage_clippy() { run_rust cargo clippy --all-targets -- -D warnings; }
@@ -71,17 +74,31 @@ stage_tests() {
     [ "$(id -u)" != 0 ] || run=run_rust_as_root
     # Not for people: timeout takes the command away from their Ctrl-C.
     [ -z "${CI:-}" ] || limit=(timeout --kill-after=10 "$TESTS_LIMIT")
-    $run "${limit[@]}" cargo test --lib --bins --tests --no-fail-fast 2>&1 | count_skipped
+    local printed held status=0
+    printed=$(mktemp) held=$(mktemp)
+    $run "${limit[@]}" cargo test --lib --bins --tests --no-fail-fast 2>&1 | tee "$printed" | count_skipped "$held" ||
+        status=$?
+    hostile_table "$printed"
+    cat "$held"
+    rm -f "$printed" "$held"
+    return $status
 }
 
-# The harness counts a test that could not run as passed: says how many those were, before its own last line.
+# Each hostile input with what is wanted and what became of it, by what the harness printed.
+hostile_table() {
+    run_rust env VHOST_USER_NET_RESULTS=- cargo test --quiet --test hostile -- \
+        --exact table::table_of_the_cases --nocapture <"$1" 2>&1 | grep '^| ' || say "There is no table of hostile inputs"
+}
+
+# The harness counts a test that could not run as passed: says how many those were, before its own last line, which is
+# kept in the file $1 for later.
 count_skipped() {
-    awk '
+    awk -v held_file="$1" '
         /^SKIPPED: / { skipped++ }
         /^test result: / || (held != "" && $0 == "") { held = held $0 "\n"; next }
         { printf "%s", held; held = ""; print; fflush() }
         END { printf "skipped: %d of the tests counted as passed could not run here (SKIPPED above)\n", skipped
-              printf "%s", held }'
+              printf "%s", held >held_file }'
 }
 
 stage_guest() {
@@ -136,6 +153,10 @@ main() {
                 [ "$2" != tests ] || only+=(guest)
                 only+=("$2")
                 shift
+                ;;
+            --full)
+                export VHOST_USER_NET_FULL=1
+                TESTS_LIMIT=$FULL_LIMIT
                 ;;
             --help | -h) usage && exit 0 ;;
             *) usage >&2 && exit 2 ;;
