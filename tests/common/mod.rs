@@ -13,7 +13,7 @@
 //! As everywhere, rx and tx are the guest's: tx leaves the guest.
 
 // Each test binary compiles the whole kit and uses a part of it.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 // `pub` here means "for the tests", and a test fails by panicking.
 #![allow(unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
@@ -39,44 +39,11 @@ pub mod split_ring;
 pub mod tap_double;
 pub mod transfer;
 pub mod virtio;
+mod waiting;
 
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmm_sys_util::eventfd::EventFd;
-
-/// How long an event that must come is waited for. Generous: the machine may be busy.
-pub const PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long to watch for an event that must not come.
-pub const QUIET: Duration = Duration::from_millis(100);
-
-/// Waits until `fd` has one of `events` (or hung up); false when `timeout` passed.
-pub fn wait_for(fd: impl AsFd, events: PollFlags, timeout: Duration) -> bool {
-    let deadline = Instant::now() + timeout;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap(), tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&fd, events)], Some(&timeout)) {
-            Ok(ready) => return ready > 0,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => panic!("Cannot poll: {error}"),
-        }
-    }
-}
-
-/// Waits until `fd` can be read (or its peer hung up); false when `timeout` passed.
-pub fn wait_readable(fd: impl AsFd, timeout: Duration) -> bool {
-    wait_for(fd, PollFlags::IN, timeout)
-}
-
-/// The eventfd as something to wait on, or to send.
-pub fn fd_of(eventfd: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: `eventfd` owns its descriptor and outlives the borrow.
-    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
-}
+pub use waiting::{PATIENCE, QUIET, fd_of, wait_for, wait_readable};
 
 /// How often to do what takes long: `usually`, or as often as it was meant where `VHOST_USER_NET_FULL=1` asks for that
 /// (`resources/run-tests.sh --full`).

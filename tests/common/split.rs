@@ -4,12 +4,15 @@
 //! 768 (UDP), RFC 9293 (TCP) and RFC 1071 (checksums) say what each frame must look like. It shares no code with the
 //! library and trusts nothing: a request that is not exactly as it should be is refused with the reason.
 
+use std::ops::Range;
+
 use super::frames::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, checksum_add};
 use super::virtio::{VnetHdr, gso, net_flag};
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const FIN_AND_PSH: u8 = 0x09;
+const DF: u16 = 0x4000;
 
 /// Fills in the checksum that the header asks for, over what is there: the frame as the guest means it.
 pub fn complete(header: &VnetHdr, frame: &[u8]) -> Vec<u8> {
@@ -41,6 +44,27 @@ pub fn split(header: &VnetHdr, frame: &[u8]) -> Result<Vec<Vec<u8>>, String> {
     }
     let segments = payload.chunks(size).enumerate();
     Ok(segments.map(|(index, payload)| request.segment(index, size, index + 1 == count, payload)).collect())
+}
+
+/// Compares a frame that was merged with others and cut again, or was alone, with `wanted`. An identification that means
+/// nothing may differ (RFC 6864, "4.1 IPv4 ID Used Only for Fragmentation").
+pub fn same(got: &[u8], wanted: &[u8], was_merged: bool) -> Result<(), String> {
+    let mut got = got.to_vec();
+    let ip = find_ipv4(wanted).filter(|ip| was_merged && got.len() >= ip.end && be16(wanted, ip.start + 6) & DF != 0);
+    if let Some(ip) = ip.filter(|ip| checksum_add(0, &got[ip.clone()]) == 0xffff) {
+        for at in [ip.start + 4, ip.start + 10] {
+            put(&mut got, at, be16(wanted, at));
+        }
+    }
+    if got == wanted { Ok(()) } else { Err(format!("sent {wanted:02x?}\n got {got:02x?}")) }
+}
+
+fn find_ipv4(frame: &[u8]) -> Option<Range<usize>> {
+    let mut at = 12;
+    while [0x8100, 0x88a8].contains(&be16(frame.get(at..at + 2)?, 0)) {
+        at += 4;
+    }
+    (be16(frame.get(at..at + 2)?, 0) == ETHERTYPE_IPV4 && frame.len() >= at + 22).then_some(at + 2..at + 22)
 }
 
 /// A frame that asks for segmentation, and where its parts are.
