@@ -1,0 +1,250 @@
+//! Frames from the device to a guest, end to end: buffers of any shape and frames of any kind, in rounds, through `Rx`.
+//!
+//! Oracle: buffers come back in order. Those with something in them are whole frames: `num_buffers` says how many, all but
+//! the last are full. Each is one that was sent (as it was, completed, or a segment that the kit's splitter makes of it),
+//! in the order of sending; its header says nothing that was not negotiated. Canaries around the buffers: nothing is
+//! written but there and in the used ring. Counters balance: each frame is delivered, held, or counted once.
+#![no_main]
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use libfuzzer_sys::fuzz_target;
+use vhost_user_net::device::{Device, DeviceQueue, Io, Layer};
+use vhost_user_net::metrics::PairCounters;
+use vhost_user_net::net::coalesce::Coalesce;
+use vhost_user_net::net::features::GuestOffloads;
+use vhost_user_net::net::framing::Framing;
+use vhost_user_net::net::rx::{Admission, Rx};
+use vhost_user_net::net::{Pump, Uplink};
+use vhost_user_net::virtqueue::Queue;
+use vhost_user_net::virtqueue::queue::RingFeatures;
+use vhost_user_net_fuzz::chain_model::{Chain, Ring, Walk, walk};
+use vhost_user_net_fuzz::guest::{self, DATA, Guest, START};
+use vhost_user_net_fuzz::header_model;
+use vhost_user_net_fuzz::input::Input;
+use vhost_user_net_fuzz::kit::device_side::find;
+use vhost_user_net_fuzz::kit::memory::GuestMemory;
+use vhost_user_net_fuzz::kit::split;
+use vhost_user_net_fuzz::kit::split_ring::{Desc, RingAddrs};
+use vhost_user_net_fuzz::kit::tap_double::TapDouble;
+use vhost_user_net_fuzz::kit::virtio::{VnetHdr, desc_flag, feature, gso};
+use vhost_user_net_fuzz::scenario::{Flow, RX_FEATURES, Sent, Writer, frame};
+
+const ADDRS: RingAddrs = RingAddrs { desc: START, avail: START + 0x1000, used: START + 0x1800 };
+const TABLES: u64 = START + 0x2000;
+const SIZE: u16 = 128;
+
+fuzz_target!(|data: &[u8]| {
+    run(&mut Input::new(data));
+});
+
+struct Scene {
+    mem: &'static GuestMemory,
+    features: u64,
+    mergeable: bool,
+    ring: Ring,
+    /// What was sent and did not come yet, each as the forms that it may come in.
+    expected: Vec<Vec<Vec<u8>>>,
+    delivered: u64,
+    /// Where the device may write.
+    writable: Vec<Range<u64>>,
+    /// Whether buffers may lie over each other: then what is in them is nobody's business.
+    is_wild: bool,
+}
+
+fn run(input: &mut Input<'_>) {
+    let Guest { mem, view } = guest::fresh();
+    let features = input.subset(&RX_FEATURES);
+    let (mergeable, indirect) = (input.flag(), input.flag());
+    let io = if input.below(16) == 15 { Io::Auto } else { Io::Syscall };
+    let ring = Ring { addrs: ADDRS, size: SIZE, indirect };
+    let (tap, fd) = TapDouble::new();
+    let (_, queues) = Device::from_sockets(vec![fd], Layer::Ethernet).unwrap();
+    let device = &queues[0];
+    mem.fill(ADDRS.avail, 4, 0);
+    mem.fill(ADDRS.used, 4, 0);
+    let found = find(view, SIZE, ADDRS).unwrap();
+    let mut queue = Queue::start(found, Arc::clone(view), RingFeatures { event_idx: false, indirect }).unwrap();
+    let uplink = Uplink { device, io, coalesce: Coalesce::default(), framing: &Framing::Whole };
+    let acked = features | if mergeable { feature::MRG_RXBUF } else { 0 };
+    let admission = Admission { offloads: GuestOffloads::of(acked), ..Admission::default() };
+    let mut rx = Rx::new(Arc::clone(view), acked, admission, &uplink, Vec::new());
+    let counters = PairCounters::default();
+    let mut writer = Writer { mem, addrs: ADDRS, size: SIZE, next: 0, tables: TABLES, chains: 0 };
+    let used = ADDRS.used..ADDRS.used + 6 + 8 * u64::from(SIZE);
+    let mut scene = Scene {
+        mem,
+        features: if features & feature::GUEST_CSUM == 0 { 0 } else { features },
+        mergeable,
+        ring,
+        expected: Vec::new(),
+        delivered: 0,
+        writable: vec![used],
+        is_wild: false,
+    };
+    let (mut at, mut flow, mut sent, mut seen) = (DATA, Flow::default(), 0, 0);
+    while !input.is_empty() {
+        for _ in 0..input.below(16) {
+            let Some(descs) = buffers(input, &mut at) else { break };
+            let is_indirect = indirect && input.flag();
+            if !writer.add(input, descs, is_indirect) {
+                break;
+            }
+            scene.posted(&writer);
+        }
+        for _ in 0..input.below(8) {
+            let next = frame(input, &mut flow);
+            if tap.try_send_raw(&next.bytes()).unwrap() {
+                sent += 1;
+                scene.expected.push(forms(&next));
+            }
+        }
+        pump(&mut rx, &mut queue, &counters, device);
+        seen = scene.check(&writer, seen);
+    }
+    let written = [(ADDRS.desc, 16 * u64::from(SIZE)), (ADDRS.avail, 6 + 2 * u64::from(SIZE)), (TABLES, 0x2000)];
+    scene.writable.extend(written.map(|(addr, len)| addr..addr + len));
+    guest::assert_canaries_but(mem, &scene.writable);
+    let count = |name: &str| counters.values().find(|(other, _)| *other == name).unwrap().1;
+    assert_eq!(count("rx_frames"), scene.delivered, "each frame that is counted arrives");
+    let dropped: u64 = counters.values().filter(|(name, _)| name.starts_with("rx_drop")).map(|(_, count)| count).sum();
+    let whole = count("rx_frames") - count("rx_segments") + count("rx_segmented_frames");
+    let left = rx.into_held_frames().len() as u64 + waiting(device);
+    assert!(whole + dropped + left >= sent, "{whole} whole, {dropped} dropped, {left} left of {sent}");
+}
+
+/// How many frames the device has not read.
+fn waiting(device: &DeviceQueue) -> u64 {
+    let mut bytes = [0; 1];
+    let mut read = || rustix::io::read(device, &mut bytes).is_ok();
+    std::iter::from_fn(|| read().then_some(())).count() as u64
+}
+
+/// Buffers side by side, with a canary between them.
+fn buffers(input: &mut Input<'_>, at: &mut u64) -> Option<Vec<Desc>> {
+    let descs = (0..=input.below(5)).map(|_| {
+        let len = match input.u8() {
+            255 => 20_000,
+            len @ 200..255 => u32::from(len - 199) * 64,
+            len => u32::from(len),
+        };
+        let desc = Desc { addr: *at, len, flags: desc_flag::WRITE, next: 0 };
+        *at += u64::from(len) + 1;
+        desc
+    });
+    let descs: Vec<_> = descs.collect();
+    (*at < guest::HOLE).then_some(descs)
+}
+
+/// All that may become of a frame on its way to the guest, in their order.
+fn forms(sent: &Sent) -> Vec<Vec<u8>> {
+    let mut forms = vec![sent.frame.clone(), sent.completed()];
+    if sent.header.gso_type != gso::NONE {
+        let start = &sent.frame[..sent.frame.len().min(header_model::START)];
+        let is_sound = header_model::check(u64::MAX, sent.header, sent.frame.len(), start).is_some();
+        // The splitter judges strictly: what it refuses may come in any form.
+        match is_sound.then(|| split::split(&sent.header, &sent.frame)) {
+            Some(Ok(parts)) => forms.extend(parts),
+            _ => forms.clear(),
+        }
+    }
+    forms
+}
+
+fn pump(rx: &mut Rx, queue: &mut Queue, counters: &PairCounters, device: &DeviceQueue) {
+    for _ in 0..1000 {
+        let end = rx.pump(queue, device, counters).unwrap();
+        queue.publish();
+        match end {
+            Pump::Drained | Pump::NoBuffers => return,
+            Pump::BudgetSpent => {}
+            end => panic!("{end:?}"),
+        }
+    }
+    panic!("the device makes no progress");
+}
+
+impl Scene {
+    /// Takes note of the newest chain.
+    fn posted(&mut self, writer: &Writer<'_>) {
+        let (Walk::Good(chain) | Walk::Long(chain)) = walk(self.mem, self.ring, writer.head(writer.chains - 1)) else {
+            return;
+        };
+        for (addr, len) in chain.writable {
+            let range = addr..addr + u64::from(len);
+            self.is_wild |=
+                addr < DATA || self.writable.iter().any(|other| other.start < range.end && range.start < other.end);
+            self.writable.push(range);
+        }
+    }
+
+    /// Judges what was used since `seen`; how far that is now.
+    fn check(&mut self, writer: &Writer<'_>, mut seen: u16) -> u16 {
+        assert!(writer.used_idx() <= writer.chains);
+        if self.is_wild {
+            return writer.used_idx();
+        }
+        while seen < writer.used_idx() {
+            let (first, len) = self.used(writer, seen);
+            if len == 0 {
+                seen += 1;
+                continue;
+            }
+            let header = VnetHdr::from_bytes(&first.written(self.mem)[..VnetHdr::LEN]);
+            assert!(header.num_buffers > 0 && (self.mergeable || header.num_buffers == 1), "{header:?}");
+            let mut bytes = Vec::new();
+            for buffer in 0..header.num_buffers {
+                assert!(seen < writer.used_idx(), "a frame's buffers are used together");
+                let (chain, len) = self.used(writer, seen);
+                assert!(len > 0 && (buffer + 1 == header.num_buffers || len == chain.writable_len()), "a gap");
+                bytes.extend(&chain.written(self.mem)[..len]);
+                seen += 1;
+            }
+            self.arrived(Sent::from_bytes(&bytes));
+        }
+        seen
+    }
+
+    /// A used chain and how many bytes are in it.
+    fn used(&self, writer: &Writer<'_>, at: u16) -> (Chain, usize) {
+        let (id, len) = writer.used(at);
+        assert_eq!(id, u32::from(writer.head(at)), "in order");
+        match walk(self.mem, self.ring, writer.head(at)) {
+            Walk::Good(chain) | Walk::Long(chain) => {
+                assert!(len as usize <= chain.writable_len());
+                assert!(len == 0 || chain.readable.is_empty(), "a chain in the wrong direction");
+                (chain, len as usize)
+            }
+            Walk::Bad => {
+                assert_eq!(len, 0, "a malformed chain is used");
+                (Chain::default(), 0)
+            }
+        }
+    }
+
+    fn arrived(&mut self, got: Sent) {
+        self.delivered += 1;
+        assert!(self.is_negotiated(&got.header), "{:?} with features {:#x}", got.header, self.features);
+        // What it is, and which of the frames before it were dropped.
+        let is = |forms: &Vec<Vec<u8>>| forms.is_empty() || forms.contains(&got.frame);
+        let at = self.expected.iter().position(is).unwrap_or_else(|| panic!("{got:x?} was not sent, or before others"));
+        self.expected.drain(..at);
+    }
+
+    /// Whether a guest may see this header.
+    fn is_negotiated(&self, header: &VnetHdr) -> bool {
+        let needs = match header.gso_type & !gso::ECN {
+            gso::NONE => 0,
+            gso::TCPV4 => feature::GUEST_TSO4,
+            gso::TCPV6 => feature::GUEST_TSO6,
+            gso::UDP => feature::GUEST_UFO,
+            gso::UDP_L4 => feature::GUEST_USO4 | feature::GUEST_USO6,
+            _ => return false,
+        };
+        let ecn = if header.gso_type & gso::ECN == 0 { 0 } else { feature::GUEST_ECN };
+        let csum = if header.flags == 0 { 0 } else { feature::GUEST_CSUM };
+        let needs = needs | ecn | csum;
+        self.features & needs == needs
+    }
+}
