@@ -114,8 +114,7 @@ impl Large {
     }
 }
 
-/// Congestion is reported once (RFC 3168, "6.1.2 The TCP Sender"): what Linux does when it cuts, and the splitter of the
-/// kit does not know.
+/// Congestion is reported once (RFC 3168, "6.1.2 The TCP Sender"): what Linux does when it cuts.
 #[test]
 fn cwr_stays_on_the_first_segment() {
     let large = Large {

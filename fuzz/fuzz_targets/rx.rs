@@ -21,15 +21,13 @@ use vhost_user_net::virtqueue::Queue;
 use vhost_user_net::virtqueue::queue::RingFeatures;
 use vhost_user_net_fuzz::chain_model::{Chain, Ring, Walk, walk};
 use vhost_user_net_fuzz::guest::{self, DATA, Guest, START};
-use vhost_user_net_fuzz::header_model;
 use vhost_user_net_fuzz::input::Input;
 use vhost_user_net_fuzz::kit::device_side::find;
 use vhost_user_net_fuzz::kit::memory::GuestMemory;
-use vhost_user_net_fuzz::kit::split;
 use vhost_user_net_fuzz::kit::split_ring::{Desc, RingAddrs};
 use vhost_user_net_fuzz::kit::tap_double::TapDouble;
 use vhost_user_net_fuzz::kit::virtio::{VnetHdr, desc_flag, feature, gso};
-use vhost_user_net_fuzz::scenario::{Flow, RX_FEATURES, Sent, Writer, frame};
+use vhost_user_net_fuzz::scenario::{Flow, RX_FEATURES, Sent, Writer, frame, rx_needs, split};
 
 const ADDRS: RingAddrs = RingAddrs { desc: START, avail: START + 0x1000, used: START + 0x1800 };
 const TABLES: u64 = START + 0x2000;
@@ -137,16 +135,13 @@ fn buffers(input: &mut Input<'_>, at: &mut u64) -> Option<Vec<Desc>> {
     (*at < guest::HOLE).then_some(descs)
 }
 
-/// All that may become of a frame on its way to the guest, in their order.
+/// All that may come of a frame on its way to the guest; none where anything may.
 fn forms(sent: &Sent) -> Vec<Vec<u8>> {
     let mut forms = vec![sent.frame.clone(), sent.completed()];
     if sent.header.gso_type != gso::NONE {
-        let start = &sent.frame[..sent.frame.len().min(header_model::START)];
-        let is_sound = header_model::check(u64::MAX, sent.header, sent.frame.len(), start).is_some();
-        // The splitter judges strictly: what it refuses may come in any form.
-        match is_sound.then(|| split::split(&sent.header, &sent.frame)) {
-            Some(Ok(parts)) => forms.extend(parts),
-            _ => forms.clear(),
+        match split(sent) {
+            Some(parts) => forms.extend(parts),
+            None => forms.clear(),
         }
     }
     forms
@@ -225,26 +220,11 @@ impl Scene {
 
     fn arrived(&mut self, got: Sent) {
         self.delivered += 1;
-        assert!(self.is_negotiated(&got.header), "{:?} with features {:#x}", got.header, self.features);
+        let needs = rx_needs(&got.header).unwrap_or(u64::MAX);
+        assert_eq!(needs & !self.features, 0, "{:?} is not negotiated", got.header);
         // What it is, and which of the frames before it were dropped.
         let is = |forms: &Vec<Vec<u8>>| forms.is_empty() || forms.contains(&got.frame);
         let at = self.expected.iter().position(is).unwrap_or_else(|| panic!("{got:x?} was not sent, or before others"));
         self.expected.drain(..at);
-    }
-
-    /// Whether a guest may see this header.
-    fn is_negotiated(&self, header: &VnetHdr) -> bool {
-        let needs = match header.gso_type & !gso::ECN {
-            gso::NONE => 0,
-            gso::TCPV4 => feature::GUEST_TSO4,
-            gso::TCPV6 => feature::GUEST_TSO6,
-            gso::UDP => feature::GUEST_UFO,
-            gso::UDP_L4 => feature::GUEST_USO4 | feature::GUEST_USO6,
-            _ => return false,
-        };
-        let ecn = if header.gso_type & gso::ECN == 0 { 0 } else { feature::GUEST_ECN };
-        let csum = if header.flags == 0 { 0 } else { feature::GUEST_CSUM };
-        let needs = needs | ecn | csum;
-        self.features & needs == needs
     }
 }

@@ -6,6 +6,7 @@
 // An oracle fails by panicking.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+pub mod card;
 pub mod chain_model;
 pub mod guest;
 pub mod header_model;

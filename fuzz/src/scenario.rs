@@ -1,6 +1,8 @@
 //! Frames and chains out of an input: mostly good ones, with one thing or another wrong.
 
+use crate::header_model;
 use crate::input::Input;
+use crate::kit;
 use crate::kit::frames::{Ends, L4Csum, checksum_add, tcp4, tcp6, udp4, udp6, vlan};
 use crate::kit::memory::GuestMemory;
 use crate::kit::split::complete;
@@ -214,4 +216,27 @@ impl Writer<'_> {
         let bytes = self.mem.read(self.addrs.used + 2, 2);
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
+}
+
+/// The features without which a guest may not see this header; `None` where it may not at all.
+pub fn rx_needs(header: &VnetHdr) -> Option<u64> {
+    let segmentation = match header.gso_type & !gso::ECN {
+        gso::NONE => 0,
+        gso::TCPV4 => feature::GUEST_TSO4,
+        gso::TCPV6 => feature::GUEST_TSO6,
+        gso::UDP => feature::GUEST_UFO,
+        gso::UDP_L4 => feature::GUEST_USO4 | feature::GUEST_USO6,
+        _ => return None,
+    };
+    let ecn = if header.gso_type & gso::ECN == 0 { 0 } else { feature::GUEST_ECN };
+    let csum = if header.flags == 0 { 0 } else { feature::GUEST_CSUM };
+    Some(segmentation | ecn | csum)
+}
+
+/// The frames that a segmentation request stands for, by the kit's splitter; `None` where that one, which is strict, has no
+/// opinion.
+pub fn split(sent: &Sent) -> Option<Vec<Vec<u8>>> {
+    let start = &sent.frame[..sent.frame.len().min(header_model::START)];
+    header_model::check(u64::MAX, sent.header, sent.frame.len(), start)?;
+    kit::split::split(&sent.header, &sent.frame).ok()
 }

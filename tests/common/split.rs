@@ -12,6 +12,7 @@ use super::virtio::{VnetHdr, gso, net_flag};
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const FIN_AND_PSH: u8 = 0x09;
+const CWR: u8 = 0x80;
 const DF: u16 = 0x4000;
 
 /// Fills in the checksum that the header asks for, over what is there: the frame as the guest means it.
@@ -145,6 +146,10 @@ impl<'a> Request<'a> {
             frame[l4 + 4..l4 + 8].copy_from_slice(&seq.to_be_bytes());
             if !is_last {
                 frame[l4 + 13] &= !FIN_AND_PSH;
+            }
+            // Congestion is reported once (RFC 3168, "6.1.2 The TCP Sender").
+            if index > 0 {
+                frame[l4 + 13] &= !CWR;
             }
         } else {
             put(&mut frame, l4 + 4, l4_len as u16);
