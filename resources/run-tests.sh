@@ -6,7 +6,7 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=resources/lib/common.sh
 . "$ROOT/resources/lib/common.sh"
 
-STAGES=(fmt clippy docs release guest vm build-tests doctests engines tests)
+STAGES=(fmt clippy docs release guest vm build-tests doctests engines fuzz tests)
 
 usage() {
     cat <<USAGE
@@ -23,6 +23,7 @@ Installs what the tests need (apt) and runs these stages, in this order, up to t
   build-tests  the tests compile
   doctests     the examples in the documentation
   engines      the data path's tests with each way to read and write frames, and with polling
+  fuzz         each fuzz target for some seconds, a minute in all; see fuzz.sh
   tests        all other tests, then a table of hostile inputs: what is wanted, what was seen
 
   --full        what takes long as often as it is meant (1,000 kills, a million sessions): 15 minutes more
@@ -68,6 +69,12 @@ stage_engines() {
             --test tx_faults --test chain_faults --test mutation --test control_queue
         unset "VHOST_USER_NET_TEST_${way%%=*}"
     done
+}
+stage_fuzz() {
+    local status=0
+    "$ROOT/resources/fuzz.sh" --minutes 1 || status=$?
+    # It has said why.
+    [ $status = 77 ] || return $status
 }
 stage_tests() {
     local run=run_rust limit=()

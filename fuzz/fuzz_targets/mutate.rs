@@ -110,7 +110,7 @@ fn run(input: &mut Input<'_>) {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    guest::assert_canaries_but(mem, &[START..HOLE]);
+    guest::assert_canaries_but(mem, std::slice::from_ref(&(START..HOLE)));
 }
 
 /// Somewhere in a descriptor, an entry, a table or a frame, or in its header.

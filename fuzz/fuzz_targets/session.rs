@@ -286,7 +286,10 @@ impl Scene {
                 let mut infos: Vec<_> = regions.iter().map(|at| all[*at].info).collect();
                 let mut fds: Vec<_> = regions.iter().map(|at| all[*at].fd()).collect();
                 let is_good = match input.below(8) {
-                    0 => fds.pop().is_none() && false,
+                    0 => {
+                        fds.pop();
+                        false
+                    }
                     1 => {
                         infos.iter_mut().for_each(|info| info.size *= 2);
                         false
@@ -450,13 +453,16 @@ fn ring_fd<'fd>(
     file: &'fd std::fs::File,
 ) -> (Message<'fd>, bool) {
     let index = u64::from(index);
-    let is_index = index < 256;
+    if index > 0xff {
+        // What is no index and no flag.
+        return (Message::u64(request, index | 1 << 9).with_fd(fd_of(eventfd)), false);
+    }
     match input.below(8) {
         0 => (Message::u64(request, index), false),
         1 => (Message::set_vring_no_fd(request, index).with_fd(fd_of(eventfd)), false),
         2 => (Message::u64(request, index).with_fd(file.as_fd()), false),
         3 => (Message::u64(request, index | 1 << 9).with_fd(fd_of(eventfd)), false),
-        4 | 5 => (Message::set_vring_no_fd(request, index), is_index),
-        _ => (Message::u64(request, index).with_fd(fd_of(eventfd)), is_index),
+        4 | 5 => (Message::set_vring_no_fd(request, index), true),
+        _ => (Message::u64(request, index).with_fd(fd_of(eventfd)), true),
     }
 }

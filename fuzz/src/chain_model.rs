@@ -1,6 +1,8 @@
 //! What a descriptor chain means (VIRTIO 1.3, "The Virtqueue Descriptor Table", "Indirect Descriptors"), read from the
 //! guest's memory by straight lines: all descriptors first, then what each of them may be.
 
+use vhost_user_net::virtqueue::{ChainFault, GuestIovecs, Shape};
+
 use crate::guest;
 use crate::kit::memory::GuestMemory;
 use crate::kit::split_ring::{Desc, RingAddrs};
@@ -21,7 +23,7 @@ pub struct Ring {
 #[derive(Debug)]
 pub enum Walk {
     Good(Chain),
-    /// Good, unless its pieces are more than one system call takes: that depends on what lies beside what.
+    /// Good, unless its pieces are more than one system call takes, which depends on where the regions came to lie.
     Long(Chain),
     Bad,
 }
@@ -79,7 +81,12 @@ fn descriptors(mem: &GuestMemory, ring: Ring, head: u16) -> Option<Vec<Desc>> {
         if desc.flags & INDIRECT != 0 {
             let bytes = desc.len as usize;
             let may_be = ring.indirect && in_ring && desc.flags & NEXT == 0;
-            if !may_be || bytes == 0 || bytes % 16 != 0 || bytes / 16 > most || !guest::has(desc.addr, bytes as u64) {
+            if !may_be
+                || bytes == 0
+                || !bytes.is_multiple_of(16)
+                || bytes / 16 > most
+                || !guest::has(desc.addr, bytes as u64)
+            {
                 return None;
             }
             (table, size, in_ring, index, seen) = (desc.addr, bytes / 16, false, 0, 0);
@@ -118,6 +125,48 @@ fn judge(descs: &[Desc]) -> Walk {
     if chain.readable_len().max(chain.writable_len()) > u32::MAX as usize {
         return Walk::Bad;
     }
-    // Each buffer may be in two regions.
-    if 2 * descs.len() > PIECES_MAX { Walk::Long(chain) } else { Walk::Good(chain) }
+    let empty = descs.iter().filter(|desc| desc.len == 0).count();
+    let (least, most) = pieces(&chain);
+    match () {
+        () if empty > PIECES_MAX || least > PIECES_MAX => Walk::Bad,
+        () if most > PIECES_MAX => Walk::Long(chain),
+        () => Walk::Good(chain),
+    }
+}
+
+/// How many pieces of the host's memory the buffers are: neighbours within one part are one, and what runs from one region
+/// into the next may be.
+fn pieces(chain: &Chain) -> (usize, usize) {
+    let (mut count, mut borders) = (0, 0);
+    for part in [&chain.readable, &chain.writable] {
+        let mut end = None;
+        for (addr, len) in part {
+            count += usize::from(end != Some(*addr));
+            let last = addr + u64::from(*len);
+            borders += usize::from(*addr < guest::SECOND && last > guest::SECOND || end == Some(guest::SECOND));
+            end = Some(last);
+        }
+    }
+    (count, count + borders)
+}
+
+/// Compares what the library found with what the model did; the chain's bytes too, where they are not gigabytes of one
+/// place named again and again.
+pub fn assert_same(wanted: Walk, got: &Result<Shape, ChainFault>, iovecs: &GuestIovecs, mem: &GuestMemory) {
+    match (wanted, got) {
+        (Walk::Bad | Walk::Long(_), Err(_)) => {}
+        (Walk::Good(chain) | Walk::Long(chain), Ok(shape)) => {
+            let lens = (chain.readable_len(), chain.writable_len());
+            assert_eq!((shape.readable_len as usize, shape.writable_len as usize), lens);
+            if lens.0 + lens.1 > 1 << 20 {
+                return;
+            }
+            for (range, wanted) in [(shape.readable(), chain.bytes(mem)), (shape.writable(), chain.written(mem))] {
+                let mut bytes = vec![0; wanted.len()];
+                assert_eq!(iovecs.copy_to(range, 0, &mut bytes), wanted.len());
+                assert!(bytes == wanted, "other bytes of a chain");
+            }
+        }
+        (wanted, got) => panic!("model says {wanted:?}, got {got:?}"),
+    }
 }

@@ -1,5 +1,6 @@
 //! Frames and chains out of an input: mostly good ones, with one thing or another wrong.
 
+use crate::guest::DATA;
 use crate::header_model;
 use crate::input::Input;
 use crate::kit;
@@ -152,7 +153,7 @@ pub struct Writer<'a> {
     pub size: u16,
     /// The next that is free.
     pub next: u16,
-    /// Where indirect tables go.
+    /// Where indirect tables go, before the data.
     pub tables: u64,
     /// How many chains there are.
     pub chains: u16,
@@ -164,7 +165,8 @@ impl Writer<'_> {
     pub fn add(&mut self, input: &mut Input<'_>, mut descs: Vec<Desc>, indirect: bool) -> bool {
         let count = descs.len() as u16;
         let needed = if indirect { 1 } else { count };
-        if self.next + needed > self.size {
+        let tables_end = self.tables + if indirect { 16 * u64::from(count) } else { 0 };
+        if self.next + needed > self.size || tables_end > DATA {
             return false;
         }
         let first = if indirect { 0 } else { self.next };
@@ -190,7 +192,7 @@ impl Writer<'_> {
         if indirect {
             let head = Desc { addr: table, len: 16 * u32::from(count), flags: desc_flag::INDIRECT, next: 0 };
             self.mem.write(self.addrs.desc + 16 * u64::from(self.next), &head.to_bytes());
-            self.tables += 16 * u64::from(count);
+            self.tables = tables_end;
         }
         self.mem.write(self.addrs.avail + 4 + 2 * u64::from(self.chains), &self.next.to_le_bytes());
         self.chains += 1;
