@@ -31,3 +31,9 @@ pub mod kit {
 
     pub use waiting::{PATIENCE, QUIET, fd_of, wait_for, wait_readable};
 }
+
+/// What the standard library does before `main`, which a fuzz target has none of.
+pub fn ignore_broken_pipes() {
+    // SAFETY: no handler is set, so none can run in the middle of anything.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
