@@ -152,10 +152,11 @@ impl Daemon {
         if self.following.is_lost || self.has_ended {
             return;
         }
-        log::info!("Interface {:?} was moved to another network namespace", self.nic.device_name());
         self.stop_watching(ops);
         // It was down on its way; from now on its queues tell.
         self.take_state(LinkState { is_up: true, mtu: None });
+        // Who reads it may count on it that frames pass.
+        log::info!("Interface {:?} was moved to another network namespace", self.nic.device_name());
         self.following.probe_at = Some(Instant::now() + PROBE_INTERVAL);
     }
 
