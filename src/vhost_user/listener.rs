@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Mode;
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use thiserror::Error;
@@ -79,6 +79,8 @@ pub struct SocketListener {
     listener: UnixListener,
     path: PathBuf,
     inode: u64,
+    /// Where its file is, which stays within reach where paths are not.
+    directory: OwnedFd,
 }
 
 impl SocketListener {
@@ -100,7 +102,11 @@ impl SocketListener {
         let listener = listener.map_err(failed("listen on"))?;
         listener.set_nonblocking(true).map_err(failed("set up"))?;
         let inode = fs::symlink_metadata(path).map_err(failed("examine"))?.ino();
-        let this = SocketListener { listener, path: path.to_owned(), inode };
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory =
+            rustix::fs::open(directory, flags, Mode::empty()).map_err(|e| failed("find the directory of")(e.into()))?;
+        let this = SocketListener { listener, path: path.to_owned(), inode, directory };
         if let Some(group) = access.group {
             std::os::unix::fs::chown(path, None, Some(group)).map_err(failed("change the group of"))?;
         }
@@ -120,6 +126,11 @@ impl SocketListener {
         }
     }
 
+    /// The directory of its file.
+    pub fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path
@@ -134,9 +145,11 @@ impl AsFd for SocketListener {
 
 impl Drop for SocketListener {
     fn drop(&mut self) {
+        let Some(name) = self.path.file_name() else { return };
         // Somebody may have put another socket there: that one is not ours to remove.
-        if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode)
-            && let Err(error) = fs::remove_file(&self.path)
+        let found = rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW);
+        if found.is_ok_and(|found| found.st_ino == self.inode)
+            && let Err(error) = rustix::fs::unlinkat(&self.directory, name, AtFlags::empty())
         {
             log::warn!("Cannot remove socket {:?}: {error}", self.path);
         }
