@@ -21,6 +21,7 @@ use std::time::Duration;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::device::stage::Rings;
 use crate::device::{DeviceQueue, Io};
 use crate::mailbox::{Inbox, Mailbox};
 use crate::metrics::PairCounters;
@@ -75,6 +76,7 @@ pub struct QueuePair {
     /// Frames that were read for a ring that stopped.
     left: Vec<HeldFrame>,
     io: Io,
+    rings: Rings,
     coalesce: Coalesce,
     framing: Framing,
     poller: Poller,
@@ -117,6 +119,7 @@ pub fn spawn(
         tx: None,
         left: Vec::new(),
         io: how.io,
+        rings: Rings::default(),
         coalesce,
         framing,
         poller: Poller::new(how.polling),

@@ -15,6 +15,7 @@ use common::memory::GuestMemory;
 use common::split_ring::{Buf, SplitRing};
 use common::tap_double::TapDouble;
 use common::virtio::{VnetHdr, feature};
+use vhost_user_net::device::stage::Rings;
 use vhost_user_net::device::{Device, DeviceQueue, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::Uplink;
@@ -65,6 +66,7 @@ struct Place {
     ring: SplitRing,
     buffers: Vec<u64>,
     counters: PairCounters,
+    rings: Rings,
 }
 
 fn place() -> Place {
@@ -73,12 +75,20 @@ fn place() -> Place {
     let mem = Arc::new(GuestMemory::single(16 << 20));
     let ring = SplitRing::new(&mem, 256);
     let buffers = (0..FRAMES).map(|_| mem.alloc(66_000, 64)).collect();
-    Place { tap, device: queues.remove(0), mem, ring, buffers, counters: PairCounters::default() }
+    Place {
+        tap,
+        device: queues.remove(0),
+        mem,
+        ring,
+        buffers,
+        counters: PairCounters::default(),
+        rings: Rings::default(),
+    }
 }
 
 impl Place {
     fn uplink(&self, io: Io, coalesce: Coalesce) -> Uplink<'_> {
-        Uplink { device: &self.device, io, coalesce, framing: &Framing::Whole }
+        Uplink { device: &self.device, io, rings: &self.rings, coalesce, framing: &Framing::Whole }
     }
 }
 

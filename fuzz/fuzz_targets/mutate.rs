@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
+use vhost_user_net::device::stage::Rings;
 use vhost_user_net::device::{Device, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::Uplink;
@@ -46,7 +47,8 @@ fn run(input: &mut Input<'_>) {
     let coalesce = Coalesce { tcp: input.flag(), udp: input.flag() };
     let (tap, fd) = TapDouble::new();
     let (_, queues) = Device::from_sockets(vec![fd], Layer::Ethernet).unwrap();
-    let uplink = Uplink { device: &queues[0], io: Io::Syscall, coalesce, framing: &Framing::Whole };
+    let uplink =
+        Uplink { device: &queues[0], io: Io::Syscall, rings: &Rings::default(), coalesce, framing: &Framing::Whole };
     for ring in [TX, RX] {
         mem.fill(ring.avail, 4, 0);
         mem.fill(ring.used, 4, 0);

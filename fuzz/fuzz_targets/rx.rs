@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
+use vhost_user_net::device::stage::Rings;
 use vhost_user_net::device::{Device, DeviceQueue, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::coalesce::Coalesce;
@@ -64,7 +65,8 @@ fn run(input: &mut Input<'_>) {
     mem.fill(ADDRS.used, 4, 0);
     let found = find(view, SIZE, ADDRS).unwrap();
     let mut queue = Queue::start(found, Arc::clone(view), RingFeatures { event_idx: false, indirect }).unwrap();
-    let uplink = Uplink { device, io, coalesce: Coalesce::default(), framing: &Framing::Whole };
+    let uplink =
+        Uplink { device, io, rings: &Rings::default(), coalesce: Coalesce::default(), framing: &Framing::Whole };
     let acked = features | if mergeable { feature::MRG_RXBUF } else { 0 };
     let admission = Admission { offloads: GuestOffloads::of(acked), ..Admission::default() };
     let mut rx = Rx::new(Arc::clone(view), acked, admission, &uplink, Vec::new());

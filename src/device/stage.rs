@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use super::mmsg::Messages;
+pub use super::uring::Rings;
 use super::uring::{self, Operation, Uring};
 use super::{DeviceQueue, VlanTag};
 
@@ -106,6 +107,7 @@ pub struct Stage {
     /// Whether the device may refuse a frame now and take it later.
     may_block: bool,
     jobs: Vec<Job>,
+    rings: Rings,
 }
 
 enum Memory {
@@ -116,8 +118,8 @@ enum Memory {
 }
 
 impl Stage {
-    /// A stage of `slots` slots of `slot_len` bytes for `device`. Memory is taken as it is used.
-    pub fn new(device: &DeviceQueue, io: Io, slots: usize, slot_len: usize) -> Stage {
+    /// A stage of `slots` slots of `slot_len` bytes for `device`, whose batches use one of `rings`. Memory is taken as it is used.
+    pub fn new(device: &DeviceQueue, io: Io, rings: &Rings, (slots, slot_len): (usize, usize)) -> Stage {
         let memory = vec![0; slots * slot_len].into_boxed_slice();
         let memory = if device.is_packet_socket() {
             Memory::Messages(memory, Messages::new(slots))
@@ -125,7 +127,8 @@ impl Stage {
             Memory::Plain(memory)
         };
         let omitted = device.omitted();
-        Stage { memory, slot_len, omitted, io, may_block: device.may_block(), jobs: Vec::with_capacity(slots) }
+        let jobs = Vec::with_capacity(slots);
+        Stage { memory, slot_len, omitted, io, may_block: device.may_block(), jobs, rings: rings.clone() }
     }
 
     /// How frames are moved.
@@ -276,13 +279,13 @@ impl Stage {
         }
     }
 
-    /// Whether `count` jobs go in a batch. The ring is set up the first time they are to.
+    /// Whether `count` jobs go in a batch. A ring is taken the first time they are to.
     fn takes_batch(&mut self, device: &DeviceQueue, count: usize) -> bool {
         if !self.io.batches(count) {
             return false;
         }
         let Memory::Plain(memory) = &mut self.memory else { return true };
-        match Uring::new(device.as_fd(), std::mem::take(memory), self.slot_len) {
+        match Uring::new(&self.rings, device.as_fd(), std::mem::take(memory), self.slot_len) {
             Ok(uring) => {
                 self.memory = Memory::Ring(uring);
                 true

@@ -6,11 +6,17 @@
 //! operation is asked not to (`RWF_NOWAIT`), and what finds nothing ends with `EAGAIN`.
 //!
 //! Guest memory is never registered: pinned pages would outlive what the guest gives back to its host.
+//!
+//! The kernel's side of a ring is made for no other operation than these two, on registered files and memory, and none
+//! of that can be changed later: system-call filters do not see what goes through a ring. A thread that is confined has
+//! its rings from before ([`Rings`]) and cannot make one.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use rustix::io::Errno;
 
@@ -20,6 +26,10 @@ use super::stage::Job;
 const DEVICE: types::Fixed = types::Fixed(0);
 /// The memory, as it is registered.
 const MEMORY: u16 = 0;
+/// The most operations of a batch.
+const ENTRIES: u32 = 64;
+/// Virtqueues of a thread: each has a ring of its own.
+const DIRECTIONS: usize = 2;
 
 /// What a batch does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,10 +41,54 @@ pub(super) enum Operation {
     WriteLinked,
 }
 
+/// The rings of one thread that are in nobody's use. The lock is taken where a virtqueue starts or stops.
+#[derive(Clone, Default)]
+pub struct Rings(Arc<Mutex<Pool>>);
+
+#[derive(Default)]
+struct Pool {
+    idle: Vec<IoUring>,
+    /// Whether no more can be made.
+    is_sealed: bool,
+}
+
+impl Rings {
+    /// Makes a ring for each direction, by the thread that will use them, and none after these.
+    ///
+    /// # Errors
+    /// What the kernel says; none can be made later all the same.
+    pub fn seal(&self) -> io::Result<()> {
+        let mut pool = self.lock();
+        pool.is_sealed = true;
+        for _ in 0..DIRECTIONS {
+            pool.idle.push(build(ENTRIES)?);
+        }
+        Ok(())
+    }
+
+    fn take(&self) -> io::Result<IoUring> {
+        let mut pool = self.lock();
+        match pool.idle.pop() {
+            Some(ring) => Ok(ring),
+            None if pool.is_sealed => Err(io::ErrorKind::PermissionDenied.into()),
+            None => build(ENTRIES),
+        }
+    }
+
+    fn put(&self, ring: IoUring) {
+        self.lock().idle.push(ring);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Pool> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A ring on one device queue, with its memory.
 pub(super) struct Uring {
-    /// Dropped by hand, before the memory.
+    /// Given back by hand, before the memory goes.
     ring: Option<Box<IoUring>>,
+    rings: Rings,
     memory: Box<[u8]>,
     slot_len: usize,
     /// Operations that have been submitted and not ended: none between two calls, unless the kernel failed us.
@@ -55,37 +109,56 @@ pub(super) fn probe() -> io::Result<()> {
 
 /// A ring for one thread. Without `DEFER_TASKRUN`: what ends at once costs less so.
 fn build(entries: u32) -> io::Result<IoUring> {
-    IoUring::builder().setup_single_issuer().setup_no_sqarray().build(entries).or_else(|error| {
+    let mut builder = IoUring::builder();
+    builder.setup_r_disabled();
+    let ring = builder.clone().setup_single_issuer().setup_no_sqarray().build(entries).or_else(|error| {
         // A kernel before 6.6 knows no such rings.
-        if error.raw_os_error() == Some(libc::EINVAL) { IoUring::new(entries) } else { Err(error) }
-    })
+        if error.raw_os_error() == Some(libc::EINVAL) { builder.build(entries) } else { Err(error) }
+    })?;
+    restrict(&ring)?;
+    ring.submitter().register_enable_rings()?;
+    Ok(ring)
+}
+
+/// Has the kernel take nothing else on this ring, ever.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    /// `IORING_REGISTER_BUFFERS` and `UNREGISTER`, the same of files, and `PROBE`, as linux/io_uring.h numbers them.
+    const CHANGES: [u8; 5] = [0, 1, 2, 3, 8];
+    let operations = [opcode::ReadFixed::CODE, opcode::WriteFixed::CODE];
+    let fixed = squeue::Flags::FIXED_FILE.bits();
+    let mut restrictions: Vec<_> = operations.into_iter().map(Restriction::sqe_op).collect();
+    restrictions.extend(CHANGES.into_iter().map(Restriction::register_op));
+    restrictions.push(Restriction::sqe_flags_required(fixed));
+    restrictions.push(Restriction::sqe_flags_allowed(fixed | squeue::Flags::IO_LINK.bits()));
+    ring.submitter().register_restrictions(&mut restrictions)
 }
 
 impl Uring {
-    /// Sets up a ring on `device`, with `memory` in slots of `slot_len` bytes.
+    /// Puts a ring of `rings` on `device`, with `memory` in slots of `slot_len` bytes.
     ///
     /// # Errors
     /// What the kernel says, with the memory; `ENOMEM` where more memory may not be locked (`RLIMIT_MEMLOCK`).
     pub(super) fn new(
+        rings: &Rings,
         device: BorrowedFd<'_>,
         memory: Box<[u8]>,
         slot_len: usize,
     ) -> Result<Uring, (Box<[u8]>, io::Error)> {
-        let entries = u32::try_from(memory.len() / slot_len.max(1)).unwrap_or(u32::MAX);
-        let mut uring = Uring { ring: None, memory, slot_len, outstanding: 0 };
-        match uring.set_up(device, entries) {
+        let mut uring = Uring { ring: None, rings: rings.clone(), memory, slot_len, outstanding: 0 };
+        match uring.set_up(device) {
             Ok(ring) => uring.ring = Some(Box::new(ring)),
             Err(error) => return Err((std::mem::take(&mut uring.memory), error)),
         }
         Ok(uring)
     }
 
-    fn set_up(&mut self, device: BorrowedFd<'_>, entries: u32) -> io::Result<IoUring> {
-        let ring = build(entries)?;
+    fn set_up(&mut self, device: BorrowedFd<'_>) -> io::Result<IoUring> {
+        let ring = self.rings.take()?;
         ring.submitter().register_files(&[device.as_raw_fd()])?;
         let iov_base = self.memory.as_mut_ptr().cast();
         let whole = libc::iovec { iov_base, iov_len: self.memory.len() };
-        // SAFETY: `whole` is the memory that `self` owns, which goes only when the ring has gone (`drop`).
+        // SAFETY: `whole` is the memory that `self` owns, which goes only when it is unregistered, or the ring has gone
+        // (`drop`).
         unsafe { ring.submitter().register_buffers(&[whole])? };
         Ok(ring)
     }
@@ -111,7 +184,7 @@ impl Uring {
     /// Where the kernel did not take the batch or did not end it; what has no result then is unknown, and this is of no
     /// more use.
     pub(super) fn transfer(&mut self, operation: Operation, jobs: &mut [Job]) -> io::Result<()> {
-        let Uring { ring: Some(ring), memory, slot_len, outstanding } = self else {
+        let Uring { ring: Some(ring), memory, slot_len, outstanding, .. } = self else {
             return Err(io::ErrorKind::NotConnected.into());
         };
         if *outstanding > 0 {
@@ -168,7 +241,11 @@ impl Drop for Uring {
     fn drop(&mut self) {
         if let Some(ring) = self.ring.take() {
             // Closing a ring ends later than the call; the device is to be free at once.
-            let _ = ring.submitter().unregister_files();
+            let files = ring.submitter().unregister_files();
+            let memory = ring.submitter().unregister_buffers();
+            if self.outstanding == 0 && files.and(memory).is_ok() {
+                self.rings.put(*ring);
+            }
         }
         if self.outstanding > 0 {
             // The kernel may still use it: better lost than given to somebody else.

@@ -45,7 +45,7 @@ struct Waiting {
 impl Backlog {
     /// The backlog of a ring that starts, with the frames that one before it left.
     pub(super) fn new(uplink: &Uplink<'_>, left: Vec<HeldFrame>) -> Backlog {
-        let stage = Stage::new(uplink.device, uplink.io, SLOTS, SLOT_LEN);
+        let stage = Stage::new(uplink.device, uplink.io, uplink.rings, (SLOTS, SLOT_LEN));
         let mut backlog = Backlog { stage, framing: uplink.framing.clone(), waiting: VecDeque::with_capacity(SLOTS) };
         for (slot, HeldFrame(frame, delivered)) in left.into_iter().take(SLOTS).enumerate() {
             backlog.stage.slot_mut(slot).iter_mut().zip(&frame).for_each(|(to, from)| *to = *from);

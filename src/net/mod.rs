@@ -15,6 +15,7 @@ pub mod segment;
 pub mod tx;
 mod window;
 
+use crate::device::stage::Rings;
 use crate::device::{DeviceQueue, Io, VlanTag};
 use coalesce::Coalesce;
 use framing::Framing;
@@ -26,6 +27,8 @@ pub struct Uplink<'a> {
     pub device: &'a DeviceQueue,
     /// How frames are read and written.
     pub io: Io,
+    /// What batches use.
+    pub rings: &'a Rings,
     /// What may go as one.
     pub coalesce: Coalesce,
     /// How frames stand there.

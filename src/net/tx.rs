@@ -93,11 +93,11 @@ type Reason = fn(&PairCounters) -> &Counter;
 impl Tx {
     /// A direction to `uplink` for a guest that acknowledged `features`, whose memory is `mem`.
     pub fn new(mem: Arc<MemView>, features: u64, uplink: &Uplink<'_>) -> Tx {
-        let Uplink { device, io, coalesce, .. } = *uplink;
+        let Uplink { device, io, rings, coalesce, .. } = *uplink;
         Tx {
             iovecs: iovecs(mem),
             rules: TxRules::of(features),
-            stage: Stage::new(device, io, BUDGET, SLOT_LEN),
+            stage: Stage::new(device, io, rings, (BUDGET, SLOT_LEN)),
             frames: Vec::with_capacity(BUDGET),
             coalesce,
             run: None,

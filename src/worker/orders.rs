@@ -179,7 +179,13 @@ impl QueuePair {
     }
 
     fn uplink(&self) -> Uplink<'_> {
-        Uplink { device: &self.device, io: self.io, coalesce: self.coalesce, framing: &self.framing }
+        Uplink {
+            device: &self.device,
+            io: self.io,
+            rings: &self.rings,
+            coalesce: self.coalesce,
+            framing: &self.framing,
+        }
     }
 
     /// Puts a frame of ours, with its virtio-net header, on the device.
