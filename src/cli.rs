@@ -139,9 +139,15 @@ pub struct Cli {
     #[arg(long, value_name = "STATE", conflicts_with_all = NO_CARRIER)]
     pub link: Option<LinkChoice>,
 
-    /// What to do when the interface is deleted
-    #[arg(long, value_name = "WHAT", default_value = "wait")]
-    pub on_device_loss: LossChoice,
+    /// What to do when the interface is deleted [default: exit in the sandbox, which leaves no way to open another; else wait]
+    ///
+    /// Descriptors of --tap-fd are never opened again, and their loss is waited out.
+    #[arg(long, value_name = "WHAT")]
+    pub on_device_loss: Option<LossChoice>,
+
+    /// What to give up once everything is open, so that a guest that takes over this process gains little
+    #[arg(long, value_name = "LEVEL", default_value = "auto")]
+    pub sandbox: SandboxChoice,
 
     /// Number of queue pairs, 1 to 127 [default: 1, or the number of descriptors of --tap-fd]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=127))]
@@ -284,6 +290,19 @@ pub enum LossChoice {
     Wait,
     /// End with status 75
     Exit,
+}
+
+/// How much of the sandbox is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SandboxChoice {
+    /// As much as the host and the other options let it have, which is logged
+    Auto,
+    /// No files, no network, no capabilities, few system calls
+    Full,
+    /// No capabilities, few system calls
+    Seccomp,
+    /// Nothing
+    Off,
 }
 
 /// What names the host's side.

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::cli::{Cli, CoalesceChoice, FrontEndKind, IoEngine, LinkChoice, LogLevel, LossChoice, ModeChoice};
+use crate::cli::{
+    Cli, CoalesceChoice, FrontEndKind, IoEngine, LinkChoice, LogLevel, LossChoice, ModeChoice, SandboxChoice,
+};
 use crate::device::macvtap::Macvtap;
 use crate::device::netns::NetNs;
 use crate::device::on_card::{OnCardMode, Wanted};
@@ -13,6 +15,7 @@ use crate::device::tap::{Extras, TapByName};
 use crate::device::{Io, Layer};
 use crate::host_side::{DeviceChoice, HostSide, OnLoss};
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
+use crate::sandbox::Wanted as WantedSandbox;
 use crate::tuning::{Coalescing, Tuning};
 use crate::vhost_user::listener::SocketAccess;
 use crate::vhost_user::session::SessionOptions;
@@ -43,6 +46,8 @@ pub struct Config {
     pub nic: NicSetup,
     /// What of the protocol is offered.
     pub session: SessionOptions,
+    /// What to give up once everything is open.
+    pub sandbox: WantedSandbox,
     /// How much to log.
     pub log_level: log::LevelFilter,
 }
@@ -80,6 +85,14 @@ pub enum ConfigError {
     User {
         /// The name.
         name: String,
+    },
+    /// What the sandbox takes away is needed.
+    #[error(
+        "--sandbox full and seccomp do not go with this: {why}; use --sandbox auto, which confines the other threads"
+    )]
+    Sandbox {
+        /// What for.
+        why: &'static str,
     },
     /// Neither socket nor device was named.
     #[error(
@@ -144,22 +157,42 @@ impl TryFrom<Cli> for Config {
         } else {
             DeviceChoice::TapFds(cli.tap_fd)
         };
+        let sandbox = sandbox(cli.sandbox);
         let host = HostSide {
+            on_loss: on_loss(cli.on_device_loss, sandbox, &device),
             device,
             netns: cli.netns.as_deref().map(NetNs::from),
             carrier: cli.link.map(|link| link == LinkChoice::Up),
-            on_loss: match cli.on_device_loss {
-                LossChoice::Wait => OnLoss::Wait,
-                LossChoice::Exit => OnLoss::Exit,
-            },
         };
+        if let (WantedSandbox::Full | WantedSandbox::Seccomp, Some(why)) = (sandbox, host.why_rights_are_needed()) {
+            return Err(ConfigError::Sandbox { why });
+        }
         Ok(Config {
             front_ends,
             host,
             nic,
             session: SessionOptions { offers_config: !cli.no_config, queue_size_max },
+            sandbox,
             log_level: level_filter(cli.log_level),
         })
+    }
+}
+
+fn sandbox(choice: SandboxChoice) -> WantedSandbox {
+    match choice {
+        SandboxChoice::Auto => WantedSandbox::Auto,
+        SandboxChoice::Full => WantedSandbox::Full,
+        SandboxChoice::Seccomp => WantedSandbox::Seccomp,
+        SandboxChoice::Off => WantedSandbox::Off,
+    }
+}
+
+fn on_loss(choice: Option<LossChoice>, sandbox: WantedSandbox, device: &DeviceChoice) -> OnLoss {
+    match choice {
+        Some(LossChoice::Wait) => OnLoss::Wait,
+        Some(LossChoice::Exit) => OnLoss::Exit,
+        None if sandbox == WantedSandbox::Off || device.is_passed() => OnLoss::Wait,
+        None => OnLoss::Exit,
     }
 }
 

@@ -19,6 +19,8 @@ use crate::net::filter::{Mac, RxFilter};
 use crate::notify::KickState;
 use crate::poll::{Event, Poll, Wait};
 use crate::running_ring::{Direction, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
+use crate::sandbox::syscalls::Role;
+use crate::sandbox::{Sandbox, SandboxError};
 use crate::throttle::Throttle;
 use crate::virtqueue::iovec::IOV_MAX;
 use crate::virtqueue::{GuestIovecs, RingBroken, Shape, SplitRing};
@@ -71,6 +73,14 @@ pub fn spawn(around: Surroundings, counters: Arc<PairCounters>) -> io::Result<Ma
 }
 
 impl ControlQueue {
+    /// Closes the sandbox around the thread.
+    ///
+    /// # Errors
+    /// [`SandboxError`]; the process must not go on then.
+    pub fn confine(&mut self, sandbox: Sandbox) -> Result<(), SandboxError> {
+        sandbox.confine(Role::ControlQueue)
+    }
+
     /// Begins anew for a guest that acknowledged `features`; tells which frames pass until its first command.
     pub fn reset(&mut self, features: u64, mac: Option<Mac>) -> Arc<RxFilter> {
         // 127 pairs at most.

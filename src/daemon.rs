@@ -25,6 +25,8 @@ use crate::device::link_watch::LinkWatch;
 use crate::host_side::HostSide;
 use crate::mailbox::Stuck;
 use crate::nic::Nic;
+use crate::sandbox::syscalls::Role;
+use crate::sandbox::{Level, Sandbox, SandboxError};
 use crate::throttle::Throttle;
 use crate::vhost_user::listener::SocketListener;
 use crate::vhost_user::session::{Session, SessionOptions, SessionState};
@@ -57,6 +59,9 @@ pub enum DaemonError {
     /// A worker does not answer.
     #[error(transparent)]
     Stuck(#[from] Stuck),
+    /// The sandbox cannot be closed.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The interface was deleted, and is not to be waited for.
     #[error("Interface {name:?} was deleted, which is to end this process (--on-device-loss exit)")]
     DeviceLost {
@@ -124,6 +129,7 @@ pub struct Daemon {
     /// Why it has, if not because it was told to.
     failure: Option<DaemonError>,
     throttle: Throttle,
+    sandbox: Level,
 }
 
 impl Daemon {
@@ -151,6 +157,7 @@ impl Daemon {
             has_ended: false,
             failure: None,
             throttle: Throttle::default(),
+            sandbox: Level::Off,
         })
     }
 
@@ -188,7 +195,17 @@ impl Daemon {
     /// # Errors
     /// [`DaemonError`].
     pub fn run(self) -> Result<(), DaemonError> {
+        self.run_in(Sandbox::OFF)
+    }
+
+    /// As [`Daemon::run`], after closing the sandbox around this thread.
+    ///
+    /// # Errors
+    /// [`DaemonError`].
+    pub fn run_in(mut self, sandbox: Sandbox) -> Result<(), DaemonError> {
         let mut manager = EventManager::new().map_err(DaemonError::EventLoop)?;
+        self.sandbox = sandbox.level();
+        sandbox.confine(Role::Control)?;
         let id = manager.add_subscriber(self);
         loop {
             let daemon = manager.subscriber_mut(id).map_err(DaemonError::EventLoop)?;
@@ -204,7 +221,12 @@ impl Daemon {
     }
 
     fn log_counters(&self) {
-        self.nic.counter_lines().chain(self.interface_counters()).for_each(|line| log::info!("Counters: {line}"));
+        let process = format!("process sandbox={}", self.sandbox);
+        self.nic
+            .counter_lines()
+            .chain(self.interface_counters())
+            .chain([process])
+            .for_each(|line| log::info!("Counters: {line}"));
     }
 
     fn begin(&mut self, stream: UnixStream, ops: &mut EventOps) {

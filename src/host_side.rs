@@ -72,7 +72,35 @@ struct CannotSetCarrier {
 /// An error of one of the kinds of device.
 pub type OpenError = Box<dyn Error + Send + Sync>;
 
+impl DeviceChoice {
+    /// Whether its queues are passed as descriptors, and never opened.
+    pub fn is_passed(&self) -> bool {
+        matches!(self, DeviceChoice::TapFds(_))
+    }
+
+    /// Whether it is made here, and has to be taken away.
+    fn is_made(&self) -> bool {
+        match self {
+            DeviceChoice::Macvtap(Macvtap { interface, .. }) | DeviceChoice::Existing(Existing { interface, .. }) => {
+                interface.parent.is_some()
+            }
+            DeviceChoice::Tap(_) | DeviceChoice::TapFds(_) => false,
+        }
+    }
+}
+
 impl HostSide {
+    /// Why the control thread needs its rights after the start, if it does.
+    pub fn why_rights_are_needed(&self) -> Option<&'static str> {
+        if self.device.is_made() {
+            Some("the interface that is made here (--macvtap-parent, --macvlan-parent) has to be taken away at the end")
+        } else if self.on_loss == OnLoss::Wait && self.can_reopen() {
+            Some("a deleted interface is to be opened again (--on-device-loss wait)")
+        } else {
+            None
+        }
+    }
+
     /// Opens it.
     ///
     /// # Errors
@@ -88,7 +116,7 @@ impl HostSide {
 
     /// Whether it can be opened a second time.
     pub fn can_reopen(&self) -> bool {
-        !matches!(self.device, DeviceChoice::TapFds(_))
+        !self.device.is_passed()
     }
 
     /// Opens it again if it is there again, without waiting.

@@ -21,6 +21,7 @@
 //! | [`device`] | the host's interface; no virtio |
 //! | [`tuning`] | what an operator may choose of how frames are moved |
 //! | [`metrics`] | counters |
+//! | [`sandbox`] | what is given up once everything is open |
 #![deny(unsafe_code)]
 
 pub mod cli;
@@ -39,6 +40,7 @@ pub mod notify;
 mod poll;
 pub mod polling;
 pub mod running_ring;
+pub mod sandbox;
 mod throttle;
 pub mod tuning;
 pub mod vhost_user;

@@ -10,6 +10,7 @@ use vhost_user_net::config::{Config, FrontEnds};
 use vhost_user_net::daemon::{self, Daemon, DaemonError, Source};
 use vhost_user_net::host_side::Opened;
 use vhost_user_net::nic::Nic;
+use vhost_user_net::sandbox::{self, Later};
 use vhost_user_net::vhost_user::listener::SocketListener;
 use vhost_user_net::{device, error_chain};
 
@@ -56,8 +57,16 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     if let Source::Listener(listener) = &source {
         log::info!("Listening on {:?}", listener.path());
     }
+    let directory = match &source {
+        Source::Listener(listener) => Some(listener.directory()),
+        Source::Connected(_) => None,
+    };
+    // The process has one thread still.
+    let later = Later { keeps_rights: config.host.why_rights_are_needed(), directory };
+    let sandbox = sandbox::enter(config.sandbox, later)?;
     let nic = Nic::new(device, queues, config.nic)?;
-    Daemon::new(nic, source, config.session)?.with_signals()?.following(config.host, watch).run()?;
+    nic.confine(sandbox)?;
+    Daemon::new(nic, source, config.session)?.with_signals()?.following(config.host, watch).run_in(sandbox)?;
     Ok(())
 }
 

@@ -30,7 +30,7 @@ use crate::tuning::{Coalescing, Tuning};
 use crate::virtqueue::SplitRing;
 use crate::worker::{self, Fitting, QueuePair};
 
-pub use host::ConfigChange;
+pub use host::{ConfigChange, NotConfined};
 
 /// The usual MTU, where neither the operator nor the interface says one.
 const MTU_DEFAULT: u16 = 1500;
@@ -108,7 +108,6 @@ enum Place {
 
 /// See the file's head.
 pub struct Nic {
-    device: Arc<DeviceSlot>,
     alarm: Arc<EventFd>,
     link: Option<Arc<IpLink>>,
     pairs: Arc<[Mailbox<QueuePair>]>,
@@ -119,6 +118,8 @@ pub struct Nic {
     initial_config: Mutex<ConfigSpace>,
     card_counters: CardCounters,
     setup: NicSetup,
+    /// Dropped last: an interface that we made is taken away by the thread that drops the card, which may.
+    device: Arc<DeviceSlot>,
 }
 
 impl Nic {

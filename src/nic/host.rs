@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Nic;
@@ -10,6 +11,7 @@ use crate::device::link_watch::LinkState;
 use crate::device::{Device, DeviceQueue};
 use crate::mailbox::Stuck;
 use crate::net::config_space::MTU_MIN;
+use crate::sandbox::{Sandbox, SandboxError};
 use crate::worker::QueuePair;
 
 /// What of the configuration space changed with the interface.
@@ -21,6 +23,17 @@ pub struct ConfigChange {
     pub mtu: Option<u16>,
 }
 
+/// Why a thread is not confined.
+#[derive(Debug, Error)]
+pub enum NotConfined {
+    /// It does not answer.
+    #[error(transparent)]
+    Stuck(#[from] Stuck),
+    /// The sandbox cannot be closed.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+}
+
 impl ConfigChange {
     /// Whether nothing did.
     pub fn is_none(&self) -> bool {
@@ -29,6 +42,15 @@ impl ConfigChange {
 }
 
 impl Nic {
+    /// Closes the sandbox around the card's threads.
+    ///
+    /// # Errors
+    /// What each of them says; the process must not go on then.
+    pub fn confine(&self, sandbox: Sandbox) -> Result<(), NotConfined> {
+        self.control.call(move |control| control.confine(sandbox))??;
+        self.pairs.iter().try_for_each(|pair| Ok(pair.call(move |pair| pair.confine(sandbox))??))
+    }
+
     /// The interface's name.
     pub fn device_name(&self) -> String {
         self.device.get().name().to_owned()

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::{QueuePair, READABLE, Usage, ring_of};
-use crate::device::DeviceQueue;
+use crate::device::{DeviceQueue, Io};
 use crate::memory::MemView;
 use crate::net::Uplink;
 use crate::net::features::GuestOffloads;
@@ -15,6 +15,8 @@ use crate::net::rx::Rx;
 use crate::net::tx::Tx;
 use crate::poll::Event;
 use crate::running_ring::{Direction, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
+use crate::sandbox::syscalls::Role;
+use crate::sandbox::{Level, Sandbox, SandboxError};
 use crate::virtqueue::SplitRing;
 
 /// Its rings, for the control thread, through the mailbox.
@@ -77,6 +79,25 @@ impl RunsRings for QueuePair {
 
 /// What else the control threads may ask for, through the mailbox.
 impl QueuePair {
+    /// Closes the sandbox around the thread.
+    ///
+    /// # Errors
+    /// [`SandboxError`]; the process must not go on then.
+    pub fn confine(&mut self, sandbox: Sandbox) -> Result<(), SandboxError> {
+        if sandbox.level() == Level::Off {
+            return Ok(());
+        }
+        let is_packet_socket = self.device.is_packet_socket();
+        if !is_packet_socket
+            && self.io != Io::Syscall
+            && let Err(error) = self.rings.seal()
+        {
+            log::warn!("Queue pair {}: no io_uring, each frame takes a system call: {error}", self.index);
+            self.io = Io::Syscall;
+        }
+        sandbox.confine(if is_packet_socket { Role::PacketWorker } else { Role::TapWorker })
+    }
+
     /// Binds the thread to one CPU.
     ///
     /// # Errors

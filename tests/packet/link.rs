@@ -108,7 +108,7 @@ fn deleted_interface_is_noticed_and_leaves_a_quiet_process_that_ends_when_told()
         let empty = NetNs::new();
         let socket = place.socket();
         let args = ["--socket-path", arg(&socket), "--netns", &place.namespace.name, "--interface", name];
-        let args = [&args[..], &["--queue-pairs", "2"]].concat();
+        let args = [&args[..], &["--queue-pairs", "2", "--on-device-loss", "wait"]].concat();
         let mut backend = Spawned::start_in(if is_elsewhere { &empty } else { &place.namespace }, &args);
         let mut guest = guest_with(2, CSUM);
         let front_end = place.connect(&guest);

@@ -214,7 +214,7 @@ fn tap_deleted_under_load_leaves_a_quiet_process_that_ends_when_told() {
     }
     let place = Place::new();
     place.namespace.add_tap(&TapSpec::new(TAP));
-    let mut backend = place.start(&[]);
+    let mut backend = place.start(&["--on-device-loss", "wait"]);
     let mut guest = Guest::new(1, 0);
     let front_end = place.connect(&guest);
     assert_frames_pass(&mut guest, &place.host());

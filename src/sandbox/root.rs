@@ -1,0 +1,46 @@
+//! A world with nothing in it: namespaces of our own, and an empty file system as their root.
+
+use std::fs;
+use std::io;
+
+use nix::sched::{CloneFlags, unshare};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
+use rustix::process::{chdir, getgid, getuid, pivot_root};
+
+/// Somewhere to put the empty file system; nothing of it is seen afterwards.
+const MOUNT_POINT: &str = "/proc";
+
+/// Leaves files, network, processes' messages and host name behind. What is open stays usable.
+///
+/// # Errors
+/// Which step the kernel refused; those before it were taken, and do no harm.
+pub(super) fn leave_world() -> Result<(), (&'static str, io::Error)> {
+    let (user, group) = (getuid().as_raw(), getgid().as_raw());
+    // Not the one of processes: no thread can be started after that.
+    let namespaces = CloneFlags::CLONE_NEWUSER
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWCGROUP;
+    unshare(namespaces).map_err(|e| ("make namespaces", e.into()))?;
+    map_ids(user, group).map_err(|e| ("map user and group into the namespace", e))?;
+    empty_root().map_err(|e| ("put an empty file system in the root's place", e.into()))
+}
+
+/// Files keep their owners, so that our socket can be removed.
+fn map_ids(user: u32, group: u32) -> io::Result<()> {
+    fs::write("/proc/self/setgroups", "deny")?;
+    fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;
+    fs::write("/proc/self/gid_map", format!("{group} {group} 1"))
+}
+
+fn empty_root() -> rustix::io::Result<()> {
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    let flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID;
+    mount("none", MOUNT_POINT, "tmpfs", flags, c"size=4k,nr_inodes=2,mode=0555")?;
+    chdir(MOUNT_POINT)?;
+    pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    chdir("/")
+}
