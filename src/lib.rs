@@ -31,6 +31,7 @@ pub mod daemon;
 pub mod device;
 mod device_slot;
 pub mod host_side;
+pub mod log_lines;
 pub mod mailbox;
 pub mod memory;
 pub mod metrics;

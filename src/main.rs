@@ -12,7 +12,7 @@ use vhost_user_net::host_side::Opened;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::sandbox::{self, Later};
 use vhost_user_net::vhost_user::listener::SocketListener;
-use vhost_user_net::{device, error_chain};
+use vhost_user_net::{device, error_chain, log_lines};
 
 /// For management software (QEMU, "Backend program conventions"); network back-ends have no features to list there.
 const CAPABILITIES: &str = r#"{"type": "net", "features": []}"#;
@@ -40,7 +40,7 @@ fn run(cli: Cli) -> Result<(), BoxError> {
         return Ok(writeln!(io::stdout(), "{CAPABILITIES}")?);
     }
     let mut config = Config::try_from(cli)?;
-    env_logger::Builder::new().filter_level(config.log_level).format(log_line).init();
+    log_lines::start(config.log_level);
     daemon::block_signals()?;
     daemon::raise_descriptor_limit();
     config.nic.tuning.io = config.nic.tuning.io.usable()?;
@@ -68,8 +68,4 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     nic.confine(sandbox)?;
     Daemon::new(nic, source, config.session)?.with_signals()?.following(config.host, watch).run_in(sandbox)?;
     Ok(())
-}
-
-fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> io::Result<()> {
-    writeln!(out, "vhost-user-net: {}: {}", record.level().as_str().to_lowercase(), record.args())
 }

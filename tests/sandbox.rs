@@ -111,7 +111,8 @@ fn no_call_is_listed_twice_and_the_lists_are_short() {
         let count = numbers.len();
         numbers.sort_unstable();
         numbers.dedup();
-        let most = if role == Role::Control { 38 } else { 29 };
+        // Four of a worker's are io_uring's, and one is of builds for debugging only.
+        let most = if role == Role::Control { 36 } else { 25 };
         assert!(numbers.len() == count && count <= most, "{role:?}: {count}");
     }
 }

@@ -77,12 +77,10 @@ const EVERYWHERE: &[Permit] = &[
     any(libc::SYS_sigaltstack, "sigaltstack", "the end of a thread, or of the process"),
     any(libc::SYS_exit, "exit", "the end of a thread"),
     any(libc::SYS_exit_group, "exit_group", "the end of the process"),
-    any(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "the end of a thread; to abort"),
+    any(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "the end of a thread"),
     any(libc::SYS_rt_sigreturn, "rt_sigreturn", "after a signal, such as those of a debugger"),
     any(libc::SYS_restart_syscall, "restart_syscall", "after a stop, by the kernel's own doing"),
-    any(libc::SYS_gettid, "gettid", "to abort"),
-    any(libc::SYS_getpid, "getpid", "to abort"),
-    any(libc::SYS_tgkill, "tgkill", "to abort"),
+    any(libc::SYS_ppoll, "ppoll", "whether a log line would have to wait; whether a front-end has hung up"),
     any(libc::SYS_clock_gettime, "clock_gettime", "the time, on a host whose clock only the kernel can read"),
 ];
 
@@ -192,7 +190,6 @@ const CONTROL: &[Permit] = &[
         ),
         "front-ends must not block; offloads that the guest acknowledged; whether the interface is there",
     ),
-    any(libc::SYS_ppoll, "ppoll", "whether the front-end has hung up"),
     any(libc::SYS_timerfd_settime, "timerfd_settime", "what is due later"),
     any(libc::SYS_getrandom, "getrandom", "the seed of a hash table"),
     any(libc::SYS_newfstatat, "newfstatat", "whether the socket's file is still ours, at the end"),

@@ -2,6 +2,7 @@
 //! go.
 
 use std::fs;
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
 use crate::common::backend::{Spawned, arg};
@@ -355,11 +357,11 @@ fn user_whom_the_sockets_mode_keeps_out_cannot_connect() {
 struct Unheard(Child);
 
 impl Unheard {
-    fn start(place: &Place, redirection: &str) -> Unheard {
+    fn start(place: &Place, redirection: &str, input: PipeWriter) -> Unheard {
         let mut command = place.namespace.command("sh");
         let script = format!("exec \"$@\" {redirection}");
         command.args(["-c", &script, "sh", BINARY, "--socket-path", arg(&place.socket()), "--tap", TAP]);
-        let this = Unheard(command.stderr(Stdio::null()).spawn().unwrap());
+        let this = Unheard(command.stdin(input).stderr(Stdio::null()).spawn().unwrap());
         let deadline = Instant::now() + PATIENCE;
         while !place.socket().exists() || RawFrontend::connect(place.socket()).is_err() {
             assert!(Instant::now() < deadline, "{redirection}: it does not listen");
@@ -381,16 +383,27 @@ impl Drop for Unheard {
     }
 }
 
-/// P-13, P-15: a log that is full or closed, and no standard descriptors at all. In part: a log that blocks, such as a
-/// full pipe, makes a thread that logs wait.
+/// A pipe that takes nothing until it is read.
+fn full_pipe() -> (PipeReader, PipeWriter) {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
+    while writer.write(&[b'x'; 4096]).is_ok() {}
+    fcntl_setfl(&writer, OFlags::empty()).unwrap();
+    (reader, writer)
+}
+
+/// P-13, P-15: a log that is full or closed or that blocks, and no standard descriptors at all.
 #[test]
 fn process_whose_log_is_lost_passes_frames_and_ends_when_told() {
     if !require_root("process_whose_log_is_lost_passes_frames_and_ends_when_told") {
         return;
     }
+    /// It is given a pipe that is full.
+    const BLOCKS: &str = "2>&0 </dev/null";
     let place = place_with_tap();
-    for (round, redirection) in (0..).zip(["2>/dev/full", "2>&-", "<&- >&- 2>&-"]) {
-        let mut backend = Unheard::start(&place, redirection);
+    for (round, redirection) in (0..).zip(["2>/dev/full", "2>&-", "<&- >&- 2>&-", BLOCKS]) {
+        let (mut unread, full) = full_pipe();
+        let mut backend = Unheard::start(&place, redirection, full);
         let deadline = Instant::now() + PATIENCE;
         let mut guest = Guest::new(1, 0);
         // The connection that showed that it listens may have its end still to come.
@@ -417,9 +430,18 @@ fn process_whose_log_is_lost_passes_frames_and_ends_when_told() {
                 "{target}"
             );
         }
+        if redirection == BLOCKS {
+            unread.read_exact(&mut vec![0; 1 << 16]).unwrap();
+        }
         kill(backend.pid(), Signal::SIGTERM).unwrap();
         let status = backend.0.wait().unwrap();
         assert_eq!(status.code(), Some(0), "{redirection}");
         assert!(!place.socket().exists());
+        if redirection == BLOCKS {
+            let mut heard = String::new();
+            unread.read_to_string(&mut heard).unwrap();
+            assert!(heard.starts_with("vhost-user-net: warn: Lost "), "{heard}");
+            assert!(heard.contains("Ending on a signal"), "{heard}");
+        }
     }
 }
