@@ -52,6 +52,21 @@ pub struct Config {
     pub log_level: log::LevelFilter,
 }
 
+impl Config {
+    /// Descriptors that this process was started with to use them.
+    pub fn inherited(&self) -> Vec<i32> {
+        let front_end = match self.front_ends {
+            FrontEnds::Descriptor(fd) => Some(fd),
+            FrontEnds::Socket { .. } => None,
+        };
+        let queues = match &self.host.device {
+            DeviceChoice::TapFds(fds) => fds.as_slice(),
+            _ => &[],
+        };
+        front_end.into_iter().chain(queues.iter().copied()).collect()
+    }
+}
+
 /// What does not fit together.
 #[derive(Debug, Error)]
 pub enum ConfigError {

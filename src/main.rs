@@ -41,6 +41,7 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     }
     let mut config = Config::try_from(cli)?;
     log_lines::start(config.log_level);
+    device::close_inherited(&config.inherited());
     daemon::block_signals()?;
     daemon::raise_descriptor_limit();
     config.nic.tuning.io = config.nic.tuning.io.usable()?;

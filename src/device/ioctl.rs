@@ -27,6 +27,16 @@ pub(crate) fn take_inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Closes the descriptors from `first` to `last`, whichever of them there are.
+///
+/// # Errors
+/// `ENOSYS` before Linux 5.9.
+pub(crate) fn close_inherited_fds(first: c_uint, last: c_uint) -> io::Result<()> {
+    // SAFETY: nothing in this process owns any of them: it is called before anything is opened (`main`), for what the
+    // command line does not name.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } as c_int)
+}
+
 /// A request whose argument is the address of one `T`, which the kernel reads or writes.
 struct Request<T>(libc::Ioctl, PhantomData<T>);
 

@@ -365,6 +365,20 @@ pub struct NotConnected {
     cause: io::Error,
 }
 
+/// Closes what this process was started with, but for the standard descriptors and those it was told to use: whoever
+/// starts it may have left open what is no business of a guest's. Before anything of its own is open.
+pub fn close_inherited(but: &[i32]) {
+    let mut but: Vec<_> = but.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
+    but.sort_unstable();
+    let firsts = [3].into_iter().chain(but.iter().map(|fd| fd.saturating_add(1).max(3)));
+    let lasts = but.iter().map(|fd| fd.saturating_sub(1)).chain([u32::MAX]);
+    for (first, last) in firsts.zip(lasts).filter(|(first, last)| first <= last) {
+        if let Err(error) = ioctl::close_inherited_fds(first, last) {
+            log::info!("Descriptors that this process was started with stay open: {error}");
+        }
+    }
+}
+
 /// Takes over the connected socket that this process was started with as descriptor `fd`, which nothing in it may own.
 ///
 /// # Errors

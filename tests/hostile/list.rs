@@ -236,7 +236,7 @@ pub(crate) const ROWS: &[Row] = &[
     row("P-13", "log that takes nothing", "frames pass", Tested),
     row("P-14", "clock that jumps", "does not matter", Tested),
     row("P-15", "standard descriptors closed", "none is taken for another", Tested),
-    row("P-16", "inherited descriptors", "closed", NotRun("they stay open, and nothing uses them")),
+    row("P-16", "inherited descriptors", "closed", Tested),
     row("P-17", "system call that is not permitted", "ended by the kernel", Tested),
     row("P-18", "kernel without sandbox features", "said", Tested),
     row("P-19", "counters asked for without end", "frames pass", Tested),

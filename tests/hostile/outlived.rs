@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
-use crate::common::backend::{Spawned, arg};
+use crate::common::backend::{Spawned, arg, inherit};
 use crate::common::bench::Guest;
 use crate::common::frames::{Ends, Stamp, test_frame};
 use crate::common::frontend::{Answer, RawFrontend};
@@ -24,7 +24,7 @@ use crate::common::message::Message;
 use crate::common::netns::{PacketSocket, TapSpec, require_root};
 use crate::common::place::{Place, assert_frames_pass};
 use crate::common::virtio::VnetHdr;
-use crate::common::{PATIENCE, QUIET, say, skip, times};
+use crate::common::{PATIENCE, QUIET, say, skip, times, wait_readable};
 use crate::process::{Bench, TAP};
 
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
@@ -444,4 +444,31 @@ fn process_whose_log_is_lost_passes_frames_and_ends_when_told() {
             assert!(heard.contains("Ending on a signal"), "{heard}");
         }
     }
+}
+
+/// P-16: whoever starts it may have left something open.
+#[test]
+fn descriptors_that_it_was_started_with_by_mistake_are_closed() {
+    if !require_root("descriptors_that_it_was_started_with_by_mistake_are_closed") {
+        return;
+    }
+    let place = place_with_tap();
+    let queue = place.namespace.open_tap(TAP, false);
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let mut command = place.namespace.command(BINARY);
+    command.args(["--socket-path", arg(&place.socket()), "--tap-fd", "20"]);
+    inherit(&mut command, queue.fd.as_fd(), 20);
+    for number in [19, 21, 98] {
+        inherit(&mut command, writer.as_fd(), number);
+    }
+    let mut backend = Spawned::run(&mut command);
+    backend.wait_line("Listening on");
+    drop((command, writer));
+    assert!(wait_readable(&reader, PATIENCE), "it is held open");
+    assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0);
+    let mut guest = Guest::new(1, 0);
+    let front_end = RawFrontend::connect(place.socket()).unwrap();
+    front_end.negotiate_like_cloud_hypervisor(&guest.session()).unwrap();
+    wait_operational(&place);
+    assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, TAP), 0);
 }
