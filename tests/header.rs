@@ -80,7 +80,9 @@ fn good_request_passes_and_its_header_is_complete() {
         let header = request(gso_type, l4);
         let checked = check_with(needs | feature::CSUM, header, frame.len(), &frame).unwrap();
         let expected = VnetHdr { hdr_len: headers as u16, ..header };
-        assert_eq!(checked, CheckedHeader { header: ours(expected), protocol_headers: headers }, "{gso_type:#x}");
+        let segments = (frame.len() - headers).div_ceil(header.gso_size.into());
+        let wanted = CheckedHeader { header: ours(expected), protocol_headers: headers, segments };
+        assert_eq!(checked, wanted, "{gso_type:#x}");
     }
 }
 
@@ -468,15 +470,16 @@ proptest! {
     ) {
         let len = frame.len() + if frame.len() >= 192 { more } else { 0 };
         if let Ok(checked) = check_with(features, header, len, &frame) {
-            let CheckedHeader { header, protocol_headers } = checked;
+            let CheckedHeader { header, protocol_headers, segments } = checked;
             prop_assert!((14..=LONGEST).contains(&len) && protocol_headers <= 192 && header.flags <= 1);
             if header.is_gso() {
                 prop_assert!(is_sound(&header, len, &frame), "{header:?}");
                 prop_assert_eq!(usize::from(header.hdr_len), protocol_headers);
+                prop_assert!(segments <= 1366);
             } else {
                 let end = usize::from(header.csum_start) + usize::from(header.csum_offset) + 2;
                 prop_assert!(header.flags == 0 || (header.csum_start >= 14 && end <= len));
-                prop_assert_eq!(protocol_headers, 0);
+                prop_assert_eq!((protocol_headers, segments), (0, 1));
             }
         }
     }

@@ -137,6 +137,8 @@ pub struct CheckedHeader {
     pub header: VnetHeader,
     /// How many bytes of the frame, protocol headers that were checked, must be sent from the checked copy.
     pub protocol_headers: usize,
+    /// How many segments the host may make of the frame.
+    pub segments: usize,
 }
 
 /// What the driver may ask for on tx: the acknowledged features.
@@ -164,11 +166,11 @@ impl TxRules {
         }
         let plain = VnetHeader { flags: header.flags & F_NEEDS_CSUM, ..VnetHeader::default() };
         if plain.flags == 0 {
-            return Ok(CheckedHeader { header: plain, protocol_headers: 0 });
+            return Ok(CheckedHeader { header: plain, protocol_headers: 0, segments: 1 });
         }
         self.check_checksum(header, len)?;
         let header = VnetHeader { csum_start: header.csum_start, csum_offset: header.csum_offset, ..plain };
-        Ok(CheckedHeader { header, protocol_headers: 0 })
+        Ok(CheckedHeader { header, protocol_headers: 0, segments: 1 })
     }
 
     fn has(self, feature: u64) -> bool {
@@ -219,7 +221,7 @@ impl TxRules {
             csum_offset,
             num_buffers: 0,
         };
-        Ok(CheckedHeader { header, protocol_headers: headers })
+        Ok(CheckedHeader { header, protocol_headers: headers, segments })
     }
 
     /// What a GSO type promises of its frame, if it exists and was negotiated.

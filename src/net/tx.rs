@@ -38,6 +38,10 @@ const SLOT_LEN: usize = 2048 + 64;
 /// What is copied of a larger one.
 const START_LEN: usize = HEADER_LEN + PROTOCOL_HEADERS_MAX;
 
+/// A pass ends once the host may make so many segments of its frames: as many as of full frames of usual segments. It may
+/// take the time of thirty of those to cut a frame into the smallest.
+const SEGMENTS_BUDGET: usize = BUDGET * (FRAME_MAX / LARGE_FRAME);
+
 /// How many answers of the gateway there are in one pass at most.
 const ANSWERS_MAX: usize = 16;
 
@@ -49,6 +53,8 @@ pub struct Tx {
     stage: Stage,
     /// The frames of this pass, oldest first.
     frames: Vec<Frame>,
+    /// What the host may make of them.
+    segments: usize,
     coalesce: Coalesce,
     /// The run that the newest frame belongs to, and where it begins.
     run: Option<(usize, Run)>,
@@ -99,6 +105,7 @@ impl Tx {
             rules: TxRules::of(features),
             stage: Stage::new(device, io, rings, (BUDGET, SLOT_LEN)),
             frames: Vec::with_capacity(BUDGET),
+            segments: 0,
             coalesce,
             run: None,
             bounce: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
@@ -168,7 +175,8 @@ fn iovecs(mem: Arc<MemView>) -> GuestIovecs {
 impl Tx {
     fn gather(&mut self, queue: &mut Queue) -> Result<Pump, RingBroken> {
         self.iovecs.truncate(0);
-        while self.frames.len() < BUDGET && self.iovecs.len() < IOV_MAX {
+        self.segments = 0;
+        while self.frames.len() < BUDGET && self.iovecs.len() < IOV_MAX && self.segments < SEGMENTS_BUDGET {
             let Some(popped) = queue.pop(&mut self.iovecs)? else { return Ok(Pump::Drained) };
             let frame = self.examine(popped);
             let segment = frame.segment;
@@ -224,6 +232,7 @@ impl Tx {
         let start = frame.get(..staged.checked_sub(HEADER_LEN)?)?;
         let checked = self.rules.check(VnetHeader::from_bytes(head), len - HEADER_LEN, start).ok()?;
         *head = checked.header.to_bytes();
+        self.segments += checked.segments;
         if self.expected.is_some_and(|expected| start.get(6..12).is_some_and(|source| *source != expected)) {
             self.expected = None;
             self.unexpected = start.get(6..).and_then(|source| source.first_chunk()).copied();
