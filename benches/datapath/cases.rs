@@ -42,6 +42,9 @@ pub enum Kind {
     UdpToSocket(usize),
     /// The same, across a bridge to a veth end where nobody has to cut them.
     UdpToVeth(usize),
+    /// From the guest: super-frames of segments of so many bytes, across a bridge to a veth end where the host cuts them.
+    /// What counts is all of the back-end's CPU, which is busy with them.
+    TxCut(u16),
     /// To the guest: frames of so many bytes.
     Rx(usize),
     /// To the guest: super-frames.
@@ -121,12 +124,16 @@ pub fn measure(kind: Kind, contender: &Contender, scale: u64) -> Sample {
         Kind::TxLarge => transmit(contender, 1, &large(), 10 * scale),
         Kind::UdpToSocket(len) => to_socket(contender, len, 20 * scale),
         Kind::UdpToVeth(len) => to_veth(contender, len, 100 * scale),
+        Kind::TxCut(segment) => to_be_cut(contender, segment, 2 * scale),
         Kind::Rx(len) => receive(contender, len, 12 * scale),
         Kind::RxLarge => receive_large(contender, scale),
         Kind::UdpFromSocket => from_socket(contender, 9 * scale),
         Kind::PingPong => ping_pong(contender, 5 * scale),
     }
 }
+
+/// Frames that are sent before it is measured.
+const WARM_UP: u64 = 2000;
 
 fn transmit(contender: &Contender, pairs: usize, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> Sample {
     transmit_in(&Place::new(pairs > 1), contender, pairs, frames, count)
@@ -153,7 +160,7 @@ fn transmit_in(
             }
         });
     };
-    pass(&mut guest, 2000);
+    pass(&mut guest, WARM_UP);
     let (cpu, begun) = (process.cpu(), Instant::now());
     pass(&mut guest, count);
     let wall = begun.elapsed();
@@ -194,7 +201,7 @@ fn floor_transmit(place: &Place, contender: &Contender, frames: &[(VnetHdr, Vec<
         }
     };
     on_backend_cpu(|| {
-        send(2000.min(count));
+        send(WARM_UP.min(count));
         let (cpu, begun) = (thread_cpu(), Instant::now());
         send(count);
         Sample::new(count, thread_cpu() - cpu, begun.elapsed())
@@ -264,6 +271,36 @@ fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
 }
 
 fn to_veth(contender: &Contender, len: usize, count: u64) -> Sample {
+    let place = place_with_bridge();
+    transmit_in(&place, contender, 1, &[datagram(&NEIGHBOUR, len + 42)], count)
+}
+
+fn to_be_cut(contender: &Contender, segment: u16, count: u64) -> Sample {
+    let place = place_with_bridge();
+    place.namespace.ip("link set veth0 gso_max_size 2000");
+    let bytes = payload(Stamp { stream: 1, seq: 0 }, LARGE);
+    let header = VnetHdr { gso_size: segment, ..large_header() };
+    let frame = frames::tcp4(&NEIGHBOUR, 1, &bytes, L4Csum::Partial);
+    let arrived = || {
+        // A line of headings, and below it the bytes, then the packets.
+        let shown = place.namespace.ip("-s link show dev veth1");
+        let numbers = shown.lines().skip_while(|line| !line.contains("RX:")).nth(1);
+        let packets = numbers.and_then(|line| line.split_whitespace().nth(1));
+        packets.and_then(|packets| packets.parse::<u64>().ok()).expect("statistics")
+    };
+    let before = arrived();
+    let sample = transmit_in(&place, contender, 1, &[(header, frame)], count);
+    let each = (arrived() - before) / (count + WARM_UP);
+    // As many as wait for the other end at most (net.core.netdev_max_backlog).
+    assert!(each >= LARGE.div_ceil(segment.into()).min(1000) as u64, "only {each} segments of each frame arrive");
+    Sample { cpu_ns: 1e9 / sample.rate, ..sample }
+}
+
+/// Frames to this end flow on over the bridge.
+const NEIGHBOUR: Ends = Ends { dst_mac: [2, 0, 0, 0, 0, 9], ..Ends::TX };
+
+/// The TAP and a veth pair's end are ports of a bridge.
+fn place_with_bridge() -> Place {
     let place = Place::new(false);
     for command in [
         "link add br0 type bridge",
@@ -278,8 +315,7 @@ fn to_veth(contender: &Contender, len: usize, count: u64) -> Sample {
     }
     // A bridge listens before it forwards; and it floods what it has not seen.
     std::thread::sleep(Duration::from_millis(50));
-    let ends = Ends { dst_mac: [2, 0, 0, 0, 0, 9], ..Ends::TX };
-    transmit_in(&place, contender, 1, &[datagram(&ends, len + 42)], count)
+    place
 }
 
 /// A host's side whose frames wait in the TAP's queue until the guest has buffers.

@@ -79,6 +79,7 @@ fn cases() -> Vec<Case> {
     const SYSCALL: Contender = Contender::Ours(On::Tap, &["--io", "syscall"]);
     const URING: Contender = Contender::Ours(On::Tap, &["--io", "uring"]);
     const ALONE: Contender = Contender::Ours(On::Tap, &["--coalesce", "off"]);
+    const UNCONFINED: Contender = Contender::Ours(On::Tap, &["--sandbox", "off"]);
     const POLLING: Contender = Contender::Ours(On::Tap, &["--poll-us", "50"]);
     const ADAPTIVE: Contender = Contender::Ours(On::Tap, &["--poll-us", "auto"]);
     let with = |name, kind, more: &[Contender]| {
@@ -86,20 +87,23 @@ fn cases() -> Vec<Case> {
         contenders.extend_from_slice(more);
         Case { name, kind, contenders }
     };
+    let alone = |name, kind| Case { name, kind, contenders: vec![OURS] };
     let on_all = |name, kind| {
         let others = On::OTHERS.into_iter().flat_map(|on| [Contender::Floor(on), Contender::Ours(on, &[])]);
         Case { name, kind, contenders: [FLOOR, OURS].into_iter().chain(others).collect() }
     };
     vec![
-        with("tx 64 B, mixed flows", Kind::Tx(64), &[SYSCALL, URING, Contender::Testpmd]),
+        with("tx 64 B, mixed flows", Kind::Tx(64), &[SYSCALL, URING, UNCONFINED, Contender::Testpmd]),
         with("tx 512 B, mixed flows", Kind::Tx(512), &[]),
         with("tx 1500 B, mixed flows", Kind::Tx(1500), &[SYSCALL, URING, Contender::Testpmd]),
         Case { name: "tx 64 B, mixed flows, 2 pairs", kind: Kind::TxPairs(64), contenders: vec![FLOOR, OURS] },
         with("tx 64 KiB super-frames", Kind::TxLarge, &[]),
+        alone("tx super-frames cut by the host, 45 segments", Kind::TxCut(1448)),
+        alone("tx super-frames cut by the host, 1334 segments", Kind::TxCut(48)),
         with("udp 1400 B to a socket", Kind::UdpToSocket(1400), &[ALONE]),
         with("udp 200 B to a socket", Kind::UdpToSocket(200), &[ALONE]),
         with("udp 1400 B to a veth", Kind::UdpToVeth(1400), &[ALONE]),
-        with("rx 64 B", Kind::Rx(64), &[SYSCALL, URING]),
+        with("rx 64 B", Kind::Rx(64), &[SYSCALL, URING, UNCONFINED]),
         with("rx 512 B", Kind::Rx(512), &[]),
         with("rx 1500 B", Kind::Rx(1500), &[SYSCALL, URING]),
         with("rx 64 KiB super-frames", Kind::RxLarge, &[]),
