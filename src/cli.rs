@@ -50,7 +50,7 @@ pub struct Cli {
     ///
     /// An existing one must have been made with 'ip tuntap add dev NAME mode tun vnet_hdr', and with 'multi_queue' for
     /// more than one queue pair. Addresses and routes are given to it with ip(8), such as 'ip route add GUEST dev NAME'.
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["tap_fd", "macvtap", "macvtap_parent"])]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["macvtap", "macvtap_parent"])]
     pub tun: Option<InterfaceName>,
 
     /// Answer the guest's ARP requests and neighbour solicitations for these addresses [default: for all]
@@ -104,9 +104,9 @@ pub struct Cli {
     /// Use queues that were opened by someone else and passed as descriptors N,…: one for each queue pair
     ///
     /// Those of a TAP or TUN must have been opened with IFF_NO_PI and IFF_VNET_HDR, several of them with
-    /// IFF_MULTI_QUEUE; those of a MACVTAP are its open /dev/tapN. All of one interface.
+    /// IFF_MULTI_QUEUE; those of a MACVTAP are its open /dev/tapN. All of one interface. With --tap or --tun they may be
+    /// open /dev/net/tun that are no queues yet: they become queues of that interface, wherever it is.
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(3..))]
-    #[arg(conflicts_with = "tap")]
     pub tap_fd: Vec<i32>,
 
     /// Attach to a multi-queue TAP or TUN even though another process has queues on it, and share its frames with that one

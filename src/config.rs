@@ -11,6 +11,7 @@ use crate::device::macvtap::Macvtap;
 use crate::device::netns::NetNs;
 use crate::device::on_card::{OnCardMode, Wanted};
 use crate::device::packet::Existing;
+use crate::device::passed::Passed;
 use crate::device::tap::{Extras, TapByName};
 use crate::device::{Io, Layer};
 use crate::host_side::{DeviceChoice, HostSide, OnLoss};
@@ -60,7 +61,7 @@ impl Config {
             FrontEnds::Socket { .. } => None,
         };
         let queues = match &self.host.device {
-            DeviceChoice::TapFds(fds) => fds.as_slice(),
+            DeviceChoice::Passed(passed) => passed.fds.as_slice(),
             _ => &[],
         };
         front_end.into_iter().chain(queues.iter().copied()).collect()
@@ -148,7 +149,9 @@ impl TryFrom<Cli> for Config {
         };
         let (mac, mtu) = (cli.mac, cli.mtu);
         let layer = if cli.tun.is_some() { Layer::Ip } else { Layer::Ethernet };
-        let device = if let Some(name) = cli.tap.or(cli.tun) {
+        let device = if !cli.tap_fd.is_empty() {
+            DeviceChoice::Passed(Passed { fds: cli.tap_fd, of: cli.tap.or(cli.tun).map(|name| (layer, name)) })
+        } else if let Some(name) = cli.tap.or(cli.tun) {
             let extras = Extras {
                 bridge: cli.bridge,
                 owner: cli.owner.as_deref().map(user_number).transpose()?,
@@ -167,10 +170,8 @@ impl TryFrom<Cli> for Config {
                 queue_pairs,
                 promiscuous,
             })
-        } else if cli.tap_fd.is_empty() {
-            return Err(ConfigError::Incomplete);
         } else {
-            DeviceChoice::TapFds(cli.tap_fd)
+            return Err(ConfigError::Incomplete);
         };
         let sandbox = sandbox(cli.sandbox);
         let host = HostSide {
@@ -298,7 +299,9 @@ mod tests {
     #[test]
     fn queue_pairs_follow_the_descriptors() {
         let good = config("--socket-path s --tap-fd 5,6").expect("valid");
-        assert!(matches!(good.host.device, DeviceChoice::TapFds(fds) if fds == [5, 6]));
+        assert!(
+            matches!(good.host.device, DeviceChoice::Passed(passed) if passed.fds == [5, 6] && passed.of.is_none())
+        );
         let bad = config("--socket-path s --tap-fd 5,6 --queue-pairs 3").expect_err("refused");
         assert!(bad.contains("--queue-pairs 3") && bad.contains("2 descriptor"), "{bad}");
     }

@@ -9,8 +9,9 @@ use crate::device::link_watch::LinkWatch;
 use crate::device::macvtap::{self, Macvtap};
 use crate::device::netns::NetNs;
 use crate::device::packet::{self, Existing};
+use crate::device::passed::{self, Passed};
 use crate::device::tap::{self, TapByName};
-use crate::device::{Device, DeviceQueue, passed};
+use crate::device::{Device, DeviceQueue};
 
 /// The kinds of it.
 #[derive(Clone, Debug)]
@@ -22,7 +23,7 @@ pub enum DeviceChoice {
     /// An existing interface, or a MACVLAN to be made.
     Existing(Existing),
     /// Queues of a TAP, TUN or MACVTAP, as descriptors.
-    TapFds(Vec<i32>),
+    Passed(Passed),
 }
 
 /// What to do when the interface is deleted.
@@ -75,7 +76,7 @@ pub type OpenError = Box<dyn Error + Send + Sync>;
 impl DeviceChoice {
     /// Whether its queues are passed as descriptors, and never opened.
     pub fn is_passed(&self) -> bool {
-        matches!(self, DeviceChoice::TapFds(_))
+        matches!(self, DeviceChoice::Passed(_))
     }
 
     /// Whether it is made here, and has to be taken away.
@@ -84,7 +85,7 @@ impl DeviceChoice {
             DeviceChoice::Macvtap(Macvtap { interface, .. }) | DeviceChoice::Existing(Existing { interface, .. }) => {
                 interface.parent.is_some()
             }
-            DeviceChoice::Tap(_) | DeviceChoice::TapFds(_) => false,
+            DeviceChoice::Tap(_) | DeviceChoice::Passed(_) => false,
         }
     }
 }
@@ -143,7 +144,7 @@ fn open(choice: &DeviceChoice) -> Result<Opened, OpenError> {
         DeviceChoice::Tap(how) => tap::open(how)?,
         DeviceChoice::Macvtap(how) => macvtap::open(how)?,
         DeviceChoice::Existing(how) => packet::open(how)?,
-        DeviceChoice::TapFds(fds) => passed::from_fds(fds)?,
+        DeviceChoice::Passed(how) => passed::open(how)?,
     };
     Ok(Opened { watch: device.watch()?, device, queues })
 }

@@ -321,12 +321,7 @@ fn own_user_cannot_look_into_the_process() {
 
     place.namespace.add_tap(&TapSpec::new("tap0"));
     let socket = place.socket();
-    let directory = socket.parent().unwrap();
-    let binary = directory.join("binary");
-    fs::copy(BINARY, &binary).unwrap();
-    for path in [directory, &binary] {
-        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-    }
+    let binary = common::backend::for_any_user(&socket);
     let queue = place.namespace.open_tap("tap0", false);
     let mut command = place.namespace.command("setpriv");
     command.args(as_nobody).args([arg(&binary), "--socket-path", arg(&socket), "--tap-fd", "20"]);

@@ -12,6 +12,7 @@ use vhost_user_net::cli::Cli;
 use vhost_user_net::config::{Config, FrontEnds};
 use vhost_user_net::device::name::InterfaceName;
 use vhost_user_net::device::on_card::Wanted;
+use vhost_user_net::device::passed::Passed;
 use vhost_user_net::error_chain;
 use vhost_user_net::host_side::DeviceChoice;
 
@@ -46,12 +47,12 @@ fn check(config: &Config) {
         DeviceChoice::Tap(tap) => (vec![&tap.name], tap.queue_pairs),
         DeviceChoice::Macvtap(device) => (names(&device.interface), device.queue_pairs),
         DeviceChoice::Existing(device) => (names(&device.interface), device.queue_pairs),
-        DeviceChoice::TapFds(fds) => {
+        DeviceChoice::Passed(Passed { fds, of }) => {
             assert!(fds.iter().all(|fd| *fd > 2), "{fds:?}");
             if let FrontEnds::Descriptor(fd) = config.front_ends {
                 assert!(!fds.contains(&fd));
             }
-            (Vec::new(), fds.len() as u16)
+            (of.iter().map(|(_, name)| name).collect(), fds.len() as u16)
         }
     };
     assert!(names.iter().all(|name| is_name(name.as_str())), "{names:?}");

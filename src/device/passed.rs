@@ -9,10 +9,20 @@ use libc::{IFF_MULTI_QUEUE, IFF_TAP, IFF_VNET_HDR};
 use rustix::fs::FileType;
 use thiserror::Error;
 
+use super::name::InterfaceName;
 use super::netlink::{self, Link};
-use super::tap::TUN_PATH;
+use super::tap::{self, TUN_PATH, TapError};
 use super::tap_queue::{self, CannotSet, Interface};
 use super::{Device, DeviceQueue, Driver, Layer, Steering, ioctl, macvtap};
+
+/// Which descriptors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Passed {
+    /// Their numbers.
+    pub fds: Vec<i32>,
+    /// The TAP or TUN that they are to be queues of: one that is open and no queue yet becomes one.
+    pub of: Option<(Layer, InterfaceName)>,
+}
 
 /// Why descriptors cannot be used.
 #[derive(Debug, Error)]
@@ -25,6 +35,9 @@ pub enum PassedError {
         /// What is wrong with it, and what would be right.
         wrong: String,
     },
+    /// One cannot become a queue.
+    #[error(transparent)]
+    Attach(#[from] TapError),
     /// A setting was refused.
     #[error(transparent)]
     Set(#[from] CannotSet),
@@ -37,13 +50,19 @@ pub enum PassedError {
 ///
 /// # Errors
 /// [`PassedError::BadFd`] says which descriptor is wrong, and how.
-pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
+pub fn open(how: &Passed) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
+    let numbers = how.fds.as_slice();
     let bad = |fd, wrong: String| PassedError::BadFd { fd, wrong };
     let mut queues = Vec::new();
     let mut first: Option<(String, Driver, Layer)> = None;
-    for &number in numbers {
+    for (queue, &number) in (0..).zip(numbers) {
         let fd = ioctl::take_inherited_fd(number).map_err(|e| bad(number, format!("is not open: {e}")))?;
         let driver = driver_of(&fd);
+        if let Some((layer, name)) = &how.of
+            && ioctl::tun_get_iff(fd.as_fd()).is_err_and(|e| e.raw_os_error() == Some(libc::EBADFD))
+        {
+            tap::attach_passed(fd.as_fd(), (*layer, name), (queue, numbers.len() > 1))?;
+        }
         if driver == Driver::Macvtap {
             macvtap::prepare(&fd, numbers.len() > 1).map_err(|e| bad(number, format!("is no TAP queue: {e}")))?;
         }
@@ -63,6 +82,9 @@ pub fn from_fds(numbers: &[i32]) -> Result<(Device, Vec<DeviceQueue>), PassedErr
             return wrong("that takes one queue only; open all of them with IFF_MULTI_QUEUE");
         }
         let layer = if flags & IFF_TAP == 0 { Layer::Ip } else { Layer::Ethernet };
+        if let Some((other, wanted)) = how.of.as_ref().filter(|of| (of.0, of.1.as_str()) != (layer, name.as_str())) {
+            return wrong(&format!("({}), not of {:?} ({})", layer.name(), wanted.as_str(), other.name()));
+        }
         let (first_name, ..) = first.get_or_insert_with(|| (name.clone(), driver, layer));
         if *first_name != name {
             return wrong(&format!("and the first one is of {first_name:?}; all must be of one interface"));

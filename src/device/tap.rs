@@ -7,7 +7,7 @@
 //! * on a multi-queue one anybody who may open it can add queues, and the kernel then spreads flows over all of them.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -316,21 +316,41 @@ fn check_existing(how: &TapByName, link: &Link) -> Result<bool, TapError> {
 fn open_queue(how: &TapByName, queue: u16, exists: bool, multi_queue: bool) -> Result<OwnedFd, TapError> {
     let fd = rustix::fs::open(TUN_PATH, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
         .map_err(|cause| TapError::OpenTun { cause: cause.into() })?;
-    let name = how.name.as_str();
-    let kind = match how.layer {
-        Layer::Ethernet => IFF_TAP,
-        Layer::Ip => IFF_TUN,
-    };
-    let flags = kind | IFF_NO_PI | IFF_VNET_HDR | if multi_queue { IFF_MULTI_QUEUE } else { 0 };
-    ioctl::tun_set_iff(fd.as_fd(), name, flags).map_err(|cause| TapError::Attach {
+    let name = how.name.as_str().to_owned();
+    attach_queue(fd.as_fd(), (how.layer, &how.name), multi_queue).map_err(|cause| TapError::Attach {
         layer: how.layer,
-        name: name.to_owned(),
+        name,
         queue,
         exists,
         multi_queue,
         cause,
     })?;
     Ok(fd)
+}
+
+/// Makes a descriptor of the TUN driver that somebody else opened a queue of an interface, which may be in another network
+/// namespace: that of whoever opened it.
+pub(super) fn attach_passed(
+    fd: BorrowedFd<'_>,
+    of: (Layer, &InterfaceName),
+    (queue, multi_queue): (u16, bool),
+) -> Result<(), TapError> {
+    let mut attached = attach_queue(fd, of, multi_queue);
+    if !multi_queue && attached.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {
+        // One queue of several.
+        attached = attach_queue(fd, of, true);
+    }
+    let (layer, name) = (of.0, of.1.as_str().to_owned());
+    attached.map_err(|cause| TapError::Attach { layer, name, queue, exists: true, multi_queue, cause })
+}
+
+fn attach_queue(fd: BorrowedFd<'_>, (layer, name): (Layer, &InterfaceName), multi_queue: bool) -> io::Result<()> {
+    let kind = match layer {
+        Layer::Ethernet => IFF_TAP,
+        Layer::Ip => IFF_TUN,
+    };
+    let flags = kind | IFF_NO_PI | IFF_VNET_HDR | if multi_queue { IFF_MULTI_QUEUE } else { 0 };
+    ioctl::tun_set_iff(fd, name.as_str(), flags).map(|_| ())
 }
 
 /// A bridge's index.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -272,6 +273,17 @@ impl Drop for Spawned {
             let _ = self.child.wait();
         }
     }
+}
+
+/// A copy of the binary beside the socket, where any user may start it.
+pub fn for_any_user(socket: &Path) -> PathBuf {
+    let directory = socket.parent().unwrap();
+    let binary = directory.join("binary");
+    fs::copy(env!("CARGO_BIN_EXE_vhost-user-net"), &binary).unwrap();
+    for path in [directory, &binary] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    binary
 }
 
 /// Lets the command's process have `fd` under this number, which is to be below 100.

@@ -1,15 +1,15 @@
 //! TAP queues and front-ends that somebody else opened and passed as descriptors.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 
 use crate::common::PATIENCE;
-use crate::common::backend::{Spawned, arg, inherit};
+use crate::common::backend::{Spawned, arg, for_any_user, inherit};
 use crate::common::bench::Guest;
 use crate::common::frontend::RawFrontend;
-use crate::common::netns::{TapSpec, require_root};
+use crate::common::netns::{PacketSocket, TapSpec, require_root};
 use crate::{BINARY, Place, TAP, assert_frames_pass};
 
 const IFF_TAP: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -47,6 +47,68 @@ fn queues_that_were_passed_as_descriptors_are_served() {
 
         // One pair of several: the others have no buffers, so their queues are not attached.
         assert_frames_pass(&mut guest, &place.host());
+    }
+}
+
+/// What a manager of services passes (`OpenFile=/dev/net/tun`) to one without rights, whose network is another.
+#[test]
+fn open_device_becomes_a_queue_of_the_interface_that_is_named() {
+    if !require_root("open_device_becomes_a_queue_of_the_interface_that_is_named") {
+        return;
+    }
+    let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"];
+    for (pairs, kind, more) in [(1, "tap", ""), (1, "tap", "multi_queue"), (2, "tap", "multi_queue"), (1, "tun", "")] {
+        let place = Place::new();
+        place.namespace.ip(&format!("tuntap add dev it0 mode {kind} vnet_hdr user 65534 {more}"));
+        place.namespace.ip("link set it0 up");
+        let open = || OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap().into();
+        let devices: Vec<OwnedFd> = (0..pairs).map(|_| place.namespace.within(open)).collect();
+        let fds: Vec<_> = devices.iter().map(AsFd::as_fd).collect();
+        let mut command = Command::new("unshare");
+        command.arg("--net").arg("setpriv").args(nobody).arg(for_any_user(&place.socket()));
+        let mut command = with_tap_fds(command, &place, &fds);
+        let mut backend = Spawned::run(command.args([&format!("--{kind}"), "it0"]));
+        backend.wait_line("Listening on");
+        let what = kind.to_uppercase();
+        assert!(backend.log().contains(&format!("Took {pairs} descriptor(s) of {what} \"it0\"")), "{}", backend.log());
+        if kind == "tap" {
+            let mut guest = Guest::new(pairs, 0);
+            let _front_end = place.connect(&guest);
+            assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, "it0"));
+        }
+        // Started again by who kept them, it finds them to be queues already.
+        drop(backend);
+        let mut command = with_tap_fds(place.namespace.command(BINARY), &place, &fds);
+        let mut backend = Spawned::run(command.args([&format!("--{kind}"), "it0"]));
+        backend.wait_line("Listening on");
+    }
+}
+
+/// F-06
+#[test]
+fn descriptor_that_cannot_become_a_queue_of_what_is_named_is_refused() {
+    if !require_root("descriptor_that_cannot_become_a_queue_of_what_is_named_is_refused") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.ip("tuntap add dev tun0 mode tun vnet_hdr");
+    place.namespace.ip("link add br0 type bridge");
+    let device = OwnedFd::from(place.namespace.within(|| OpenOptions::new().write(true).open("/dev/net/tun").unwrap()));
+    let queue = place.namespace.open_tun("other0", IFF_TAP);
+    for (fd, option, wanted) in [
+        (&device, ["--tap", "tun0"], "Cannot attach to TAP \"tun0\" (queue 0)"),
+        (&device, ["--tap", "br0"], "Cannot attach to TAP \"br0\" (queue 0)"),
+        (&queue, ["--tap", "tap0"], "Descriptor 20 of --tap-fd is a queue of \"other0\" (TAP), not of \"tap0\""),
+        (
+            &queue,
+            ["--tun", "other0"],
+            "Descriptor 20 of --tap-fd is a queue of \"other0\" (TAP), not of \"other0\" (TUN)",
+        ),
+    ] {
+        let mut command = with_tap_fds(place.namespace.command(BINARY), &place, &[fd.as_fd()]);
+        let (code, log) = Spawned::refusal(command.args(option));
+        assert_eq!(code, Some(1), "{option:?}: {log}");
+        assert!(log.contains(wanted), "{option:?}: {log}");
     }
 }
 
