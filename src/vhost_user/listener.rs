@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 use thiserror::Error;
 
 /// Bytes of a socket's path, without the closing NUL (unix(7)).
 pub const PATH_MAX: usize = 107;
+/// Front-ends that may wait to be accepted: there is one at a time, and it is told that at once.
+const BACKLOG: i32 = 128;
 
 /// Who may connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,12 +97,7 @@ impl SocketListener {
             return Err(ListenError::TooLong { path: path.to_owned(), len });
         }
         remove_stale(path)?;
-        // Nobody may connect before mode and group are as asked. The process has one thread still.
-        let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
-        let listener = UnixListener::bind(path);
-        rustix::process::umask(umask);
-        let listener = listener.map_err(failed("listen on"))?;
-        listener.set_nonblocking(true).map_err(failed("set up"))?;
+        let listener = listen_for_owner(path).map_err(|errno| failed("listen on")(errno.into()))?;
         let inode = fs::symlink_metadata(path).map_err(failed("examine"))?.ino();
         let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -146,14 +143,28 @@ impl AsFd for SocketListener {
 impl Drop for SocketListener {
     fn drop(&mut self) {
         let Some(name) = self.path.file_name() else { return };
-        // Somebody may have put another socket there: that one is not ours to remove.
-        let found = rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW);
-        if found.is_ok_and(|found| found.st_ino == self.inode)
-            && let Err(error) = rustix::fs::unlinkat(&self.directory, name, AtFlags::empty())
-        {
+        let removed = match rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) if found.st_ino == self.inode => rustix::fs::unlinkat(&self.directory, name, AtFlags::empty()),
+            // Not ours to remove.
+            Ok(_) => return log::info!("Socket {:?} is another one by now, and stays", self.path),
+            Err(Errno::NOENT) => return,
+            Err(errno) => Err(errno),
+        };
+        if let Err(error) = removed {
             log::warn!("Cannot remove socket {:?}: {error}", self.path);
         }
     }
+}
+
+/// A listening socket whose file only its owner may connect to: nobody else may before mode and group are as asked.
+fn listen_for_owner(path: &Path) -> Result<UnixListener, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // The file that it is bound to gets the mode of the socket (Linux, unix_bind).
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(UnixListener::from(socket))
 }
 
 /// Removes the socket of a process that is gone.
@@ -186,5 +197,21 @@ fn remove_socket_if_dead(path: &Path) -> Result<(), ListenError> {
         // A full backlog is somebody's too.
         Ok(()) | Err(Errno::AGAIN) => Err(ListenError::InUse { path: path.to_owned() }),
         Err(errno) => Err(failed("probe")(errno.into())),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn socket_is_its_owners_alone_from_the_start() {
+        let path = std::env::temp_dir().join(format!("vhost-user-net-test-{}", std::process::id()));
+        let listener = listen_for_owner(&path).unwrap();
+        let mode = fs::symlink_metadata(&path).unwrap().mode();
+        fs::remove_file(&path).unwrap();
+        assert_eq!(mode & 0o777, 0o600);
+        drop(listener);
     }
 }
