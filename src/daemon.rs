@@ -101,9 +101,15 @@ pub fn block_signals() -> std::io::Result<()> {
     signals().thread_block().map_err(std::io::Error::from)
 }
 
-/// Lets this process have as many descriptors as it may: each memory region, kick and call is one.
-pub fn raise_descriptor_limit() {
+/// Lets this process have as many descriptors as it may (each memory region, kick and call is one), and as much locked
+/// memory (of batches).
+pub fn raise_limits() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    if setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }).is_err() {
+        let limit = getrlimit(Resource::Memlock);
+        // It was never more than that.
+        let _ = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit });
+    }
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         log::warn!("Cannot raise the limit of open files from {:?}: {error}", limit.current);

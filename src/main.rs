@@ -43,7 +43,7 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     log_lines::start(config.log_level);
     device::close_inherited(&config.inherited());
     daemon::block_signals()?;
-    daemon::raise_descriptor_limit();
+    daemon::raise_limits();
     config.nic.tuning.io = config.nic.tuning.io.usable()?;
     let connected = match &config.front_ends {
         FrontEnds::Descriptor(fd) => Some(UnixStream::from(device::connected_socket(*fd)?)),

@@ -39,12 +39,22 @@ pub enum Io {
 
 /// io_uring was asked for and cannot be used.
 #[derive(Debug, Error)]
-#[error(
-    "--io uring: this kernel does not let this process use io_uring; see 'sysctl kernel.io_uring_disabled', or use --io auto"
-)]
+#[error("--io uring: this process cannot use io_uring{}; --io auto goes without", why_no_uring(cause))]
 pub struct NoUring {
     #[source]
     cause: io::Error,
+}
+
+/// What may help where there is no io_uring.
+pub(crate) fn why_no_uring(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::ENOMEM) => {
+            ": this user may lock no more memory ('ulimit -l', LimitMEMLOCK=), of which a pair needs 1.3 MiB"
+        }
+        Some(libc::EPERM) => ": it is forbidden ('sysctl kernel.io_uring_disabled', or a filter of system calls)",
+        Some(libc::ENOSYS) => ": this kernel has none",
+        _ => "",
+    }
 }
 
 impl Io {
@@ -58,7 +68,7 @@ impl Io {
             (_, Ok(())) => Ok(self),
             (Io::Uring, Err(cause)) => Err(NoUring { cause }),
             (_, Err(error)) => {
-                log::info!("io_uring cannot be used, each frame takes a system call: {error}");
+                log::info!("No io_uring, each frame takes a system call{}: {error}", why_no_uring(&error));
                 Ok(Io::Syscall)
             }
         }

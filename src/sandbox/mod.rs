@@ -20,7 +20,7 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr,
     RulesetStatus, Scope,
 };
-use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use thiserror::Error;
 
@@ -130,7 +130,6 @@ pub fn enter(wanted: Wanted, later: Later<'_>) -> Result<Sandbox, SandboxError> 
         log::info!("Sandbox workers: only the threads that touch guest memory are confined: {reason}");
         return Ok(Sandbox { level: Level::Workers });
     }
-    raise_locked_memory();
     let missing = match wanted {
         Wanted::Seccomp => Some("as was asked for".to_owned()),
         _ => match leave(later.directory) {
@@ -179,16 +178,6 @@ fn deny_access(directory: Option<BorrowedFd<'_>>) -> Result<(), SandboxError> {
     };
     let status = ruleset.and_then(|ruleset| ruleset.restrict_self()).map_err(SandboxError::Landlock)?;
     if status.ruleset == RulesetStatus::NotEnforced { Err(SandboxError::NoLandlock) } else { Ok(()) }
-}
-
-/// Batches lock their memory, of which a process without capabilities may have little.
-fn raise_locked_memory() {
-    let unlimited = Rlimit { current: None, maximum: None };
-    if setrlimit(Resource::Memlock, unlimited).is_err() {
-        let limit = getrlimit(Resource::Memlock);
-        // It was never more than that.
-        let _ = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit });
-    }
 }
 
 /// Gives up the calling thread's capabilities, and what could give any back to it.

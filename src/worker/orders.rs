@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::{QueuePair, READABLE, Usage, ring_of};
+use crate::device::stage::why_no_uring;
 use crate::device::{DeviceQueue, Io};
 use crate::memory::MemView;
 use crate::net::Uplink;
@@ -92,7 +93,8 @@ impl QueuePair {
             && self.io != Io::Syscall
             && let Err(error) = self.rings.seal()
         {
-            log::warn!("Queue pair {}: no io_uring, each frame takes a system call: {error}", self.index);
+            let (index, hint) = (self.index, why_no_uring(&error));
+            log::warn!("Queue pair {index}: no io_uring, each frame takes a system call{hint}: {error}");
             self.io = Io::Syscall;
         }
         sandbox.confine(if is_packet_socket { Role::PacketWorker } else { Role::TapWorker })

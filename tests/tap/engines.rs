@@ -1,13 +1,13 @@
 //! Frames in io_uring batches on a real TAP: their order, what happens without io_uring, and a killed process's ring.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::common::backend::{Spawned, arg, inherit};
+use crate::common::backend::{Spawned, arg, for_any_user, inherit};
 use crate::common::bench::Guest;
 use crate::common::frames::{Checker, Ends, Stamp, test_frame};
 use crate::common::netns::{TapSpec, require_root};
@@ -73,7 +73,7 @@ fn frame_that_the_tap_refuses_for_now_is_not_overtaken() {
     let socket = place.socket();
     let mut command = Command::new(crate::BINARY);
     command.args(["--socket-path", arg(&socket), "--tap-fd", "7", "--io", "uring"]);
-    inherit(&mut command, std::os::fd::AsFd::as_fd(&queue.fd), 7);
+    inherit(&mut command, queue.fd.as_fd(), 7);
     let mut backend = Spawned::run(&mut command);
     backend.wait_line("Listening on");
     let mut guest = Guest::new(1, feature::EVENT_IDX);
@@ -167,7 +167,7 @@ fn frames_pass_with_system_calls_where_io_uring_is_forbidden() {
     place.namespace.add_tap(&TapSpec::new(TAP));
     let mut backend = Spawned::run(&mut without_io_uring(&place, &[]));
     backend.wait_line("Listening on");
-    assert_eq!(backend.log().matches("io_uring").count(), 1, "{}", backend.log());
+    assert_eq!(backend.log().matches("o io_uring").count(), 1, "{}", backend.log());
     let mut guest = Guest::new(1, feature::MRG_RXBUF);
     let _front_end = place.connect(&guest);
     assert_frames_pass(&mut guest, &place.host());
@@ -186,11 +186,22 @@ fn frames_pass_where_little_memory_may_be_locked() {
         return;
     }
     let place = Place::new();
+    // A user who has nothing else: all of a user's processes count together.
     place.namespace.add_tap(&TapSpec::new(TAP));
+    let queue = place.namespace.open_tap(TAP, false);
     let socket = place.socket();
-    let mut command = place.namespace.command("setpriv");
-    command.args(["--bounding-set", "-ipc_lock", "prlimit", "--memlock=65536", crate::BINARY]);
-    command.args(["--socket-path", arg(&socket), "--tap", TAP, "--io", "uring"]);
+    let mut command = place.namespace.command("prlimit");
+    command.args([
+        "--memlock=65536",
+        "setpriv",
+        "--reuid=61234",
+        "--regid=61234",
+        "--clear-groups",
+        "--bounding-set=-all",
+    ]);
+    command.arg("--inh-caps=-all").arg(for_any_user(&socket));
+    command.args(["--socket-path", arg(&socket), "--tap-fd", "20", "--io", "uring"]);
+    inherit(&mut command, queue.fd.as_fd(), 20);
     let mut backend = Spawned::run(&mut command);
     backend.wait_line("Listening on");
     let mut guest = Guest::new(1, feature::MRG_RXBUF);
