@@ -72,16 +72,19 @@ const EVERYWHERE: &[Permit] = &[
     data_only(libc::SYS_mmap, "mmap", "memory for the batches of a ring that starts"),
     data_only(libc::SYS_mprotect, "mprotect", "the allocator's arena of a thread grows so"),
     any(libc::SYS_munmap, "munmap", "such memory, and guest memory with its last user"),
-    any(libc::SYS_madvise, "madvise", "the stack of a thread that ends"),
     any(libc::SYS_brk, "brk", "the allocator"),
     any(libc::SYS_sigaltstack, "sigaltstack", "the end of a thread, or of the process"),
-    any(libc::SYS_exit, "exit", "the end of a thread"),
-    any(libc::SYS_exit_group, "exit_group", "the end of the process"),
-    any(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "the end of a thread"),
     any(libc::SYS_rt_sigreturn, "rt_sigreturn", "after a signal, such as those of a debugger"),
     any(libc::SYS_restart_syscall, "restart_syscall", "after a stop, by the kernel's own doing"),
     any(libc::SYS_ppoll, "ppoll", "whether a log line would have to wait; whether a front-end has hung up"),
     any(libc::SYS_clock_gettime, "clock_gettime", "the time, on a host whose clock only the kernel can read"),
+];
+
+/// Of every thread but the control thread.
+const THREAD: &[Permit] = &[
+    any(libc::SYS_exit, "exit", "the end of the thread"),
+    any(libc::SYS_madvise, "madvise", "its stack then"),
+    any(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "no signals then"),
 ];
 
 #[cfg(debug_assertions)]
@@ -168,7 +171,6 @@ const CONTROL: &[Permit] = &[
                 (libc::F_GETFL as u32, "F_GETFL"),
                 (libc::F_SETFL as u32, "F_SETFL"),
                 (libc::F_ADD_SEALS as u32, "F_ADD_SEALS"),
-                (libc::F_DUPFD_CLOEXEC as u32, "F_DUPFD_CLOEXEC"),
             ],
         ),
         "descriptors of the front-end: not to block, not to shrink",
@@ -191,9 +193,9 @@ const CONTROL: &[Permit] = &[
         "front-ends must not block; offloads that the guest acknowledged; whether the interface is there",
     ),
     any(libc::SYS_timerfd_settime, "timerfd_settime", "what is due later"),
-    any(libc::SYS_getrandom, "getrandom", "the seed of a hash table"),
     any(libc::SYS_newfstatat, "newfstatat", "whether the socket's file is still ours, at the end"),
     any(libc::SYS_unlinkat, "unlinkat", "to remove it then"),
+    any(libc::SYS_exit_group, "exit_group", "the end of the process"),
 ];
 
 impl Role {
@@ -202,12 +204,12 @@ impl Role {
 
     /// What it may do.
     pub fn permits(self) -> impl Iterator<Item = &'static Permit> {
-        let own = match self {
-            Role::TapWorker => TAP_WORKER,
-            Role::PacketWorker => PACKET_WORKER,
-            Role::ControlQueue => CONTROL_QUEUE,
-            Role::Control => CONTROL,
+        let (own, common) = match self {
+            Role::TapWorker => (TAP_WORKER, THREAD),
+            Role::PacketWorker => (PACKET_WORKER, THREAD),
+            Role::ControlQueue => (CONTROL_QUEUE, THREAD),
+            Role::Control => (CONTROL, &[][..]),
         };
-        own.iter().chain(EVERYWHERE)
+        own.iter().chain(common).chain(EVERYWHERE)
     }
 }
