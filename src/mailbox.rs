@@ -139,6 +139,29 @@ mod tests {
         assert_eq!(mailbox.call(|n| *n), Ok(5));
     }
 
+    /// As the threads do it, which sleep meanwhile.
+    #[test]
+    fn owner_that_looks_only_when_it_is_woken_misses_nothing() {
+        const CALLS: u32 = if cfg!(miri) { 10 } else { 2000 };
+        let mailbox = Mailbox::spawn("owner".to_owned(), Duration::from_secs(60), |inbox: Inbox<u32>| {
+            let mut owned = 0;
+            loop {
+                if inbox.wake().read().is_err() {
+                    std::thread::yield_now();
+                } else if !inbox.run_jobs(&mut owned) {
+                    break;
+                }
+            }
+        })
+        .expect("thread");
+        let call = || (0..CALLS).for_each(|_| assert!(mailbox.call(|n| *n += 1).is_ok()));
+        std::thread::scope(|scope| {
+            scope.spawn(call);
+            scope.spawn(call);
+        });
+        assert_eq!(mailbox.call(|n| *n), Ok(2 * CALLS));
+    }
+
     #[test]
     fn call_to_a_thread_that_ended_is_an_error() {
         let mailbox = Mailbox::spawn("gone".to_owned(), Duration::from_secs(5), |_: Inbox<()>| {}).expect("thread");

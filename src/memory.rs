@@ -252,4 +252,4 @@ impl MemView {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

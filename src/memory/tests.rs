@@ -14,6 +14,12 @@ fn region(guest: u64, size: u64) -> Arc<Region> {
     Arc::new(Region::map(setup(guest, size, 0), memfd(size)).expect("map"))
 }
 
+/// A region that nobody shares: it needs no file, so that Miri can follow what is done with it.
+pub(crate) fn private_region(guest: u64, size: u64) -> Arc<Region> {
+    let map = MmapRegion::new(size as usize).expect("map");
+    Arc::new(Region { setup: setup(guest, size, 0), map, lead: 0 })
+}
+
 #[test]
 fn range_over_two_adjacent_regions_is_two_pieces() {
     let view = MemView::new(vec![region(0x3000, 0x1000), region(0x1000, 0x2000)]).expect("disjoint");

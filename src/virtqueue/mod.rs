@@ -23,3 +23,6 @@ pub use chain::{ChainFault, Shape};
 pub use iovec::GuestIovecs;
 pub use queue::{Head, Popped, Queue, RingBroken};
 pub use split::{QueueSize, RingError, SplitRing, SplitRingAddresses};
+
+#[cfg(test)]
+mod tests;
