@@ -243,3 +243,50 @@ fn words(header: &[u8; HEADER_LEN]) -> [u32; 3] {
     let [a, b, c, d, e, f, g, h, i, j, k, l] = *header;
     [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn pair() -> (UnixStream, Codec) {
+        let (peer, stream) = UnixStream::pair().unwrap();
+        (peer, Codec::new(stream).unwrap())
+    }
+
+    /// A message without payload.
+    const MESSAGE: [u8; HEADER_LEN] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+
+    #[test]
+    fn peer_that_closes_between_two_messages_has_closed() {
+        let (mut peer, mut codec) = pair();
+        peer.write_all(&MESSAGE).unwrap();
+        drop(peer);
+        assert!(matches!(codec.receive(), Ok(Received::Message(_))));
+        assert!(matches!(codec.receive(), Ok(Received::Closed)));
+    }
+
+    #[test]
+    fn peer_that_closes_in_the_middle_of_a_message_has_cut_it_off() {
+        let (mut peer, mut codec) = pair();
+        peer.write_all(&MESSAGE[..5]).unwrap();
+        assert!(matches!(codec.receive(), Ok(Received::Nothing)));
+        drop(peer);
+        assert!(matches!(codec.receive(), Err(StreamError::CutOff)));
+    }
+
+    #[test]
+    fn peer_is_waited_for_in_the_middle_of_a_message_only() {
+        let (mut peer, mut codec) = pair();
+        assert!(matches!(codec.receive(), Ok(Received::Nothing)));
+        assert_eq!(codec.deadline(), None);
+        peer.write_all(&MESSAGE[..5]).unwrap();
+        assert!(matches!(codec.receive(), Ok(Received::Nothing)));
+        assert!(codec.deadline().is_some());
+        peer.write_all(&MESSAGE[5..]).unwrap();
+        assert!(matches!(codec.receive(), Ok(Received::Message(_))));
+        assert_eq!(codec.deadline(), None);
+    }
+}
