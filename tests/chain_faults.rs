@@ -204,6 +204,16 @@ fn chain_of_more_pieces_than_one_call_takes_is_a_fault() {
     assert_eq!((shape.readable_len, shape.readable().len()), (1025, 2));
 }
 
+/// what holds nothing is passed over, but not without end.
+#[test]
+fn chain_of_more_empty_buffers_than_one_call_takes_pieces_is_a_fault() {
+    let table: Vec<_> = (0..1024_u16).map(|k| desc(BUF, 0, u16::from(k < 1023), k + 1)).collect();
+    let shape = walk(INDIRECT, &[desc(BUF, 1, NEXT, 1), indirect(1024)], &table).unwrap();
+    assert_eq!((shape.readable_len, shape.readable().len()), (1, 1));
+    let chain = [desc(BUF, 0, NEXT, 1), indirect(1024)];
+    assert_eq!(fault(INDIRECT, &chain, &table), ChainFault::TooManyBuffers);
+}
+
 ///
 #[test]
 fn buffer_in_the_wrong_direction_is_a_fault_of_its_queue() {
