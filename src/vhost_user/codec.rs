@@ -245,7 +245,7 @@ fn words(header: &[u8; HEADER_LEN]) -> [u32; 3] {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use std::io::Write;
 
@@ -288,5 +288,36 @@ mod tests {
         peer.write_all(&MESSAGE[5..]).unwrap();
         assert!(matches!(codec.receive(), Ok(Received::Message(_))));
         assert_eq!(codec.deadline(), None);
+    }
+
+    /// The other end of what came as a descriptor may have set it to.
+    #[test]
+    fn stream_that_would_wait_is_not_waited_for() {
+        let (_peer, mut codec) = pair();
+        codec.stream.set_nonblocking(false).unwrap();
+        assert!(matches!(codec.receive(), Ok(Received::Nothing)));
+        while !codec.is_blocked() {
+            codec.reply(1, &[0; PAYLOAD_MAX]).unwrap();
+        }
+        assert!(codec.deadline().is_some());
+    }
+
+    #[test]
+    fn descriptors_are_not_handed_on_to_other_programs() {
+        let (peer, mut codec) = pair();
+        let fds = [peer.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
+        sendmsg(&peer, &[IoSlice::new(&MESSAGE)], &mut control, SendFlags::empty()).unwrap();
+        let Ok(Received::Message(message)) = codec.receive() else { panic!("a message") };
+        assert!(rustix::io::fcntl_getfd(&message.fds[0]).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
+    }
+
+    /// vhost-user, "Header": request, flags (version 1, no reply wanted), size of the payload.
+    #[test]
+    fn request_of_ours_is_a_header() {
+        let words = [7_u32, 1, 0].map(u32::to_ne_bytes);
+        assert_eq!(request_of_ours(7), words.as_flattened());
     }
 }
