@@ -19,9 +19,6 @@ console_shows() { grep -q "$1" "$CONSOLE_LOG"; }
 
 console_shows_or_gone() { console_shows "$1" || gone "$VMM_PID"; }
 
-# `console_ready SECONDS` waits for the guest to come up.
-console_ready() { wait_for "$1" console_shows_or_gone '^@@ READY' && console_shows '^@@ READY'; }
-
 # `guest SECONDS COMMAND` runs a command in the guest (process $VMM_PID); its output is in
 # GUEST_OUT, its status is ours; 124 if it does not end in time.
 guest() {
