@@ -80,6 +80,8 @@ const EVERYWHERE: &[Permit] = &[
     any(libc::SYS_clock_gettime, "clock_gettime", "the time, on a host whose clock only the kernel can read"),
 ];
 
+const YIELD: Permit = any(libc::SYS_sched_yield, "sched_yield", "others first, while it looks for frames (--poll-us)");
+
 /// Of every thread but the control thread.
 const THREAD: &[Permit] = &[
     any(libc::SYS_exit, "exit", "the end of the thread"),
@@ -94,6 +96,7 @@ const CHECKED_CLOSE: Permit =
 
 /// Of what moves frames of a TAP.
 const TAP_WORKER: &[Permit] = &[
+    YIELD,
     #[cfg(debug_assertions)]
     CHECKED_CLOSE,
     any(libc::SYS_readv, "readv", "a frame to the guest"),
@@ -127,6 +130,7 @@ const TAP_WORKER: &[Permit] = &[
 
 /// Of what moves frames of a packet socket.
 const PACKET_WORKER: &[Permit] = &[
+    YIELD,
     #[cfg(debug_assertions)]
     CHECKED_CLOSE,
     any(libc::SYS_recvmsg, "recvmsg", "a frame to the guest, with its VLAN tag"),
