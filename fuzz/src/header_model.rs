@@ -38,7 +38,7 @@ pub fn check(features: u64, header: VnetHdr, len: usize, start: &[u8]) -> Option
         _ => return None,
     };
     let ecn_is_good = header.gso_type & gso::ECN == 0 || (protocol == TCP && has(feature::HOST_ECN));
-    if !(has(allowed_by) && ecn_is_good && wants_csum && csum_is_good && header.gso_size > 0) {
+    if !(has(allowed_by) && ecn_is_good && wants_csum && csum_is_good && (1..0xffff).contains(&header.gso_size)) {
         return None;
     }
     let start = &start[..len.min(start.len())];

@@ -20,6 +20,9 @@ pub const PROTOCOL_HEADERS_MAX: usize = 192;
 /// A frame of thousands costs the host hundreds of times a normal one.
 pub(super) const SEGMENTS_MAX: usize = 1366;
 
+/// Not a size for Linux, but an order to cut where fragments of its own end; newer ones refuse that from outside.
+const GSO_BY_FRAGS: u16 = 0xffff;
+
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
 pub const F_NEEDS_CSUM: u8 = 1;
 /// `VIRTIO_NET_HDR_F_DATA_VALID`.
@@ -196,7 +199,7 @@ impl TxRules {
     fn check_gso(self, header: VnetHeader, len: usize, start: &[u8]) -> Result<CheckedHeader, HeaderFault> {
         let VnetHeader { flags, gso_type, gso_size, csum_start, csum_offset, .. } = header;
         let l4 = self.negotiated_protocol(gso_type).ok_or(HeaderFault::NotNegotiated { flags, gso_type })?;
-        if gso_size == 0 || flags & F_NEEDS_CSUM == 0 {
+        if gso_size == 0 || gso_size == GSO_BY_FRAGS || flags & F_NEEDS_CSUM == 0 {
             return Err(HeaderFault::Contradictory { flags, gso_type, gso_size });
         }
         self.check_checksum(header, len)?;
