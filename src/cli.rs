@@ -141,7 +141,7 @@ pub struct Cli {
 
     /// What to do when the interface is deleted [default: exit in the sandbox, which leaves no way to open another; else wait]
     ///
-    /// Descriptors of --tap-fd are never opened again, and their loss is waited out.
+    /// Descriptors of --tap-fd are never opened again; unless this says exit, their loss is waited out.
     #[arg(long, value_name = "WHAT")]
     pub on_device_loss: Option<LossChoice>,
 

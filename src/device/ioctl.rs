@@ -1,5 +1,5 @@
-//! The TUN/TAP driver's ioctls and packet sockets' options: unsafe door 2. Each function is one call with its types; what
-//! to call when, and what an error means, is for those to know who use them.
+//! The TUN/TAP driver's ioctls, packet sockets' options, and descriptors that this process was started with: unsafe door 2.
+//! Each function is one call with its types; what to call when, and what an error means, is for those to know who use them.
 #![allow(unsafe_code)]
 
 use std::io;

@@ -80,6 +80,7 @@ const EVERYWHERE: &[Permit] = &[
     any(libc::SYS_clock_gettime, "clock_gettime", "the time, on a host whose clock only the kernel can read"),
 ];
 
+/// Of threads that may poll.
 const YIELD: Permit = any(libc::SYS_sched_yield, "sched_yield", "others first, while it looks for frames (--poll-us)");
 
 /// Of every thread but the control thread.
@@ -89,8 +90,8 @@ const THREAD: &[Permit] = &[
     any(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "no signals then"),
 ];
 
-#[cfg(debug_assertions)]
 /// Of threads that close descriptors, where the standard library checks what is closed.
+#[cfg(debug_assertions)]
 const CHECKED_CLOSE: Permit =
     values(libc::SYS_fcntl, "fcntl", (1, &[(libc::F_GETFD as u32, "F_GETFD")]), "a check of builds for debugging");
 
