@@ -128,6 +128,7 @@ impl TryFrom<Cli> for Config {
         let tuning = Tuning {
             io: io(cli.io),
             coalescing: coalescing(cli.coalesce),
+            segment_limit: cli.max_segments,
             polling: cli.poll_us,
             cpus: cli.cpu_affinity,
         };

@@ -97,6 +97,8 @@ counters! {
     tx_drop_bad_length,
     /// Dropped: the virtio-net header asks for what was not negotiated or does not fit the frame.
     tx_drop_bad_header,
+    /// Dropped: the host would have to cut it into more segments than `--max-segments` allows.
+    tx_drop_too_many_segments,
     /// Dropped: no IP packet, where the device takes nothing else.
     tx_drop_not_ip,
     /// ARP requests and neighbour solicitations, where there is nobody but the gateway.

@@ -1,6 +1,7 @@
 //! What an operator may choose about how frames are moved.
 
 use crate::device::Io;
+use crate::net::header::SegmentLimit;
 use crate::polling::Polling;
 
 /// Whether frames of one flow go to the device as one.
@@ -22,6 +23,8 @@ pub struct Tuning {
     pub io: Io,
     /// Whether frames of one flow go to the device as one.
     pub coalescing: Coalescing,
+    /// Into how many segments the host may have to cut a frame of the guest.
+    pub segment_limit: SegmentLimit,
     /// How long to look again before sleeping.
     pub polling: Polling,
     /// The CPUs that the workers are bound to, in turn; none for any.

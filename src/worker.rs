@@ -28,6 +28,7 @@ use crate::metrics::PairCounters;
 use crate::net::Pump;
 use crate::net::coalesce::Coalesce;
 use crate::net::framing::Framing;
+use crate::net::header::SegmentLimit;
 use crate::net::rx::{Admission, HeldFrame, Rx};
 use crate::net::tx::Tx;
 use crate::notify::KickState;
@@ -79,6 +80,7 @@ pub struct QueuePair {
     rings: Rings,
     coalesce: Coalesce,
     framing: Framing,
+    segment_limit: SegmentLimit,
     poller: Poller,
     admission: Admission,
     /// Whether the device may have frames.
@@ -122,6 +124,7 @@ pub fn spawn(
         rings: Rings::default(),
         coalesce,
         framing,
+        segment_limit: how.segment_limit,
         poller: Poller::new(how.polling),
         admission: Admission::default(),
         readable: true,
@@ -279,6 +282,9 @@ impl QueuePair {
         if let Some(source) = tx.take_unexpected_source() {
             self.device.warn_of_source(source);
         }
+        if let Some(segments) = tx.take_too_many_segments() {
+            warn_of_segments(self.index, segments, self.segment_limit);
+        }
         if let Some((_, rx)) = &mut self.rx {
             for answer in tx.take_answers() {
                 rx.answer(answer, &self.counters);
@@ -382,6 +388,15 @@ impl QueuePair {
             ring.park(&self.poll, &self.counters.broken_rings, &mut self.throttle, &why);
         }
     }
+}
+
+/// The guest may have a use for it, so its operator should know.
+fn warn_of_segments(index: usize, segments: usize, limit: SegmentLimit) {
+    log::warn!(
+        "Queue pair {index}: dropped a frame that is to be cut into {segments} segments; --max-segments allows {limit} \
+         ({} at most). Others like it are counted as tx_drop_too_many_segments",
+        SegmentLimit::MOST
+    );
 }
 
 /// A ring on which there is nothing to do is asked for kicks, at once or after it was polled.

@@ -21,6 +21,7 @@ use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::Uplink;
 use vhost_user_net::net::coalesce::Coalesce;
 use vhost_user_net::net::framing::Framing;
+use vhost_user_net::net::header::SegmentLimit;
 use vhost_user_net::net::rx::{Admission, Rx};
 use vhost_user_net::net::tx::Tx;
 
@@ -88,7 +89,14 @@ fn place() -> Place {
 
 impl Place {
     fn uplink(&self, io: Io, coalesce: Coalesce) -> Uplink<'_> {
-        Uplink { device: &self.device, io, rings: &self.rings, coalesce, framing: &Framing::Whole }
+        Uplink {
+            device: &self.device,
+            io,
+            rings: &self.rings,
+            coalesce,
+            framing: &Framing::Whole,
+            segment_limit: SegmentLimit::default(),
+        }
     }
 }
 

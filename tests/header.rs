@@ -9,7 +9,7 @@ use common::frames::{self, Ends, L4Csum, TCP_CSUM_OFFSET, UDP_CSUM_OFFSET};
 use common::virtio::{VnetHdr, feature, gso, net_flag};
 use proptest::prelude::*;
 use vhost_user_net::net::features::GuestOffloads;
-use vhost_user_net::net::header::{CheckedHeader, HeaderFault, TxRules, VnetHeader, check_rx};
+use vhost_user_net::net::header::{CheckedHeader, HeaderFault, SegmentLimit, TxRules, VnetHeader, check_rx};
 
 const TX_ALL: u64 =
     feature::CSUM | feature::HOST_TSO4 | feature::HOST_TSO6 | feature::HOST_ECN | feature::HOST_UFO | feature::HOST_USO;
@@ -24,7 +24,18 @@ fn ours(header: VnetHdr) -> VnetHeader {
 }
 
 fn check_with(features: u64, header: VnetHdr, len: usize, frame: &[u8]) -> Result<CheckedHeader, HeaderFault> {
-    TxRules::of(features).check(ours(header), len, &frame[..frame.len().min(192)])
+    check_within(SegmentLimit::MOST, features, header, len, frame)
+}
+
+fn check_within(
+    segments: u16,
+    features: u64,
+    header: VnetHdr,
+    len: usize,
+    frame: &[u8],
+) -> Result<CheckedHeader, HeaderFault> {
+    let limit = SegmentLimit::new(segments).expect("a limit");
+    TxRules::of(features, limit).check(ours(header), len, &frame[..frame.len().min(192)])
 }
 
 fn check(header: VnetHdr, frame: &[u8]) -> Result<CheckedHeader, HeaderFault> {
@@ -146,6 +157,26 @@ fn request_for_more_segments_than_a_full_frame_of_48_bytes_is_refused() {
     assert_eq!(with(8, 65_000), Err(HeaderFault::TooManySegments { segments: 8125 }), "H-05");
     assert!(with(48, LONGEST - headers).is_ok());
     assert!(with(1448, 0).is_ok(), "no payload is no segment");
+}
+
+/// H-05
+#[test]
+fn request_for_more_segments_than_the_operator_allows_is_refused() {
+    let frame = tcp4();
+    let header = VnetHdr { gso_size: 100, ..request(gso::TCPV4, L4_OF_IPV4) };
+    let with = |limit, payload| check_within(limit, TX_ALL, header, L4_OF_IPV4 + 20 + payload, &frame);
+    for limit in [1, 45, 180, 655] {
+        let most = usize::from(limit) * 100;
+        assert_eq!(with(limit, most).map(|checked| checked.segments), Ok(usize::from(limit)));
+        assert_eq!(
+            with(limit, most + 1),
+            Err(HeaderFault::TooManySegments { segments: usize::from(limit) + 1 }),
+            "H-05"
+        );
+    }
+    assert_eq!([0, 1, 1366, 1367].map(|limit| SegmentLimit::new(limit).is_some()), [false, true, true, false]);
+    // Four frames' worth of a full frame on the usual MTU.
+    assert_eq!(SegmentLimit::default(), SegmentLimit::new(4 * (65_535_u16 - 40).div_ceil(1460)).expect("a limit"));
 }
 
 /// H-06

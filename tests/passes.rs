@@ -15,6 +15,7 @@ use vhost_user_net::device::{Device, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::coalesce::Coalesce;
 use vhost_user_net::net::framing::Framing;
+use vhost_user_net::net::header::SegmentLimit;
 use vhost_user_net::net::tx::Tx;
 use vhost_user_net::net::{BUDGET, Pump, Uplink};
 
@@ -34,7 +35,8 @@ fn passes(header: &VnetHdr, frame: &[u8], count: usize) -> Vec<usize> {
     let mut side = DeviceSide::start(&ring, ALL).unwrap();
     let rings = Rings::default();
     let (io, coalesce) = (Io::Syscall, Coalesce::default());
-    let uplink = Uplink { device: &queues[0], io, rings: &rings, coalesce, framing: &Framing::Whole };
+    let segment_limit = SegmentLimit::LARGEST;
+    let uplink = Uplink { device: &queues[0], io, rings: &rings, coalesce, framing: &Framing::Whole, segment_limit };
     let features = feature::CSUM | feature::HOST_TSO4;
     let mut tx = Tx::new(Arc::clone(side.queue.mem()), features, &uplink);
     let counters = PairCounters::default();

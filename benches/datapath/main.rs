@@ -79,6 +79,7 @@ fn cases() -> Vec<Case> {
     const SYSCALL: Contender = Contender::Ours(On::Tap, &["--io", "syscall"]);
     const URING: Contender = Contender::Ours(On::Tap, &["--io", "uring"]);
     const ALONE: Contender = Contender::Ours(On::Tap, &["--coalesce", "off"]);
+    const FINEST: Contender = Contender::Ours(On::Tap, &["--max-segments", "1366"]);
     const UNCONFINED: Contender = Contender::Ours(On::Tap, &["--sandbox", "off"]);
     const POLLING: Contender = Contender::Ours(On::Tap, &["--poll-us", "50"]);
     const ADAPTIVE: Contender = Contender::Ours(On::Tap, &["--poll-us", "auto"]);
@@ -99,7 +100,8 @@ fn cases() -> Vec<Case> {
         Case { name: "tx 64 B, mixed flows, 2 pairs", kind: Kind::TxPairs(64), contenders: vec![FLOOR, OURS] },
         with("tx 64 KiB super-frames", Kind::TxLarge, &[]),
         alone("tx super-frames cut by the host, 45 segments", Kind::TxCut(1448)),
-        alone("tx super-frames cut by the host, 1334 segments", Kind::TxCut(48)),
+        alone("tx super-frames cut by the host, 180 segments", Kind::TxCut(356)),
+        Case { contenders: vec![FINEST], ..alone("tx super-frames cut by the host, 1334 segments", Kind::TxCut(48)) },
         with("udp 1400 B to a socket", Kind::UdpToSocket(1400), &[ALONE]),
         with("udp 200 B to a socket", Kind::UdpToSocket(200), &[ALONE]),
         with("udp 1400 B to a veth", Kind::UdpToVeth(1400), &[ALONE]),

@@ -17,6 +17,7 @@ use vhost_user_net::net::Uplink;
 use vhost_user_net::net::coalesce::Coalesce;
 use vhost_user_net::net::features::GuestOffloads;
 use vhost_user_net::net::framing::Framing;
+use vhost_user_net::net::header::SegmentLimit;
 use vhost_user_net::net::rx::{Admission, Rx};
 use vhost_user_net::net::tx::Tx;
 use vhost_user_net::virtqueue::Queue;
@@ -47,8 +48,15 @@ fn run(input: &mut Input<'_>) {
     let coalesce = Coalesce { tcp: input.flag(), udp: input.flag() };
     let (tap, fd) = TapDouble::new();
     let (_, queues) = Device::from_sockets(vec![fd], Layer::Ethernet).unwrap();
-    let uplink =
-        Uplink { device: &queues[0], io: Io::Syscall, rings: &Rings::default(), coalesce, framing: &Framing::Whole };
+    let segment_limit = SegmentLimit::LARGEST;
+    let uplink = Uplink {
+        device: &queues[0],
+        io: Io::Syscall,
+        rings: &Rings::default(),
+        coalesce,
+        framing: &Framing::Whole,
+        segment_limit,
+    };
     for ring in [TX, RX] {
         mem.fill(ring.avail, 4, 0);
         mem.fill(ring.used, 4, 0);

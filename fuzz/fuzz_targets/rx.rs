@@ -16,6 +16,7 @@ use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::coalesce::Coalesce;
 use vhost_user_net::net::features::GuestOffloads;
 use vhost_user_net::net::framing::Framing;
+use vhost_user_net::net::header::SegmentLimit;
 use vhost_user_net::net::rx::{Admission, Rx};
 use vhost_user_net::net::{Pump, Uplink};
 use vhost_user_net::virtqueue::Queue;
@@ -65,8 +66,15 @@ fn run(input: &mut Input<'_>) {
     mem.fill(ADDRS.used, 4, 0);
     let found = find(view, SIZE, ADDRS).unwrap();
     let mut queue = Queue::start(found, Arc::clone(view), RingFeatures { event_idx: false, indirect }).unwrap();
-    let uplink =
-        Uplink { device, io, rings: &Rings::default(), coalesce: Coalesce::default(), framing: &Framing::Whole };
+    let segment_limit = SegmentLimit::LARGEST;
+    let uplink = Uplink {
+        device,
+        io,
+        rings: &Rings::default(),
+        coalesce: Coalesce::default(),
+        framing: &Framing::Whole,
+        segment_limit,
+    };
     let acked = features | if mergeable { feature::MRG_RXBUF } else { 0 };
     let admission = Admission { offloads: GuestOffloads::of(acked), ..Admission::default() };
     let mut rx = Rx::new(Arc::clone(view), acked, admission, &uplink, Vec::new());

@@ -14,6 +14,7 @@ use vhost_user_net::device::{Device, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::coalesce::Coalesce;
 use vhost_user_net::net::framing::Framing;
+use vhost_user_net::net::header::SegmentLimit;
 use vhost_user_net::net::tx::Tx;
 use vhost_user_net::net::{Pump, Uplink};
 use vhost_user_net::virtqueue::Queue;
@@ -50,7 +51,8 @@ fn run(input: &mut Input<'_>) {
     mem.fill(ADDRS.used, 4, 0);
     let found = find(view, SIZE, ADDRS).unwrap();
     let mut queue = Queue::start(found, Arc::clone(view), RingFeatures { event_idx: false, indirect }).unwrap();
-    let uplink = Uplink { device, io, rings: &Rings::default(), coalesce, framing: &Framing::Whole };
+    let segment_limit = SegmentLimit::LARGEST;
+    let uplink = Uplink { device, io, rings: &Rings::default(), coalesce, framing: &Framing::Whole, segment_limit };
     let mut tx = Tx::new(Arc::clone(view), features, &uplink);
     let counters = PairCounters::default();
     let mut writer = Writer { mem, addrs: ADDRS, size: SIZE, next: 0, tables: TABLES, chains: 0 };

@@ -4,6 +4,8 @@
 //! that copy is what the kernel gets. For a segmentation request the protocol headers are copied and checked too: what
 //! is declared must be what is there. `tx` and `rx` call this; nothing here touches guest memory.
 
+use std::fmt;
+
 use thiserror::Error;
 
 use super::features::{
@@ -16,9 +18,9 @@ use super::{ETH_HEADER, FRAME_MAX};
 pub const HEADER_LEN: usize = 12;
 /// How much of a frame is looked at for its protocol headers: Ethernet, two VLAN tags, IP and TCP with all options.
 pub const PROTOCOL_HEADERS_MAX: usize = 192;
-/// The most segments that one frame may ask for: a full frame of the smallest TCP segments that make sense (48 bytes).
+/// The most segments that one frame may ever ask for: a full frame of the smallest TCP segments that make sense (48 bytes).
 /// A frame of thousands costs the host hundreds of times a normal one.
-pub(super) const SEGMENTS_MAX: usize = 1366;
+pub(super) const SEGMENTS_MAX: usize = SegmentLimit::MOST as usize;
 
 /// Not a size for Linux, but an order to cut where fragments of its own end; newer ones refuse that from outside.
 const GSO_BY_FRAGS: u16 = 0xffff;
@@ -125,8 +127,8 @@ pub enum HeaderFault {
         /// The header's type.
         gso_type: u8,
     },
-    /// Too many segments.
-    #[error("{segments} segments")]
+    /// More segments than are allowed.
+    #[error("{segments} segments, too many")]
     TooManySegments {
         /// How many it would make.
         segments: usize,
@@ -144,14 +146,48 @@ pub struct CheckedHeader {
     pub segments: usize,
 }
 
-/// What the driver may ask for on tx: the acknowledged features.
+/// Into how many segments the host may have to cut one frame of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentLimit(u16);
+
+impl SegmentLimit {
+    /// The largest limit.
+    pub const MOST: u16 = 1366;
+    /// It.
+    pub const LARGEST: SegmentLimit = SegmentLimit(Self::MOST);
+
+    /// A limit of `segments`, unless that is zero or more than [`SegmentLimit::MOST`].
+    pub fn new(segments: u16) -> Option<SegmentLimit> {
+        (1..=Self::MOST).contains(&segments).then_some(SegmentLimit(segments))
+    }
+}
+
+impl fmt::Display for SegmentLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Default for SegmentLimit {
+    /// Four times those of a full frame on the usual MTU (45): a frame is to cost the host no more than four times that.
+    /// A TCP peer has to ask for segments of less than 364 bytes to come by more.
+    fn default() -> SegmentLimit {
+        SegmentLimit(180)
+    }
+}
+
+/// What the driver may ask for on tx.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct TxRules(u64);
+pub struct TxRules {
+    /// The acknowledged features.
+    acked: u64,
+    limit: SegmentLimit,
+}
 
 impl TxRules {
-    /// The rules that follow from the acknowledged features.
-    pub fn of(acked: u64) -> TxRules {
-        TxRules(features::consistent(acked))
+    /// The rules that follow from the acknowledged features and from what the operator allows.
+    pub fn of(acked: u64, limit: SegmentLimit) -> TxRules {
+        TxRules { acked: features::consistent(acked), limit }
     }
 
     /// Checks the header of a frame of `len` bytes; `start` is a private copy of the frame's first bytes, up to
@@ -177,7 +213,7 @@ impl TxRules {
     }
 
     fn has(self, feature: u64) -> bool {
-        self.0 & feature != 0
+        self.acked & feature != 0
     }
 
     /// NEEDS_CSUM was negotiated, stands alone, and its field lies behind the Ethernet header, within the frame.
@@ -211,7 +247,7 @@ impl TxRules {
         }
         let headers = l4.headers_end(start, found.offset).ok_or(HeaderFault::WrongProtocol { gso_type })?;
         let segments = len.saturating_sub(headers).div_ceil(usize::from(gso_size));
-        if segments > SEGMENTS_MAX {
+        if segments > usize::from(self.limit.0) {
             return Err(HeaderFault::TooManySegments { segments });
         }
         // `hdr_len` is computed, whatever the driver said; `headers` is at most PROTOCOL_HEADERS_MAX.

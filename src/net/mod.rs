@@ -19,6 +19,7 @@ use crate::device::stage::Rings;
 use crate::device::{DeviceQueue, Io, VlanTag};
 use coalesce::Coalesce;
 use framing::Framing;
+use header::SegmentLimit;
 
 /// The host's side of a queue pair, and how frames are moved there.
 #[derive(Clone)]
@@ -33,6 +34,8 @@ pub struct Uplink<'a> {
     pub coalesce: Coalesce,
     /// How frames stand there.
     pub framing: &'a Framing,
+    /// Into how many segments the host may have to cut one.
+    pub segment_limit: SegmentLimit,
 }
 
 /// How a pass over one direction ended. Ordinary ends, all of them.

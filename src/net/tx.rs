@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use super::coalesce::{Coalesce, Run, Segment};
 use super::filter::Mac;
 use super::framing::Framing;
-use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
+use super::header::{HEADER_LEN, HeaderFault, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
 use super::ip_link::{Answer, Way};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
@@ -38,8 +38,8 @@ const SLOT_LEN: usize = 2048 + 64;
 /// What is copied of a larger one.
 const START_LEN: usize = HEADER_LEN + PROTOCOL_HEADERS_MAX;
 
-/// A pass ends once the host may make so many segments of its frames: as many as of full frames of usual segments. It may
-/// take the time of thirty of those to cut a frame into the smallest.
+/// A pass ends once the host may make so many segments of its frames: as many as of full frames of usual segments. Where
+/// the operator allows the smallest, one frame of those takes the time of thirty.
 const SEGMENTS_BUDGET: usize = BUDGET * (FRAME_MAX / LARGE_FRAME);
 
 /// How many answers of the gateway there are in one pass at most.
@@ -64,6 +64,9 @@ pub struct Tx {
     expected: Option<Mac>,
     /// That other one.
     unexpected: Option<Mac>,
+    /// How many segments the first frame asked for that asked for more than are allowed, and whether it was told.
+    too_many: Option<usize>,
+    told_of_segments: bool,
     framing: Framing,
     /// The gateway's, for the guest.
     answers: Vec<Answer>,
@@ -99,10 +102,10 @@ type Reason = fn(&PairCounters) -> &Counter;
 impl Tx {
     /// A direction to `uplink` for a guest that acknowledged `features`, whose memory is `mem`.
     pub fn new(mem: Arc<MemView>, features: u64, uplink: &Uplink<'_>) -> Tx {
-        let Uplink { device, io, rings, coalesce, .. } = *uplink;
+        let Uplink { device, io, rings, coalesce, segment_limit, .. } = *uplink;
         Tx {
             iovecs: iovecs(mem),
-            rules: TxRules::of(features),
+            rules: TxRules::of(features, segment_limit),
             stage: Stage::new(device, io, rings, (BUDGET, SLOT_LEN)),
             frames: Vec::with_capacity(BUDGET),
             segments: 0,
@@ -111,6 +114,8 @@ impl Tx {
             bounce: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
             expected: device.address(),
             unexpected: None,
+            too_many: None,
+            told_of_segments: false,
             framing: uplink.framing.clone(),
             answers: Vec::with_capacity(ANSWERS_MAX),
         }
@@ -126,6 +131,12 @@ impl Tx {
     #[inline]
     pub fn take_unexpected_source(&mut self) -> Option<Mac> {
         self.unexpected.take()
+    }
+
+    /// How many segments the first frame asked for that was dropped because it asked for too many.
+    #[inline]
+    pub fn take_too_many_segments(&mut self) -> Option<usize> {
+        self.too_many.take()
     }
 
     /// Carries on with another view of memory.
@@ -205,8 +216,13 @@ impl Tx {
         if !(HEADER_LEN + ETH_HEADER..=HEADER_LEN + FRAME_MAX).contains(&len) {
             return dropped(head, |c| &c.tx_drop_bad_length);
         }
-        let Some((staged, segment)) = self.stage_start(chain, len) else {
-            return dropped(head, |c| &c.tx_drop_bad_header);
+        let (staged, segment) = match self.stage_start(chain, len) {
+            Ok(staged) => staged,
+            Err(HeaderFault::TooManySegments { segments }) => {
+                self.tell_of_segments(segments);
+                return dropped(head, |c| &c.tx_drop_too_many_segments);
+            }
+            Err(_) => return dropped(head, |c| &c.tx_drop_bad_header),
         };
         let pieces = chain.readable();
         match self.framing.link().map_or(Way::Device, |link| link.way(self.staged(self.frames.len(), staged))) {
@@ -223,14 +239,16 @@ impl Tx {
     }
 
     /// Copies the start of a frame to its slot and checks the header there; a small frame that cannot be part of a run is
-    /// copied as a whole. Tells how much is on the stage. `None` if the header asks for what it may not.
+    /// copied as a whole. Tells how much is on the stage. An error if the header asks for what it
+    /// may not.
     #[inline]
-    fn stage_start(&mut self, chain: Shape, len: usize) -> Option<(usize, Option<Segment>)> {
+    fn stage_start(&mut self, chain: Shape, len: usize) -> Result<(usize, Option<Segment>), HeaderFault> {
+        let short = HeaderFault::Length { len };
         let slot = self.stage.slot_mut(self.frames.len());
-        let staged = self.iovecs.copy_to(chain.readable(), 0, slot.get_mut(..len.min(START_LEN))?);
-        let (head, frame) = slot.split_first_chunk_mut::<HEADER_LEN>()?;
-        let start = frame.get(..staged.checked_sub(HEADER_LEN)?)?;
-        let checked = self.rules.check(VnetHeader::from_bytes(head), len - HEADER_LEN, start).ok()?;
+        let staged = self.iovecs.copy_to(chain.readable(), 0, slot.get_mut(..len.min(START_LEN)).ok_or(short)?);
+        let (head, frame) = slot.split_first_chunk_mut::<HEADER_LEN>().ok_or(short)?;
+        let start = staged.checked_sub(HEADER_LEN).and_then(|staged| frame.get(..staged)).ok_or(short)?;
+        let checked = self.rules.check(VnetHeader::from_bytes(head), len - HEADER_LEN, start)?;
         *head = checked.header.to_bytes();
         self.segments += checked.segments;
         if self.expected.is_some_and(|expected| start.get(6..12).is_some_and(|source| *source != expected)) {
@@ -239,9 +257,19 @@ impl Tx {
         }
         let segment = Segment::of(self.coalesce, checked.header, start, len - HEADER_LEN);
         if segment.is_some() || staged == len || len > SLOT_LEN {
-            return Some((staged, segment));
+            return Ok((staged, segment));
         }
-        Some((staged + self.iovecs.copy_to(chain.readable(), staged, slot.get_mut(staged..len)?), None))
+        let rest = slot.get_mut(staged..len).ok_or(short)?;
+        Ok((staged + self.iovecs.copy_to(chain.readable(), staged, rest), None))
+    }
+
+    /// Remembers to say it, once for a ring that was started.
+    #[cold]
+    fn tell_of_segments(&mut self, segments: usize) {
+        if !self.told_of_segments {
+            self.too_many = Some(segments);
+            self.told_of_segments = true;
+        }
     }
 
     /// Has the newest frame join the run before it, or begin one.

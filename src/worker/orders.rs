@@ -208,6 +208,7 @@ impl QueuePair {
             rings: &self.rings,
             coalesce: self.coalesce,
             framing: &self.framing,
+            segment_limit: self.segment_limit,
         }
     }
 

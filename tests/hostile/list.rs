@@ -147,7 +147,7 @@ pub(crate) const ROWS: &[Row] = &[
     row("H-02", "unknown segmentation type", "dropped", Tested),
     row("H-03", "segmentation not negotiated", "dropped", Tested),
     row("H-04", "segmentation of size 0", "dropped", Tested),
-    row("H-05", "more segments than 1,366", "dropped", Tested),
+    row("H-05", "more segments than are allowed", "dropped", Tested),
     row("H-06", "segmentation of another protocol", "dropped", Tested),
     row("H-07", "segmentation without checksum", "dropped", Tested),
     row("H-08", "checksum far outside", "dropped", Tested),

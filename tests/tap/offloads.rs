@@ -218,3 +218,38 @@ fn offload_that_the_guest_did_not_negotiate_is_not_given_to_the_kernel() {
     assert_eq!(host.recv_vnet(PATIENCE).expect("the good frame").1, good);
     backend.wait_counter("tx_drop_bad_header", 2);
 }
+
+/// H-05. The host would be busy with such frames for long; an operator may allow them.
+#[test]
+fn frame_of_many_segments_reaches_the_kernel_only_where_the_operator_allows_it() {
+    if !require_root("frame_of_many_segments_reaches_the_kernel_only_where_the_operator_allows_it") {
+        return;
+    }
+    let many = VnetHdr { gso_size: 100, ..needs_segmentation() };
+    let frame = tcp_frame(&Ends::TX, 0, 18_100);
+    for (options, is_allowed) in [(&[][..], false), (&["--max-segments", "181"], true)] {
+        let place = place_with_tap();
+        let mut backend = place.start(options);
+        let mut guest = guest_with(TSO);
+        let _front_end = place.connect(&guest);
+        let host = host(&place);
+        for _ in 0..3 {
+            guest.pairs[0].send(&many, &frame);
+        }
+        let good = frames::test_frame(&Ends::TX, Stamp { stream: 2, seq: 0 }, 100);
+        guest.pairs[0].send(&VnetHdr::default(), &good);
+
+        if is_allowed {
+            for _ in 0..3 {
+                assert_eq!(host.recv_vnet(PATIENCE).expect("a frame of many segments"), (many, frame.clone()));
+            }
+        }
+        assert_eq!(host.recv_vnet(PATIENCE).expect("the good frame").1, good);
+        if !is_allowed {
+            backend.wait_line("to be cut into 181 segments; --max-segments allows 180 (1366 at most)");
+            backend.wait_counter("tx_drop_too_many_segments", 3);
+        }
+        let log = backend.log();
+        assert_eq!(log.matches("segments; --max-segments allows").count(), usize::from(!is_allowed), "{log}");
+    }
+}
