@@ -147,7 +147,7 @@ part_mutants() {
         options="$(printf -- '--file %s ' ${group%%:*}) -C=--lib $(printf -- '-C=--test=%s ' ${group#*:})"
         # 2 is that some were missed, 3 that some took too long: both are judged below.
         # shellcheck disable=SC2086 # words
-        run_rust_as_root cargo mutants --timeout 60 --output "$out" $options >&2 || status=$?
+        CARGO_PROFILE_DEV_DEBUG=none run_rust_as_root cargo mutants --timeout 60 --output "$out" $options >&2 || status=$?
         [[ $status =~ ^[023]$ ]] || return $status
         cat "$out/mutants.out/missed.txt"
         cat "$out"/mutants.out/{caught,timeout}.txt >>"$out/found"

@@ -256,6 +256,16 @@ impl Daemon {
         }
     }
 
+    /// Ends a session whose memory was taken away under the rings.
+    fn look_for_lost_memory(&mut self, ops: &mut EventOps) {
+        if let Some(guest) = self.session.as_ref().and_then(Session::lost_memory) {
+            log::error!(
+                "Guest memory from {guest:#x} on is gone: its file was shortened by the front-end, whose session ends"
+            );
+            self.end_session(ops);
+        }
+    }
+
     fn process_session(&mut self, ops: &mut EventOps) {
         let Some(session) = &mut self.session else { return };
         match session.process() {

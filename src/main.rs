@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use vhost_user_net::cli::Cli;
@@ -12,7 +13,7 @@ use vhost_user_net::host_side::Opened;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::sandbox::{self, Later};
 use vhost_user_net::vhost_user::listener::SocketListener;
-use vhost_user_net::{device, error_chain, log_lines};
+use vhost_user_net::{device, error_chain, log_lines, memory};
 
 /// For management software (QEMU, "Backend program conventions"); network back-ends have no features to list there.
 const CAPABILITIES: &str = r#"{"type": "net", "features": []}"#;
@@ -66,6 +67,7 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     let later = Later { keeps_rights: config.host.why_rights_are_needed(), directory };
     let sandbox = sandbox::enter(config.sandbox, later)?;
     let nic = Nic::new(device, queues, config.nic)?;
+    memory::guard::install(Arc::clone(nic.alarm()))?;
     nic.confine(sandbox)?;
     Daemon::new(nic, source, config.session)?.with_signals()?.following(config.host, watch).run_in(sandbox)?;
     Ok(())

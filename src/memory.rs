@@ -6,13 +6,17 @@
 //!
 //! The guest writes this memory at any moment. Nothing here hands out a Rust reference to guest bytes: words are loaded
 //! and stored through atomics, ranges are copied, and addresses for scatter-gather I/O go to `virtqueue::iovec` only.
-//! This file knows no rings, no messages and no networking.
+//! Where a front-end takes memory away under the rings, `guard` keeps this process alive. This file knows no rings, no
+//! messages and no networking.
+
+pub mod guard;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use guard::Guarded;
 use rustix::fs::{FileType, OFlags, SealFlags};
 use thiserror::Error;
 use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
@@ -76,12 +80,17 @@ pub enum MapError {
         #[source]
         cause: vm_memory::mmap::MmapRegionError,
     },
+    /// More are mapped than can be guarded.
+    #[error("Too many memory regions are mapped")]
+    TooMany,
 }
 
 /// One mapped region of guest memory.
 #[derive(Debug)]
 pub struct Region {
     setup: RegionSetup,
+    /// Goes before `map` does.
+    guarded: Guarded,
     map: MmapRegion,
     /// Where the region starts in `map`, which may begin earlier for alignment.
     lead: usize,
@@ -100,8 +109,8 @@ impl Region {
         let [Some(_), Some(_), Some(file_end)] = ends else {
             return Err(MapError::Wraps { setup });
         };
-        // So that nobody shortens the file under our feet: touching what is gone would raise SIGBUS. Only a memfd that
-        // was made for it can be sealed; for the rest there is nothing to be done here.
+        // So that nobody shortens the file under our feet. Only a memfd that was made for it can be sealed; for the rest
+        // there is the guard.
         let _ = rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK);
         let align = check_file(&fd, file_end)?;
         let start = setup.file_offset & !(align - 1);
@@ -114,12 +123,19 @@ impl Region {
         };
         let map = MmapRegion::from_file(FileOffset::new(File::from(fd), start), length)
             .map_err(|cause| MapError::Map { size: length as u64, offset: start, cause })?;
-        Ok(Region { setup, map, lead })
+        let begin = map.as_ptr() as usize;
+        let guarded = Guarded::new(begin..begin + length).ok_or(MapError::TooMany)?;
+        Ok(Region { setup, guarded, map, lead })
     }
 
     /// What the front-end said of this region.
     pub fn setup(&self) -> &RegionSetup {
         &self.setup
+    }
+
+    /// Whether its file was shortened, so that there are only zeros now ([`guard`]).
+    pub fn is_lost(&self) -> bool {
+        self.guarded.is_lost()
     }
 
     /// The bytes `offset .. offset + len` of the region, if they are all inside it.

@@ -105,6 +105,7 @@ impl Daemon {
     pub(super) fn take_alarm(&mut self, ops: &mut EventOps) {
         // What it counts is of no interest.
         let _ = self.nic.alarm().read();
+        self.look_for_lost_memory(ops);
         self.look_for_loss(ops);
     }
 

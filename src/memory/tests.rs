@@ -17,7 +17,9 @@ fn region(guest: u64, size: u64) -> Arc<Region> {
 /// A region that nobody shares: it needs no file, so that Miri can follow what is done with it.
 pub(crate) fn private_region(guest: u64, size: u64) -> Arc<Region> {
     let map = MmapRegion::new(size as usize).expect("map");
-    Arc::new(Region { setup: setup(guest, size, 0), map, lead: 0 })
+    let start = map.as_ptr() as usize;
+    let guarded = Guarded::new(start..start + size as usize).expect("room");
+    Arc::new(Region { setup: setup(guest, size, 0), guarded, map, lead: 0 })
 }
 
 #[test]

@@ -150,6 +150,11 @@ impl Session {
         self.codec.deadline()
     }
 
+    /// The guest address of memory that was taken away under the rings, if any was.
+    pub fn lost_memory(&self) -> Option<u64> {
+        self.mem.regions().iter().find(|region| region.is_lost()).map(|region| region.setup().guest)
+    }
+
     /// Whether rings changed since this was asked last.
     pub fn take_unsettled(&mut self) -> bool {
         std::mem::take(&mut self.is_unsettled)

@@ -6,6 +6,8 @@ use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
+
 use crate::common::backend::Spawned;
 use crate::common::bench::{BASE, Guest};
 use crate::common::frames::{Ends, Stamp, test_frame};
@@ -134,6 +136,46 @@ fn queue_sizes_by_the_hundred_thousand_leave_memory_flat() {
     (0..100).for_each(|_| send(1000));
     bench.assert_holds_no_more_than(&before);
     bench.assert_frames_pass(&mut guest);
+    bench.assert_idle();
+}
+
+/// U-35: a file that cannot be sealed is shortened, and then a thread looks into it.
+#[test]
+fn memory_that_is_cut_off_under_the_rings_ends_the_session_alone() {
+    if !require_root("memory_that_is_cut_off_under_the_rings_ends_the_session_alone") {
+        return;
+    }
+    type Touch = fn(&Bench, &Guest, &RawFrontend);
+    let touches: [(&str, Touch); 3] = [
+        ("tx worker", |_, guest, _| guest.pairs[0].tx.kick.write(1).unwrap()),
+        ("rx worker", |bench, _, _| {
+            bench.host.send(&test_frame(&Ends::RX, Stamp { stream: 2, seq: 0 }, 200));
+        }),
+        ("control thread", |_, guest, front_end| {
+            assert!(front_end.get_vring_base(1).is_ok());
+            let kick = Message::set_vring_kick(1, fd_of(&guest.pairs[0].tx.kick));
+            front_end.tell(&kick);
+        }),
+    ];
+    let mut bench = Bench::new(1);
+    // What the allocator keeps of the first sessions.
+    (0..3).for_each(|_| bench.assert_serves_anew());
+    let before = bench.held();
+    for (who, touch) in touches {
+        let mut guest = Guest::new(1, 0);
+        let file = guest.mem.regions()[0].fd().try_clone_to_owned().unwrap();
+        fcntl_add_seals(&file, SealFlags::SEAL).unwrap();
+        let front_end = bench.connect(&guest);
+        bench.assert_frames_pass(&mut guest);
+        ftruncate(&file, 0).unwrap();
+
+        touch(&bench, &guest, &front_end);
+
+        bench.backend.wait_line("its file was shortened by the front-end");
+        assert!(front_end.wait_closed(PATIENCE), "{who}");
+        bench.assert_serves_anew();
+        bench.assert_holds_no_more_than(&before);
+    }
     bench.assert_idle();
 }
 

@@ -1,0 +1,163 @@
+//! Guest memory whose file is shortened after it was mapped. **Unsafe door 4.**
+//!
+//! The kernel raises SIGBUS in the thread that touches what is gone, which would end the process: a front-end could do
+//! that at will where the file cannot be sealed against it. So each mapping of guest memory is entered here, and the
+//! signal's handler puts zeros in the place of the whole mapping, marks it as lost and wakes the control thread, which
+//! ends the session. Until then its rings see nothing but zeros. SIGBUS anywhere else ends the process.
+
+#![allow(unsafe_code)]
+
+use std::ffi::{c_int, c_void};
+use std::hint;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
+use std::sync::{Arc, OnceLock};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::register_signal_handler;
+
+/// Mappings at a time: twice the most regions of a session, since a new set is mapped before the old one is let go.
+const MAPPINGS_MAX: usize = 1024;
+
+/// A mapping, or room for one. The addresses are read and written under [`locked`] only.
+#[derive(Debug)]
+struct Entry {
+    start: AtomicUsize,
+    /// Behind its last byte; 0 if there is none.
+    end: AtomicUsize,
+    is_lost: AtomicBool,
+}
+
+static ENTRIES: [Entry; MAPPINGS_MAX] =
+    [const { Entry { start: AtomicUsize::new(0), end: AtomicUsize::new(0), is_lost: AtomicBool::new(false) } };
+        MAPPINGS_MAX];
+static IS_LOCKED: AtomicBool = AtomicBool::new(false);
+/// Told of a loss.
+static ALARM: OnceLock<Arc<EventFd>> = OnceLock::new();
+
+impl Entry {
+    fn range(&self) -> Range<usize> {
+        self.start.load(Relaxed)..self.end.load(Relaxed)
+    }
+
+    fn set(&self, range: Range<usize>) {
+        self.start.store(range.start, Relaxed);
+        self.end.store(range.end, Relaxed);
+        self.is_lost.store(false, Relaxed);
+    }
+}
+
+/// The entry of a mapping; dropping it takes it out, before the mapping goes.
+#[derive(Debug)]
+pub(super) struct Guarded(&'static Entry);
+
+impl Guarded {
+    /// Enters the mapping at `addresses`; `None` where there are too many.
+    pub(super) fn new(addresses: Range<usize>) -> Option<Guarded> {
+        locked(|| {
+            let entry = ENTRIES.iter().find(|entry| entry.range().end == 0)?;
+            entry.set(addresses);
+            Some(Guarded(entry))
+        })
+    }
+
+    /// Whether its memory is gone.
+    pub(super) fn is_lost(&self) -> bool {
+        self.0.is_lost.load(Acquire)
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        locked(|| self.0.set(0..0));
+    }
+}
+
+/// From now on a loss of guest memory is survived, and told to `alarm`.
+///
+/// # Errors
+/// What `sigaction(2)` says.
+pub fn install(alarm: Arc<EventFd>) -> io::Result<()> {
+    // One process has one card, whose alarm is told.
+    let _ = ALARM.set(alarm);
+    register_signal_handler(libc::SIGBUS, on_sigbus).map_err(io::Error::from)
+}
+
+/// Does `act` alone. Not a mutex, which a signal handler must not wait for: whoever is in here touches no guest memory,
+/// so the handler never interrupts the thread that it waits for.
+fn locked<R>(act: impl FnOnce() -> R) -> R {
+    while IS_LOCKED.swap(true, Acquire) {
+        hint::spin_loop();
+    }
+    let result = act();
+    IS_LOCKED.store(false, Release);
+    result
+}
+
+extern "C" fn on_sigbus(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
+    // SAFETY: the kernel calls a handler that was registered with SA_SIGINFO, as `register_signal_handler` does, with a
+    // pointer to what it says of the signal.
+    let info = unsafe { &*info };
+    // SAFETY: what it says of a SIGBUS has an address.
+    let address = unsafe { info.si_addr() } as usize;
+    // A misaligned access would be that for ever.
+    if info.si_code == libc::BUS_ADRALN || !locked(|| put_zeros(address)) {
+        std::process::abort();
+    }
+    // What it is for can be seen when this fails, too, but later.
+    let _ = ALARM.get().map(|alarm| alarm.write(1));
+}
+
+/// Replaces the mapping that `address` is in; whether there is one, and it could be.
+fn put_zeros(address: usize) -> bool {
+    let Some(entry) = ENTRIES.iter().find(|entry| entry.range().contains(&address)) else { return false };
+    if entry.is_lost.load(Relaxed) {
+        // By another thread, while this one waited.
+        return true;
+    }
+    let Range { start, end } = entry.range();
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: an entry covers one whole mapping, which stays until after the entry was taken out, so nothing but guest
+    // memory is replaced; all access to that is through pointers and atomics that allow for any change of its bytes.
+    let put = unsafe { mmap_anonymous(start as *mut c_void, end - start, ProtFlags::READ | ProtFlags::WRITE, flags) };
+    entry.is_lost.store(put.is_ok(), Release);
+    put.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{MmapRegion, VolatileMemory};
+
+    use super::*;
+
+    fn addresses(map: &MmapRegion) -> Range<usize> {
+        let start = map.as_ptr() as usize;
+        start..start + map.size()
+    }
+
+    #[test]
+    fn only_the_mapping_that_was_touched_gets_zeros() {
+        let [one, other] = [(); 2].map(|()| MmapRegion::<()>::new(3 * 4096).expect("memory"));
+        let guarded = [&one, &other].map(|map| Guarded::new(addresses(map)).expect("room"));
+        let [a, b] = [&one, &other].map(|map| map.get_atomic_ref::<AtomicUsize>(2 * 4096).expect("inside"));
+        [a, b].into_iter().for_each(|word| word.store(7, Relaxed));
+
+        assert!(locked(|| put_zeros(addresses(&one).end - 1)));
+
+        assert_eq!([a, b].map(|word| word.load(Relaxed)), [0, 7]);
+        assert_eq!(guarded.each_ref().map(Guarded::is_lost), [true, false]);
+        a.store(9, Relaxed);
+        assert!(locked(|| put_zeros(addresses(&one).start)), "a thread that was late");
+        assert_eq!(a.load(Relaxed), 9);
+    }
+
+    #[test]
+    fn memory_that_is_no_guests_is_left_alone() {
+        let map = MmapRegion::<()>::new(4096).expect("memory");
+        drop(Guarded::new(addresses(&map)).expect("room"));
+        assert!(!locked(|| put_zeros(addresses(&map).start)));
+        assert!(!locked(|| put_zeros(0)));
+    }
+}
