@@ -9,6 +9,7 @@ use common::device_side::{ALL, DeviceSide};
 use common::frames::{Ends, L4Csum, Stamp, payload, tcp4, test_frame};
 use common::memory::GuestMemory;
 use common::split_ring::{Buf, SplitRing};
+use common::tap_double::TapDouble;
 use common::virtio::{VnetHdr, feature, gso, net_flag};
 use vhost_user_net::device::stage::Rings;
 use vhost_user_net::device::{Device, Io, Layer};
@@ -16,6 +17,7 @@ use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::coalesce::Coalesce;
 use vhost_user_net::net::framing::Framing;
 use vhost_user_net::net::header::SegmentLimit;
+use vhost_user_net::net::rx::{Admission, Rx};
 use vhost_user_net::net::tx::Tx;
 use vhost_user_net::net::{BUDGET, Pump, Uplink};
 
@@ -71,4 +73,42 @@ fn pass_ends_after_so_many_segments() {
     assert_eq!(passes(&VnetHdr { gso_size: 48, ..header }, &frame, 7), [3, 3, 1]);
     // 42 each.
     assert_eq!(passes(&VnetHdr { gso_size: 1448, ..header }, &frame, BUDGET + 1), [BUDGET, 1]);
+}
+
+/// How many frames each pass gives to a guest of `count` frames of `len` bytes that the device has.
+fn rx_passes(len: usize, count: usize) -> Vec<usize> {
+    let (tap, fd) = TapDouble::new();
+    let (_, queues) = Device::from_sockets(vec![fd], Layer::Ethernet).unwrap();
+    let mem = Arc::new(GuestMemory::single(16 << 20));
+    let mut ring = SplitRing::new(&mem, 256);
+    let at = mem.alloc(2048, 64);
+    while ring.try_add(&[Buf::writable(at, 2048)]).is_some() {}
+    ring.publish();
+    let mut side = DeviceSide::start(&ring, ALL).unwrap();
+    let rings = Rings::default();
+    let (io, coalesce, segment_limit) = (Io::Syscall, Coalesce::default(), SegmentLimit::default());
+    let uplink = Uplink { device: &queues[0], io, rings: &rings, coalesce, framing: &Framing::Whole, segment_limit };
+    let mem = Arc::clone(side.queue.mem());
+    let mut rx = Rx::new(mem, feature::MRG_RXBUF, Admission::default(), &uplink, Vec::new());
+    for _ in 0..count {
+        tap.send(&VnetHdr::default(), &test_frame(&Ends::RX, Stamp { stream: 2, seq: 0 }, len));
+    }
+    let counters = PairCounters::default();
+    let mut given = Vec::new();
+    loop {
+        let before = counters.rx_frames.get();
+        let end = rx.pump(&mut side.queue, &queues[0], &counters).unwrap();
+        given.push((counters.rx_frames.get() - before) as usize);
+        if end == Pump::Drained {
+            return given;
+        }
+    }
+}
+
+/// The guest has large frames while others are still being read.
+#[test]
+fn pass_ends_after_so_many_bytes_for_the_guest() {
+    assert_eq!(rx_passes(60, BUDGET + 1), [BUDGET, 1]);
+    // 128 KiB are more than nine and less than ten of these.
+    assert_eq!(rx_passes(14_000, 12), [10, 2]);
 }

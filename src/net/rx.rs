@@ -46,6 +46,9 @@ pub use super::backlog::HeldFrame;
 
 /// The window's bytes at the least: a frame of the usual MTU.
 const EXPECT_MIN: usize = HEADER_LEN + 2048;
+/// A pass ends once it delivered so many bytes: of large frames it is to be few, so that the guest gets its used buffers,
+/// and gives new ones, while more are read.
+const BYTES_BUDGET: u64 = 128 << 10;
 /// After how many frames the window is fitted to the largest of them.
 const EXPECT_PERIOD: u32 = 1024;
 /// Frames up to this length are cheaper to copy than to read one by one.
@@ -168,7 +171,11 @@ impl Rx {
     ) -> Result<Pump, RingBroken> {
         // How the last batch ended. It holds for this pass alone: the device may say otherwise before the next.
         let mut end = None;
+        let before = counters.rx_bytes.get();
         for _ in 0..BUDGET {
+            if counters.rx_bytes.get().wrapping_sub(before) >= BYTES_BUDGET {
+                break;
+            }
             let step = if !self.backlog.is_empty() {
                 self.deliver(queue, counters)?
             } else if let Some(answer) = self.answers.pop_front() {
