@@ -260,7 +260,8 @@ impl Daemon {
     fn look_for_lost_memory(&mut self, ops: &mut EventOps) {
         if let Some(guest) = self.session.as_ref().and_then(Session::lost_memory) {
             log::error!(
-                "Guest memory from {guest:#x} on is gone: its file was shortened by the front-end, whose session ends"
+                "Guest memory from {guest:#x} on is gone, so the session ends: the front-end shortened its file, or the host \
+                 has no room for it (a full /dev/shm, too few huge pages)"
             );
             self.end_session(ops);
         }

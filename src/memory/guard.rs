@@ -1,9 +1,10 @@
 //! Guest memory whose file is shortened after it was mapped. **Unsafe door 4.**
 //!
-//! The kernel raises SIGBUS in the thread that touches what is gone, which would end the process: a front-end could do
-//! that at will where the file cannot be sealed against it. So each mapping of guest memory is entered here, and the
-//! signal's handler puts zeros in the place of the whole mapping, marks it as lost and wakes the control thread, which
-//! ends the session. Until then its rings see nothing but zeros. SIGBUS anywhere else ends the process.
+//! The kernel raises SIGBUS in the thread that touches what is gone, or what a full file system has no room for. That would
+//! end the process, and a front-end could do it at will where the file cannot be sealed against it. So each mapping of
+//! guest memory is entered here, and the signal's handler puts zeros in the place of the whole mapping, marks it as lost
+//! and wakes the control thread, which ends the session. Until then its rings see nothing but zeros. SIGBUS anywhere else
+//! ends the process.
 
 #![allow(unsafe_code)]
 

@@ -171,7 +171,7 @@ fn memory_that_is_cut_off_under_the_rings_ends_the_session_alone() {
 
         touch(&bench, &guest, &front_end);
 
-        bench.backend.wait_line("its file was shortened by the front-end");
+        bench.backend.wait_line("so the session ends: the front-end shortened its file");
         assert!(front_end.wait_closed(PATIENCE), "{who}");
         bench.assert_serves_anew();
         bench.assert_holds_no_more_than(&before);
