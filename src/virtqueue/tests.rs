@@ -171,6 +171,36 @@ fn chain_over_two_regions_is_copied_from_and_to_with_every_part_left_out() {
     }
 }
 
+/// The front-end mapped the same guest memory anew, and the driver went on there.
+#[test]
+fn queue_goes_on_in_another_view_of_memory() {
+    for features in BOTH {
+        let [old, new] = [Driver::new(), Driver::new()];
+        let (mut queue, mut iovecs) = old.device(features);
+        for driver in [&old, &new] {
+            driver.desc(AT.desc, 0, (BORDER, 8, WRITE, 0));
+            driver.offer(0, 0);
+        }
+        let head = pop(&mut queue, &mut iovecs).expect("an entry").head;
+        queue.push_used(head, 8);
+        queue.publish();
+        new.offer(1, 0);
+        let ring = SplitRing::new(&new.mem, QueueSize::try_from(u32::from(SIZE)).expect("size"), AT).expect("ring");
+
+        queue.relocate(ring, Arc::clone(&new.mem));
+
+        assert!(Arc::ptr_eq(queue.mem(), &new.mem));
+        let mut iovecs = GuestIovecs::new(Arc::clone(queue.mem()), 8);
+        let popped = pop(&mut queue, &mut iovecs).expect("an entry");
+        let shape = popped.chain.expect("a good chain");
+        assert_eq!(iovecs.copy_from(shape.writable(), 0, b"new view"), 8);
+        queue.push_used(popped.head, 8);
+        queue.publish();
+        assert_eq!((old.used_idx(), new.used_idx()), (1, 2));
+        assert_eq!(new.read(BORDER, 8), b"new view");
+    }
+}
+
 /// The buffers are ordinary memory: only the indices order what the two threads do with it.
 #[test]
 fn buffers_go_there_and_back_in_the_order_of_the_indices() {
