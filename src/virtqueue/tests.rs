@@ -3,9 +3,9 @@
 //! atomics and fences of the shipped code. Without an order Miri sees a race on the buffers, which nobody accesses
 //! atomically; the values it picks for relaxed loads are those that the memory model allows, not those of this CPU.
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, fence};
-use std::sync::{Arc, Barrier};
 use std::thread;
 
 use vm_memory::AtomicInteger;
@@ -128,6 +128,38 @@ impl Driver {
     }
 }
 
+/// Two threads of a test, neither of which waits for one that has failed.
+#[derive(Default)]
+struct Two {
+    arrived: AtomicU32,
+    failed: AtomicBool,
+}
+
+/// Tells the other thread if this one fails.
+struct Partner<'a>(&'a Two);
+
+impl Drop for Partner<'_> {
+    fn drop(&mut self) {
+        self.0.failed.fetch_or(thread::panicking(), Relaxed);
+    }
+}
+
+impl Two {
+    /// A moment of waiting for the other.
+    fn rest(&self) {
+        assert!(!self.failed.load(Relaxed), "the other thread failed");
+        thread::yield_now();
+    }
+
+    /// Waits until both are here.
+    fn meet(&self) {
+        let before = self.arrived.fetch_add(1, AcqRel);
+        while self.arrived.load(Acquire) < before - before % 2 + 2 {
+            self.rest();
+        }
+    }
+}
+
 fn pop(queue: &mut Queue, iovecs: &mut GuestIovecs) -> Option<Popped> {
     queue.pop(iovecs).expect("a ring that is not broken")
 }
@@ -207,8 +239,10 @@ fn buffers_go_there_and_back_in_the_order_of_the_indices() {
     for features in BOTH {
         let driver = Driver::new();
         let (mut queue, mut iovecs) = driver.device(features);
+        let two = Two::default();
         thread::scope(|scope| {
             scope.spawn(|| {
+                let _partner = Partner(&two);
                 for round in 0..ROUNDS {
                     let number = round.to_le_bytes();
                     driver.write(BORDER, &number);
@@ -216,18 +250,19 @@ fn buffers_go_there_and_back_in_the_order_of_the_indices() {
                     driver.desc(AT.desc, 1, (BORDER + 8, 2, WRITE, 0));
                     driver.offer(round, 0);
                     while driver.used_idx() != round + 1 {
-                        thread::yield_now();
+                        two.rest();
                     }
                     assert_eq!(driver.used_len(round), 2);
                     assert_eq!(driver.read(BORDER + 8, 2), number);
                 }
             });
+            let _partner = Partner(&two);
             for round in 0..ROUNDS {
                 iovecs.truncate(0);
                 let popped = loop {
                     match pop(&mut queue, &mut iovecs) {
                         Some(popped) => break popped,
-                        None => thread::yield_now(),
+                        None => two.rest(),
                     }
                 };
                 let shape = popped.chain.expect("a good chain");
@@ -249,21 +284,23 @@ fn race(
     check: impl Fn(bool, bool),
     mut after: impl FnMut(u16),
 ) {
-    let (start, end) = (Barrier::new(2), Barrier::new(2));
+    let two = Two::default();
     let said = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
+            let _partner = Partner(&two);
             for round in 0..ROUNDS {
-                start.wait();
+                two.meet();
                 said.store(driver(round), Relaxed);
-                end.wait();
+                two.meet();
             }
         });
+        let _partner = Partner(&two);
         for round in 0..ROUNDS {
             after(round);
-            start.wait();
+            two.meet();
             let ours = device(round);
-            end.wait();
+            two.meet();
             check(said.load(Relaxed), ours);
         }
     });
@@ -326,11 +363,11 @@ fn used_entry_is_seen_or_called_for() {
 fn words_that_change_while_they_are_read_do_no_harm() {
     let driver = Driver::new();
     let (mut queue, mut iovecs) = driver.device(BOTH[0]);
-    let stop = AtomicBool::new(false);
+    let (two, stop) = (Two::default(), AtomicBool::new(false));
     thread::scope(|scope| {
         scope.spawn(|| {
             let mut seed = 1_u64;
-            while !stop.load(Relaxed) {
+            while !stop.load(Relaxed) && !two.failed.load(Relaxed) {
                 for index in 0..SIZE {
                     seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                     let random = seed >> 33;
@@ -341,6 +378,7 @@ fn words_that_change_while_they_are_read_do_no_harm() {
                 thread::yield_now();
             }
         });
+        let _partner = Partner(&two);
         for round in 0..ROUNDS {
             driver.offer(round, round % SIZE);
             let popped = pop(&mut queue, &mut iovecs).expect("an entry");
