@@ -149,7 +149,7 @@ part_mutants() {
         # 2 is that some were missed, 3 that some took too long: both are judged below.
         # shellcheck disable=SC2086 # words
         CARGO_PROFILE_DEV_DEBUG=none RUST_TEST_THREADS=16 \
-            run_rust_as_root cargo mutants --timeout 60 --output "$out" $options >&2 || status=$?
+            run_rust_as_root cargo mutants --jobs 2 --timeout 30 --output "$out" $options >&2 || status=$?
         [[ $status =~ ^[023]$ ]] || return $status
         cat "$out/mutants.out/missed.txt"
         cat "$out"/mutants.out/{caught,timeout}.txt >>"$out/found"

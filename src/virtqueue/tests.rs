@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, fence};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use vm_memory::AtomicInteger;
 
@@ -128,9 +129,12 @@ impl Driver {
     }
 }
 
-/// Two threads of a test, neither of which waits for one that has failed.
-#[derive(Default)]
+/// How long a test of two threads may take.
+const PATIENCE: Duration = Duration::from_secs(if cfg!(miri) { 300 } else { 5 });
+
+/// Two threads of a test, neither of which waits for ever for the other.
 struct Two {
+    begun: Instant,
     arrived: AtomicU32,
     failed: AtomicBool,
 }
@@ -145,9 +149,14 @@ impl Drop for Partner<'_> {
 }
 
 impl Two {
+    fn new() -> Two {
+        Two { begun: Instant::now(), arrived: AtomicU32::new(0), failed: AtomicBool::new(false) }
+    }
+
     /// A moment of waiting for the other.
     fn rest(&self) {
         assert!(!self.failed.load(Relaxed), "the other thread failed");
+        assert!(self.begun.elapsed() < PATIENCE, "the other thread does nothing");
         thread::yield_now();
     }
 
@@ -239,7 +248,7 @@ fn buffers_go_there_and_back_in_the_order_of_the_indices() {
     for features in BOTH {
         let driver = Driver::new();
         let (mut queue, mut iovecs) = driver.device(features);
-        let two = Two::default();
+        let two = Two::new();
         thread::scope(|scope| {
             scope.spawn(|| {
                 let _partner = Partner(&two);
@@ -284,7 +293,7 @@ fn race(
     check: impl Fn(bool, bool),
     mut after: impl FnMut(u16),
 ) {
-    let two = Two::default();
+    let two = Two::new();
     let said = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -363,7 +372,7 @@ fn used_entry_is_seen_or_called_for() {
 fn words_that_change_while_they_are_read_do_no_harm() {
     let driver = Driver::new();
     let (mut queue, mut iovecs) = driver.device(BOTH[0]);
-    let (two, stop) = (Two::default(), AtomicBool::new(false));
+    let (two, stop) = (Two::new(), AtomicBool::new(false));
     thread::scope(|scope| {
         scope.spawn(|| {
             let mut seed = 1_u64;
