@@ -9,7 +9,8 @@
 //!
 //! Rings and device are remembered as flags: a ring's `can_run` (it may have entries), the device's `readable` (it may
 //! have frames). A flag is cleared only by having looked and found nothing, after which an event is certain to come:
-//! the device is watched edge-triggered; kicks are asked for, and then the ring is looked at once more.
+//! the device is watched edge-triggered; kicks are asked for, and then the ring is looked at once more. While the device
+//! has frames for which there are no buffers, what else arrives there wakes nobody.
 
 mod orders;
 
@@ -45,7 +46,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) const POLL_INTERVAL_MS: i32 = 1;
 
 /// Edge-triggered: an event for each arrival, none for what is still there.
-const READABLE: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
+const ARRIVAL: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
 /// Whether a pair passes frames, and whether the kernel gives it any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +90,8 @@ pub struct QueuePair {
     retry: bool,
     /// Whether the device takes no frames until it says so.
     blocked: bool,
+    /// Whether the device's arrivals are not watched for: it has frames already, and they have to wait.
+    deaf: bool,
     lost: bool,
     /// Whether frames pass over the device; while not, those of the guest are dropped.
     link_up: bool,
@@ -111,7 +114,7 @@ pub fn spawn(
     counters: Arc<PairCounters>,
 ) -> io::Result<Mailbox<QueuePair>> {
     let poll = Poll::new()?;
-    poll.add(&device, Event::Device, READABLE)?;
+    poll.add(&device, Event::Device, ARRIVAL)?;
     let pair = QueuePair {
         index,
         device,
@@ -130,6 +133,7 @@ pub fn spawn(
         readable: true,
         retry: false,
         blocked: false,
+        deaf: false,
         lost: false,
         link_up: true,
         alarm,
@@ -213,6 +217,10 @@ impl QueuePair {
         match event {
             Event::Mailbox => inbox.clear(),
             Event::Device => {
+                if on.contains(EventSet::IN) && self.readable && !self.rx_ready() {
+                    // That was known, and has to wait: the guest has a better use for the CPU.
+                    self.watch_arrivals(false);
+                }
                 self.readable = true;
                 if on.intersects(EventSet::ERROR | EventSet::HANG_UP) {
                     self.raise_alarm();
@@ -314,27 +322,49 @@ impl QueuePair {
             _ => Ok(pump),
         });
         match settled {
-            Ok(Pump::Drained) => self.readable = false,
-            Ok(Pump::TryLater) => (self.readable, self.retry) = (false, true),
+            Ok(Pump::Drained) => self.wait_for_arrival(),
+            Ok(Pump::TryLater) => {
+                self.wait_for_arrival();
+                self.retry = true;
+            }
             Ok(Pump::DeviceLost) => self.lose_device(),
             Ok(Pump::NoBuffers | Pump::DeviceBlocked | Pump::BudgetSpent) => {}
             Err(broken) => self.park(Direction::Rx, &broken),
         }
     }
 
-    /// Asks for an event once the device takes frames again; asking looks once more.
+    /// The device has no frames: there is an event for the next, also if it came since it was looked.
+    fn wait_for_arrival(&mut self) {
+        self.readable = false;
+        self.watch_arrivals(true);
+    }
+
+    fn watch_arrivals(&mut self, watch: bool) {
+        if std::mem::replace(&mut self.deaf, !watch) == watch {
+            self.watch_device();
+        }
+    }
+
+    /// Asks for an event once the device takes frames again.
     fn wait_until_writable(&mut self) {
         self.blocked = true;
-        if let Err(e) = self.poll.modify(&self.device, Event::Device, READABLE | EventSet::OUT) {
-            log::error!("Queue pair {}: cannot wait for the device: {e}", self.index);
-            self.lose_device();
-        }
+        self.watch_device();
     }
 
     fn unblock(&mut self) {
         if std::mem::take(&mut self.blocked) {
             // Only while blocked is it worth being woken for every frame that somebody takes.
-            let _ = self.poll.modify(&self.device, Event::Device, READABLE);
+            self.watch_device();
+        }
+    }
+
+    /// Watches the device for what is of interest now; what is there already is told again.
+    fn watch_device(&mut self) {
+        let mut on = if self.deaf { EventSet::EDGE_TRIGGERED } else { ARRIVAL };
+        on.set(EventSet::OUT, self.blocked);
+        if let Err(e) = self.poll.modify(&self.device, Event::Device, on) {
+            log::error!("Queue pair {}: cannot watch the device: {e}", self.index);
+            self.lose_device();
         }
     }
 

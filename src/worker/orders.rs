@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::{QueuePair, READABLE, Usage, ring_of};
+use super::{ARRIVAL, QueuePair, Usage, ring_of};
 use crate::device::stage::why_no_uring;
 use crate::device::{DeviceQueue, Io};
 use crate::memory::MemView;
@@ -171,10 +171,10 @@ impl QueuePair {
     /// # Errors
     /// What `epoll_ctl(2)` says; the pair goes on without a device then.
     pub fn replace_device(&mut self, device: DeviceQueue) -> io::Result<()> {
-        self.poll.add(&device, Event::Device, READABLE)?;
+        self.poll.add(&device, Event::Device, ARRIVAL)?;
         let gone = std::mem::replace(&mut self.device, device);
         self.poll.remove(&gone)?;
-        (self.lost, self.blocked) = (false, false);
+        (self.lost, self.blocked, self.deaf) = (false, false, false);
         // Their batches' memory belongs to the queue that is gone.
         if let Some((mut ring, mut rx)) = self.rx.take() {
             let mem = Arc::clone(ring.queue.mem());

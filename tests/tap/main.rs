@@ -8,8 +8,9 @@
 //! * [`lifetime`]: the socket, signals, the counters, the end;
 //! * [`link`]: queues that come and go with the guest's, the link, a TAP that is deleted;
 //! * [`offloads`]: unfinished frames both ways, as negotiated;
-//! * [`restart`]: killed under load, and the next process in its place.
-//! * [`segmentation`]: datagrams that the host sends as one.
+//! * [`restart`]: killed under load, and the next process in its place;
+//! * [`segmentation`]: datagrams that the host sends as one;
+//! * [`waiting`]: frames for which the guest has no buffers yet.
 //!
 //! Needs root; says SKIPPED aloud without.
 
@@ -29,6 +30,7 @@ mod link;
 mod offloads;
 mod restart;
 mod segmentation;
+mod waiting;
 
 use std::path::PathBuf;
 use std::process::Command;
