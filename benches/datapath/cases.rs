@@ -1,18 +1,16 @@
 //! What is measured: each case once, for one contender.
 
 use std::net::UdpSocket;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use crate::common::frames::{self, Ends, L4Csum, Stamp, payload};
-use crate::common::memory::GuestMemory;
 use crate::common::netns::PacketSocket;
 use crate::common::virtio::{VnetHdr, feature, gso, net_flag};
-use crate::common::{fd_of, wait_readable};
+use crate::floor::{self, Frame, HEADERS, Receiver, Sender, TOGETHER, timed};
 use crate::guest::{FEATURES, Guest, RING_SIZE, Ring, rest};
-use crate::place::{BACKEND_CPU, Contender, On, Place, TAP, bind_to, on_backend_cpu, set_option, thread_cpu};
+use crate::place::{Contender, On, PATIENCE, Place, TAP, on_backend_cpu, set_option, thread_cpu};
 
-const PATIENCE: Duration = Duration::from_secs(10);
 /// Payload of a frame that asks to be segmented.
 const LARGE: usize = 64_000;
 const MSS: u16 = 1448;
@@ -74,14 +72,16 @@ impl Sample {
             trips: Vec::new(),
         }
     }
+
+    /// Of round trips.
+    pub fn of_trips(mut trips: Vec<u64>) -> Sample {
+        trips.sort_unstable();
+        Sample { trips, ..Sample::default() }
+    }
 }
 
 /// From the guest, to nobody: the host takes no frame to this address, and forwards no packet to that one.
 const NOBODY: Ends = Ends { dst_mac: [2, 0, 0, 0, 0, 9], dst_ip: [10, 99, 0, 9], ..Ends::TX };
-
-fn partial_udp() -> VnetHdr {
-    VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 6, ..VnetHdr::default() }
-}
 
 fn large_header() -> VnetHdr {
     VnetHdr {
@@ -95,22 +95,33 @@ fn large_header() -> VnetHdr {
     }
 }
 
+fn partial_udp() -> VnetHdr {
+    VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 6, ..VnetHdr::default() }
+}
+
 /// A datagram of the guest in a frame of `len` bytes.
-fn datagram(ends: &Ends, len: usize) -> (VnetHdr, Vec<u8>) {
-    let bytes = payload(Stamp { stream: 1, seq: 0 }, len - 42);
+fn datagram(ends: &Ends, len: usize) -> Frame {
+    let bytes = payload(Stamp { stream: 1, seq: 0 }, len - HEADERS);
     (partial_udp(), frames::udp4(ends, &bytes, L4Csum::Partial))
 }
 
+/// Datagrams of so many bytes that go as one frame.
+fn together(ends: &Ends, len: usize) -> Frame {
+    let bytes = payload(Stamp { stream: 1, seq: 0 }, len * TOGETHER as usize);
+    let header = VnetHdr { gso_type: gso::UDP_L4, hdr_len: HEADERS as u16, gso_size: len as u16, ..partial_udp() };
+    (header, frames::udp4(ends, &bytes, L4Csum::Partial))
+}
+
 /// Frames of flows in turn that no one takes.
-fn mixed(len: usize) -> Vec<(VnetHdr, Vec<u8>)> {
+fn mixed(len: usize) -> Vec<Frame> {
     mixed_to(NOBODY, len)
 }
 
-fn mixed_to(ends: Ends, len: usize) -> Vec<(VnetHdr, Vec<u8>)> {
+fn mixed_to(ends: Ends, len: usize) -> Vec<Frame> {
     (0..FLOWS).map(|flow| datagram(&Ends { src_port: 4000 + flow, ..ends }, len)).collect()
 }
 
-fn large() -> Vec<(VnetHdr, Vec<u8>)> {
+fn large() -> Vec<Frame> {
     let bytes = payload(Stamp { stream: 1, seq: 0 }, LARGE);
     vec![(large_header(), frames::tcp4(&NOBODY, 1, &bytes, L4Csum::Partial))]
 }
@@ -135,19 +146,13 @@ pub fn measure(kind: Kind, contender: &Contender, scale: u64) -> Sample {
 /// Frames that are sent before it is measured.
 const WARM_UP: u64 = 2000;
 
-fn transmit(contender: &Contender, pairs: usize, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> Sample {
+fn transmit(contender: &Contender, pairs: usize, frames: &[Frame], count: u64) -> Sample {
     transmit_in(&Place::new(pairs > 1), contender, pairs, frames, count)
 }
 
-fn transmit_in(
-    place: &Place,
-    contender: &Contender,
-    pairs: usize,
-    frames: &[(VnetHdr, Vec<u8>)],
-    count: u64,
-) -> Sample {
+fn transmit_in(place: &Place, contender: &Contender, pairs: usize, frames: &[Frame], count: u64) -> Sample {
     if contender.is_floor() {
-        return floor_transmit(place, contender, frames, count);
+        return floor_transmit(&mut Sender::new(place, contender, frames, None), count);
     }
     let features = contender.features();
     let plain: Vec<_> = frames.iter().map(|(_, frame)| (VnetHdr::default(), frame.clone())).collect();
@@ -167,55 +172,23 @@ fn transmit_in(
     Sample::new(count, process.cpu() - cpu, wall)
 }
 
+fn floor_transmit(sender: &mut Sender, count: u64) -> Sample {
+    on_backend_cpu(|| sender.send(WARM_UP.min(count)));
+    let (cpu, wall) = timed(|| sender.send(count));
+    Sample::new(count, cpu, wall)
+}
+
 fn to_full(contender: &Contender, len: usize, count: u64) -> Sample {
     let place = Place::new(false);
     let socket = host_socket(&place, SO_RCVBUF_MIN);
     let sample = transmit_in(&place, contender, 1, &mixed_to(Ends::TX, len), count);
     let arrived = socket.recv(&mut [0; 2048]).expect("a datagram");
-    assert_eq!(arrived, len - 42, "{} delivers datagrams", contender.name());
+    assert_eq!(arrived, len - HEADERS, "{} delivers datagrams", contender.name());
     sample
 }
 
 /// Less than one datagram: the kernel raises it to what it thinks the least, which holds one or two.
 const SO_RCVBUF_MIN: i32 = 0;
-
-fn floor_transmit(place: &Place, contender: &Contender, frames: &[(VnetHdr, Vec<u8>)], count: u64) -> Sample {
-    let on = contender.on();
-    let queue = place.floor(on);
-    // As many frames as the rings have, in such memory as a guest's: as many pages are gone through.
-    let mem = GuestMemory::single(256 << 20);
-    let frames: Vec<_> = frames
-        .iter()
-        .cycle()
-        .take(RING_SIZE.into())
-        .map(|(header, frame)| {
-            let (header, frame) = (on.header(header), &frame[on.omitted()..]);
-            let at = mem.alloc(header.len() + frame.len(), 64);
-            mem.write(at, &[&header, frame].concat());
-            [mem.iovec(at, header.len()), mem.iovec(at + header.len() as u64, frame.len())]
-        })
-        .collect();
-    let send = |count: u64| {
-        for iovecs in frames.iter().cycle().take(count as usize) {
-            vectored(&queue, iovecs, libc::writev);
-        }
-    };
-    on_backend_cpu(|| {
-        send(WARM_UP.min(count));
-        let (cpu, begun) = (thread_cpu(), Instant::now());
-        send(count);
-        Sample::new(count, thread_cpu() - cpu, begun.elapsed())
-    })
-}
-
-type Vectored = unsafe extern "C" fn(i32, *const libc::iovec, i32) -> isize;
-
-/// One frame by one system call.
-fn vectored(fd: &impl AsFd, iovecs: &[libc::iovec], call: Vectored) {
-    // SAFETY: the iovecs are in guest memory that the caller keeps mapped, or in buffers that it borrows meanwhile.
-    let len = unsafe { call(fd.as_fd().as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) };
-    assert!(len > 0, "{}", std::io::Error::last_os_error());
-}
 
 /// What the guest sends to, with room for so many bytes: nobody reads them while it is measured.
 fn host_socket(place: &Place, room: i32) -> UdpSocket {
@@ -226,7 +199,8 @@ fn host_socket(place: &Place, room: i32) -> UdpSocket {
 }
 
 fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
-    const AT_ONCE: u64 = 1000;
+    // As many as the kernel has room for without that they all come from elsewhere; and what a start costs is little.
+    const AT_ONCE: u64 = 90 * TOGETHER;
     let place = Place::new(false);
     let socket = host_socket(&place, 1 << 29);
     let mut bytes = [0; 2048];
@@ -239,40 +213,38 @@ fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
         }
         assert_eq!(came, AT_ONCE, "{} delivers all datagrams", contender.name());
     };
-    let frames = [datagram(&Ends::TX, len + 42)];
+    let frames = [datagram(&Ends::TX, len + HEADERS)];
+    let times = count.div_ceil(AT_ONCE);
     let (mut cpu, mut wall) = (Duration::ZERO, Duration::ZERO);
+    let mut add = |(spent, took)| {
+        cpu += spent;
+        wall += took;
+        read();
+    };
     if contender.is_floor() {
-        let queue = place.floor(contender.on());
-        let mem = GuestMemory::single(1 << 20);
-        let at = mem.alloc(2048, 64);
-        mem.write(at, &[&frames[0].0.to_bytes()[..], &frames[0].1].concat());
-        let iovecs = [mem.iovec(at, VnetHdr::LEN), mem.iovec(at + VnetHdr::LEN as u64, frames[0].1.len())];
-        for _ in 0..count / AT_ONCE {
-            let (spent, took) = on_backend_cpu(|| {
-                let (cpu, begun) = (thread_cpu(), Instant::now());
-                (0..AT_ONCE).for_each(|_| vectored(&queue, &iovecs, libc::writev));
-                (thread_cpu() - cpu, begun.elapsed())
-            });
-            (cpu, wall) = (cpu + spent, wall + took);
-            read();
-        }
+        let mut sender = Sender::new(&place, contender, &frames, Some(together(&Ends::TX, len)));
+        (0..times).for_each(|_| add(timed(|| sender.send(AT_ONCE))));
     } else {
         let mut guest = Guest::new(1, &frames, FEATURES);
         let process = place.start(contender, &mut guest, &[]);
-        for _ in 0..count / AT_ONCE {
+        for _ in 0..times {
             let (before, begun) = (process.cpu(), Instant::now());
             guest.pairs[0].tx.pass(AT_ONCE);
-            wall += begun.elapsed();
-            cpu += process.cpu() - before;
-            read();
+            let took = begun.elapsed();
+            add((process.cpu() - before, took));
         }
     }
-    Sample::new(count / AT_ONCE * AT_ONCE, cpu, wall)
+    Sample::new(times * AT_ONCE, cpu, wall)
 }
 
 fn to_veth(contender: &Contender, len: usize, count: u64) -> Sample {
     let place = place_with_bridge();
-    transmit_in(&place, contender, 1, &[datagram(&NEIGHBOUR, len + 42)], count)
+    let frames = [datagram(&NEIGHBOUR, len + HEADERS)];
+    if contender.is_floor() {
+        let together = Some(together(&NEIGHBOUR, len));
+        return floor_transmit(&mut Sender::new(&place, contender, &frames, together), count);
+    }
+    transmit_in(&place, contender, 1, &frames, count)
 }
 
 fn to_be_cut(contender: &Contender, segment: u16, count: u64) -> Sample {
@@ -356,25 +328,10 @@ fn receive_with(contender: &Contender, times: u64, count: u64, chains: u64, fill
     let place = Place::new(false);
     let (mut cpu, mut wall) = (Duration::ZERO, Duration::ZERO);
     if contender.is_floor() {
-        let queue = place.floor(contender.on());
-        // Buffers as a guest's: the header apart, and so many for a super-frame.
-        let mem = GuestMemory::single(8 << 20);
-        let buffers: Vec<_> = (0..RING_SIZE).map(|_| mem.iovec(mem.alloc(1536, 64), 1536)).collect();
-        let header = mem.iovec(mem.alloc(VnetHdr::LEN, 64), contender.on().header_len());
+        let mut receiver = Receiver::new(&place, contender);
         for _ in 0..times {
             fill(&place);
-            let (spent, took) = on_backend_cpu(|| {
-                let (cpu, begun) = (thread_cpu(), Instant::now());
-                let mut iovecs = Vec::new();
-                for frame in 0..count as usize {
-                    iovecs.clear();
-                    iovecs.push(header);
-                    let first = frame * chains as usize;
-                    iovecs.extend((first..first + chains as usize).map(|at| buffers[at % buffers.len()]));
-                    vectored(&queue, &iovecs, libc::readv);
-                }
-                (thread_cpu() - cpu, begun.elapsed())
-            });
+            let (spent, took) = timed(|| receiver.receive(count, chains as usize));
             (cpu, wall) = (cpu + spent, wall + took);
         }
         return Sample::new(times * count, cpu, wall);
@@ -429,7 +386,6 @@ fn drain(guest: &mut Guest, count: u64, most: u64) {
 
 fn from_socket(contender: &Contender, count: u64) -> Sample {
     const DATAGRAM: usize = 1400;
-    const TOGETHER: u64 = 45;
     let place = Place::new(false);
     let mut guest = Guest::new(1, &[datagram(&Ends::TX, 64)], FEATURES);
     let process = (!contender.is_floor()).then(|| place.start(contender, &mut guest, &[]));
@@ -463,71 +419,29 @@ fn from_socket(contender: &Contender, count: u64) -> Sample {
 
 fn ping_pong(contender: &Contender, count: u64) -> Sample {
     let place = Place::new(false);
-    let (header, frame) = datagram(&Ends { dst_mac: [2, 0, 0, 0, 0, 9], ..Ends::TX }, 64);
+    let there = datagram(&Ends { dst_mac: [2, 0, 0, 0, 0, 9], ..Ends::TX }, 64);
     let (_, back) = datagram(&Ends::RX, 64);
-    let mut trips = Vec::new();
     if contender.is_floor() {
-        let queue = place.floor(contender.on());
-        let host = PacketSocket::open(&place.namespace, TAP);
-        floor_ping_pong(&queue, &host, &[&header.to_bytes()[..], &frame].concat(), &back, count, &mut trips);
-    } else {
-        let mut guest = Guest::new(1, &[(header, frame)], FEATURES);
-        let _process = place.start(contender, &mut guest, &[]);
-        let host = PacketSocket::open(&place.namespace, TAP);
-        let pair = &mut guest.pairs[0];
-        pair.rx.give(RING_SIZE);
-        for _ in 0..count {
-            let begun = Instant::now();
-            pair.rx.ask_for_call();
-            pair.tx.give(1);
-            host.recv(PATIENCE).expect("a frame on the host");
-            host.send(&back);
-            let came = pair.rx.wait();
-            trips.push(begun.elapsed().as_nanos() as u64);
-            pair.rx.give(came);
-            pair.tx.take();
-        }
+        return floor::ping_pong(&place, contender, &there, &back, count);
     }
-    trips.sort_unstable();
-    Sample { trips, ..Sample::default() }
-}
-
-/// The same path without a virtqueue: an eventfd for the kick, one for the call, a thread that reads and writes the TAP.
-fn floor_ping_pong(
-    tap: &(impl AsFd + Sync),
-    host: &PacketSocket,
-    frame: &[u8],
-    back: &[u8],
-    count: u64,
-    trips: &mut Vec<u64>,
-) {
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-    let (kick, call) =
-        (EventFd::new(EFD_NONBLOCK).expect("an eventfd"), EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
-    let (kick_fd, call_fd) = (fd_of(&kick), fd_of(&call));
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            bind_to(BACKEND_CPU);
-            let mut room = [0; 2048];
-            for _ in 0..count {
-                assert!(wait_readable(kick_fd, PATIENCE));
-                let _ = kick.read();
-                rustix::io::write(tap, frame).expect("the TAP takes it");
-                assert!(wait_readable(tap, PATIENCE));
-                rustix::io::read(tap, &mut room).expect("a frame");
-                call.write(1).expect("an eventfd");
-            }
-        });
-        for _ in 0..count {
-            let begun = Instant::now();
-            kick.write(1).expect("an eventfd");
-            host.recv(PATIENCE).expect("a frame on the host");
-            host.send(back);
-            assert!(wait_readable(call_fd, PATIENCE));
-            let _ = call.read();
-            trips.push(begun.elapsed().as_nanos() as u64);
-        }
-    });
+    let mut guest = Guest::new(1, &[there], FEATURES);
+    let _process = place.start(contender, &mut guest, &[]);
+    let host = PacketSocket::open(&place.namespace, TAP);
+    let pair = &mut guest.pairs[0];
+    pair.rx.give(RING_SIZE);
+    let mut trips = Vec::new();
+    for _ in 0..count {
+        let begun = Instant::now();
+        pair.rx.ask_for_call();
+        pair.tx.give(1);
+        host.recv(PATIENCE).expect("a frame on the host");
+        host.send(&back);
+        let came = pair.rx.wait();
+        trips.push(begun.elapsed().as_nanos() as u64);
+        pair.rx.give(came);
+        pair.tx.take();
+    }
+    Sample::of_trips(trips)
 }
 
 /// What an idle back-end costs.

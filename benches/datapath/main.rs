@@ -2,7 +2,8 @@
 //!
 //! A driver of our own ([`guest`]) with real rings in a memfd, a real vhost-user session, the real binary, a real TAP in a
 //! namespace of its own ([`place`]). Side by side, round by round, so that what disturbs one disturbs all:
-//! * the floor: a bare loop of `writev` or `readv` on the same TAP, without a virtqueue;
+//! * the floor: a bare loop of `writev` or `readv` on the same TAP, without a virtqueue; and where frames are small, one
+//!   that has them go together, by the best means that the kernel has ([`floor`]);
 //! * the baseline: a conventional back-end ([`baseline`]) of the crates that most are made of;
 //! * DPDK's `dpdk-testpmd` where it is installed ([`testpmd`]);
 //! * ours, with its options;
@@ -15,6 +16,7 @@ mod baseline;
 mod cases;
 #[path = "../../tests/common/mod.rs"]
 mod common;
+mod floor;
 mod guest;
 mod place;
 mod report;
@@ -25,7 +27,7 @@ use std::process::ExitCode;
 
 use cases::{Kind, Sample};
 use clap::Parser;
-use place::{Contender, On};
+use place::{Contender, Means, On};
 
 /// Measure the data path beside a bare loop of system calls and a conventional back-end
 #[derive(Parser)]
@@ -74,7 +76,8 @@ struct Measured {
 }
 
 fn cases() -> Vec<Case> {
-    const FLOOR: Contender = Contender::Floor(On::Tap);
+    const FLOOR: Contender = Contender::Floor(On::Tap, Means::Calls);
+    const BATCHES: Contender = Contender::Floor(On::Tap, Means::Batches);
     const OURS: Contender = Contender::Ours(On::Tap, &[]);
     const SYSCALL: Contender = Contender::Ours(On::Tap, &["--io", "syscall"]);
     const URING: Contender = Contender::Ours(On::Tap, &["--io", "uring"]);
@@ -90,24 +93,25 @@ fn cases() -> Vec<Case> {
     };
     let alone = |name, kind| Case { name, kind, contenders: vec![OURS] };
     let on_all = |name, kind| {
-        let others = On::OTHERS.into_iter().flat_map(|on| [Contender::Floor(on), Contender::Ours(on, &[])]);
+        let others =
+            On::OTHERS.into_iter().flat_map(|on| [Contender::Floor(on, Means::Calls), Contender::Ours(on, &[])]);
         Case { name, kind, contenders: [FLOOR, OURS].into_iter().chain(others).collect() }
     };
     vec![
-        with("tx 64 B, mixed flows", Kind::Tx(64), &[SYSCALL, URING, UNCONFINED, Contender::Testpmd]),
-        with("tx 512 B, mixed flows", Kind::Tx(512), &[]),
-        with("tx 1500 B, mixed flows", Kind::Tx(1500), &[SYSCALL, URING, Contender::Testpmd]),
+        with("tx 64 B, mixed flows", Kind::Tx(64), &[BATCHES, SYSCALL, URING, UNCONFINED, Contender::Testpmd]),
+        with("tx 512 B, mixed flows", Kind::Tx(512), &[BATCHES]),
+        with("tx 1500 B, mixed flows", Kind::Tx(1500), &[BATCHES, SYSCALL, URING, Contender::Testpmd]),
         Case { name: "tx 64 B, mixed flows, 2 pairs", kind: Kind::TxPairs(64), contenders: vec![FLOOR, OURS] },
         with("tx 64 KiB super-frames", Kind::TxLarge, &[]),
         alone("tx super-frames cut by the host, 45 segments", Kind::TxCut(1448)),
         alone("tx super-frames cut by the host, 180 segments", Kind::TxCut(356)),
         Case { contenders: vec![FINEST], ..alone("tx super-frames cut by the host, 1334 segments", Kind::TxCut(48)) },
-        with("udp 1400 B to a socket", Kind::UdpToSocket(1400), &[ALONE]),
-        with("udp 200 B to a socket", Kind::UdpToSocket(200), &[ALONE]),
-        with("udp 1400 B to a veth", Kind::UdpToVeth(1400), &[ALONE]),
-        with("rx 64 B", Kind::Rx(64), &[SYSCALL, URING, UNCONFINED]),
-        with("rx 512 B", Kind::Rx(512), &[]),
-        with("rx 1500 B", Kind::Rx(1500), &[SYSCALL, URING]),
+        with("udp 1400 B to a socket", Kind::UdpToSocket(1400), &[BATCHES, ALONE]),
+        with("udp 200 B to a socket", Kind::UdpToSocket(200), &[BATCHES, ALONE]),
+        with("udp 1400 B to a veth", Kind::UdpToVeth(1400), &[BATCHES, ALONE]),
+        with("rx 64 B", Kind::Rx(64), &[BATCHES, SYSCALL, URING, UNCONFINED]),
+        with("rx 512 B", Kind::Rx(512), &[BATCHES]),
+        with("rx 1500 B", Kind::Rx(1500), &[BATCHES, SYSCALL, URING]),
         with("rx 64 KiB super-frames", Kind::RxLarge, &[]),
         with("udp 1400 B from a socket, sender's time too", Kind::UdpFromSocket, &[]),
         with("round trip", Kind::PingPong, &[POLLING, ADAPTIVE]),

@@ -25,6 +25,8 @@ const MACVLAN: &str = "macvlan0";
 const HOSTS: &str = "address 52:54:00:bb:00:01";
 /// What makes one of them the guest's, and has as many frames wait as a case sends at once.
 const GUESTS: &str = "address 52:54:00:aa:00:01 txqueuelen 20000";
+/// Nothing takes longer, unless something is stuck.
+pub const PATIENCE: Duration = Duration::from_secs(10);
 /// The back-ends have a CPU of their own, and so has the floor: the same.
 pub const BACKEND_CPU: usize = 0;
 /// The driver, and what sends from the host.
@@ -129,11 +131,20 @@ impl On {
     }
 }
 
+/// How a bare loop goes about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Means {
+    /// A system call for each frame.
+    Calls,
+    /// Batches through io_uring on registered memory; datagrams of one flow together in one frame.
+    Batches,
+}
+
 /// A contender: what runs on the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Contender {
-    /// A bare loop of system calls, in this process, without a virtqueue.
-    Floor(On),
+    /// A bare loop, in this process, without a virtqueue.
+    Floor(On, Means),
     /// The conventional back-end.
     Baseline,
     /// DPDK's, on a TAP of its own.
@@ -145,13 +156,13 @@ pub enum Contender {
 impl Contender {
     /// Whether it is a bare loop.
     pub fn is_floor(&self) -> bool {
-        matches!(self, Contender::Floor(_))
+        matches!(self, Contender::Floor(..))
     }
 
     /// What it is on.
     pub fn on(&self) -> On {
         match self {
-            Contender::Floor(on) | Contender::Ours(on, _) => *on,
+            Contender::Floor(on, _) | Contender::Ours(on, _) => *on,
             Contender::Baseline | Contender::Testpmd => On::Tap,
         }
     }
@@ -159,7 +170,7 @@ impl Contender {
     /// The same on a TAP.
     pub fn on_tap(&self) -> Contender {
         match self {
-            Contender::Floor(_) => Contender::Floor(On::Tap),
+            Contender::Floor(_, means) => Contender::Floor(On::Tap, *means),
             Contender::Ours(_, options) => Contender::Ours(On::Tap, options),
             other => other.clone(),
         }
@@ -167,7 +178,8 @@ impl Contender {
 
     pub fn name(&self) -> String {
         let name = match self {
-            Contender::Floor(_) => "floor".to_owned(),
+            Contender::Floor(_, Means::Calls) => "floor".to_owned(),
+            Contender::Floor(_, Means::Batches) => "floor, batches".to_owned(),
             Contender::Baseline => "baseline".to_owned(),
             Contender::Testpmd => "dpdk-testpmd".to_owned(),
             Contender::Ours(_, []) => "ours".to_owned(),
@@ -241,7 +253,7 @@ impl Place {
 
     fn command(&self, contender: &Contender, socket: &str, pairs: usize) -> Command {
         match contender {
-            Contender::Floor(_) => panic!("the floor is no process"),
+            Contender::Floor(..) => panic!("the floor is no process"),
             Contender::Testpmd => testpmd::command(&self.namespace, socket),
             Contender::Baseline => {
                 let this = std::env::current_exe().expect("this program");

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use crate::Measured;
 use crate::cases::{Idle, Kind, Sample};
-use crate::place::{Contender, On};
+use crate::place::{Contender, Means, On};
 
 /// The least, the middle and the largest of some numbers.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +52,7 @@ impl Measured {
 /// What a contender is compared with, and what that is called in the JSON: the bare loop on the same device, and either
 /// the conventional back-end or, on another device than a TAP, the same contender on one.
 fn references(contender: &Contender) -> [(&'static str, Contender); 2] {
-    let floor = ("vs_floor", Contender::Floor(contender.on()));
+    let floor = ("vs_floor", Contender::Floor(contender.on(), Means::Calls));
     match contender.on() {
         On::Tap => [floor, ("vs_baseline", Contender::Baseline)],
         _ => [floor, ("vs_tap", contender.on_tap())],
@@ -175,7 +175,7 @@ pub fn svg(all: &[Measured]) -> String {
         else {
             continue;
         };
-        let against = [("f", Contender::Floor(On::Tap)), ("b", Contender::Baseline)];
+        let against = [("f", Contender::Floor(On::Tap, Means::Calls)), ("b", Contender::Baseline)];
         for (bar, (class, against)) in against.iter().enumerate() {
             let Some(ratio) = measured.ratio(ours, against) else { continue };
             let (y, width) = (y + 16 * bar, (ratio.median * ONE).min((WIDTH - LEFT - 60) as f64));
