@@ -9,7 +9,9 @@ use common::frames::{self, Ends, L4Csum, TCP_CSUM_OFFSET, UDP_CSUM_OFFSET};
 use common::virtio::{VnetHdr, feature, gso, net_flag};
 use proptest::prelude::*;
 use vhost_user_net::net::features::GuestOffloads;
-use vhost_user_net::net::header::{CheckedHeader, HeaderFault, SegmentLimit, TxRules, VnetHeader, check_rx};
+use vhost_user_net::net::header::{
+    CheckedHeader, HeaderFault, SegmentLimit, TxRules, VnetHeader, check_rx, check_rx_in_place,
+};
 
 const TX_ALL: u64 =
     feature::CSUM | feature::HOST_TSO4 | feature::HOST_TSO6 | feature::HOST_ECN | feature::HOST_UFO | feature::HOST_USO;
@@ -423,6 +425,9 @@ fn guest_is_given_nothing_that_it_did_not_negotiate() {
                 let allowed = rx_needs(flags, gso_type).is_some_and(|needs| needs & !features == 0);
                 let given = check_rx(ours(header), guest);
                 assert_eq!(given.is_ok(), allowed, "{header:?} with {features:#x}");
+                let mut place = header.to_bytes();
+                assert_eq!(check_rx_in_place(&mut place, guest).ok(), allowed.then(|| ours(header)));
+                assert_eq!(place, given.map_or(header.to_bytes(), |given| given.to_bytes()));
                 let Ok(given) = given else { continue };
                 let may = net_flag::NEEDS_CSUM | net_flag::DATA_VALID;
                 let kept = if features & feature::GUEST_CSUM != 0 { flags & may } else { 0 };

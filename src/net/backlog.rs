@@ -77,12 +77,11 @@ impl Backlog {
         self.waiting.is_empty()
     }
 
-    /// The oldest frame: its virtio-net header, and its bytes with room for a header before them.
-    pub(super) fn front(&mut self) -> Option<(VnetHeader, &mut [u8])> {
+    /// The oldest frame, its virtio-net header before it.
+    #[inline]
+    pub(super) fn front(&mut self) -> Option<&mut [u8]> {
         let Waiting { slot, len, .. } = *self.waiting.front()?;
-        let bytes = self.stage.slot_mut(slot).get_mut(..len)?;
-        let header = VnetHeader::from_bytes(bytes.first_chunk()?);
-        Some((header, bytes))
+        self.stage.slot_mut(slot).get_mut(..len)
     }
 
     /// How many segments of the oldest frame were delivered; it may be counted up.
@@ -102,7 +101,13 @@ impl Backlog {
 
     /// Puts a frame together here of which `room` bytes went to the guest's buffers, from where `first` copies them, and
     /// the others are in [`Backlog::spill`].
-    pub(super) fn put_together(&mut self, header: VnetHeader, len: usize, room: usize, first: impl FnOnce(&mut [u8])) {
+    pub(super) fn put_together(
+        &mut self,
+        header: &[u8; HEADER_LEN],
+        len: usize,
+        room: usize,
+        first: impl FnOnce(&mut [u8]),
+    ) {
         let spill = self.spill();
         let room = room.min(len);
         spill.copy_within(..len - room, room);
@@ -110,7 +115,7 @@ impl Backlog {
             first(start);
         }
         if let Some(place) = self.stage.slot_mut(0).first_chunk_mut() {
-            *place = header.to_bytes();
+            *place = *header;
         }
         self.waiting.push_back(Waiting { slot: 0, len: HEADER_LEN + len, delivered: 0, tag: None });
     }

@@ -385,6 +385,9 @@ fn skip_ipv6_headers(ip: &[u8]) -> Option<(u8, usize)> {
     Some((protocol, at))
 }
 
+/// Where `num_buffers` is in a header.
+pub const NUM_BUFFERS: usize = 10;
+
 /// A frame that the guest cannot finish: it needs an offload that was not negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotNegotiated;
@@ -413,4 +416,20 @@ pub fn check_rx(header: VnetHeader, guest: GuestOffloads) -> Result<VnetHeader, 
     }
     let may = if guest.has(GUEST_CSUM) { F_NEEDS_CSUM | F_DATA_VALID } else { 0 };
     Ok(VnetHeader { flags: header.flags & may, num_buffers: 0, ..header })
+}
+
+/// Has the header in `place`, the device's, say no more than [`check_rx`] lets the guest see; tells what it said.
+///
+/// What is right already is not written: whoever copies the frame next need not wait for it.
+///
+/// # Errors
+/// [`NotNegotiated`] as [`check_rx`]; nothing is changed then.
+#[inline]
+pub fn check_rx_in_place(place: &mut [u8; HEADER_LEN], guest: GuestOffloads) -> Result<VnetHeader, NotNegotiated> {
+    let header = VnetHeader::from_bytes(place);
+    let shown = if matches!(place, [0, GSO_NONE, ..]) { [0; HEADER_LEN] } else { check_rx(header, guest)?.to_bytes() };
+    if *place != shown {
+        *place = shown;
+    }
+    Ok(header)
 }

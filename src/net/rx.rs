@@ -32,9 +32,9 @@ use super::backlog::{Backlog, after_read_error};
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
 use super::framing::Framing;
-use super::header::{F_NEEDS_CSUM, HEADER_LEN, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx};
+use super::header::{F_NEEDS_CSUM, HEADER_LEN, NotNegotiated, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx_in_place};
 use super::ip_link::Answer;
-use super::segment::{Need as Work, Plan, complete_checksum, plan};
+use super::segment::{Need as Finishing, Plan, complete_checksum, plan};
 use super::window::{Filled, Need, Window};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
@@ -82,8 +82,8 @@ pub struct Rx {
     ready: usize,
     /// Whether the backlog's oldest frame is counted as held.
     held: bool,
-    /// What the backlog's oldest frame needs, once that was looked at.
-    work: Option<Work>,
+    /// How the backlog's oldest frame is cut, if it is.
+    cut: Option<Plan>,
     framing: Framing,
     /// What the gateway has to say to the guest.
     answers: VecDeque<Answer>,
@@ -95,13 +95,16 @@ pub struct Rx {
     last_len: usize,
 }
 
+/// Why a frame was dropped or has to wait: the counter of that.
+type Reason = fn(&PairCounters) -> &Counter;
+
 /// What a step of the pump came to.
 enum Step {
     Delivered,
     /// Nothing was delivered, for a reason that was seen to.
     Again,
     /// Nothing was delivered, and this counter says why.
-    Counted(fn(&PairCounters) -> &Counter),
+    Counted(Reason),
     End(Pump),
 }
 
@@ -123,7 +126,7 @@ impl Rx {
             backlog: Backlog::new(uplink, left),
             ready: 0,
             held: false,
-            work: None,
+            cut: None,
             framing: uplink.framing.clone(),
             answers: VecDeque::with_capacity(ANSWERS_MAX),
             headers: Box::new([0; HEADER_LEN + PROTOCOL_HEADERS_MAX]),
@@ -151,7 +154,7 @@ impl Rx {
     /// Changes which frames pass.
     pub fn set_admission(&mut self, admission: Admission) {
         self.admission = admission;
-        self.work = None;
+        self.cut = None;
     }
 
     /// Whether buffers were popped that no frame is in yet.
@@ -252,18 +255,18 @@ impl Rx {
         if !framing.enclose(start) {
             return Step::Counted(|c| &c.rx_drop_short);
         }
-        let Some((header, first)) = start.split_first_chunk() else { return Step::Counted(|c| &c.rx_drop_short) };
-        let header = VnetHeader::from_bytes(header);
+        let Some((place, first)) = start.split_first_chunk_mut() else { return Step::Counted(|c| &c.rx_drop_short) };
         let question = framing.link().and_then(|link| link.question(first));
         question.into_iter().for_each(|question| say(answers, question, counters));
-        let put_together = |backlog: &mut Backlog| {
-            backlog.put_together(header, len, room, |frame| {
+        let first = &*first;
+        let put_together = |backlog: &mut Backlog, place: &[u8; HEADER_LEN]| {
+            backlog.put_together(place, len, room, |frame| {
                 window.copy_frame_to(frame);
                 frame.iter_mut().zip(first).for_each(|(to, from)| *to = *from);
             });
         };
         if let Some(tag) = tag {
-            put_together(backlog);
+            put_together(backlog, place);
             if !backlog.put_tag(tag) {
                 backlog.pop();
                 return Step::Counted(|c| &c.rx_drop_too_large);
@@ -271,23 +274,23 @@ impl Rx {
             return Step::Again;
         }
         if len > room {
-            put_together(backlog);
+            put_together(backlog, place);
             self.held = true;
             self.expect.note(HEADER_LEN + len);
             return Step::Counted(|c| &c.rx_held);
         }
-        let Ok(header) = check_rx(header, self.admission.offloads) else {
-            put_together(backlog);
+        if check_rx_in_place(place, self.admission.offloads).is_err() {
+            put_together(backlog, place);
             return Step::Again;
-        };
+        }
         self.expect.note(HEADER_LEN + len);
         if !self.admission.filter.passes_all() {
-            let start = first.first_chunk().copied().unwrap_or_else(|| window.start_of_frame());
-            if !self.admission.filter.accepts(&start) {
+            let addresses = first.first_chunk().copied().unwrap_or_else(|| window.start_of_frame());
+            if !self.admission.filter.accepts(&addresses) {
                 return Step::Counted(|c| &c.rx_drop_filtered);
             }
         }
-        window.complete(queue, header, start, len);
+        window.complete(queue, start, len);
         count_delivered(counters, len);
         Step::Delivered
     }
@@ -295,7 +298,7 @@ impl Rx {
     /// Has the gateway ask for the guest's address, if that is not known, and a packet came for it.
     fn ask_for_guest(&mut self, counters: &PairCounters) {
         let Rx { framing: Framing::Packets(link), backlog, answers, .. } = self else { return };
-        let front = backlog.front().and_then(|(_, bytes)| bytes.get(HEADER_LEN..));
+        let front = backlog.front().and_then(|bytes| bytes.get(HEADER_LEN..));
         let question = front.and_then(|frame| link.question(frame));
         question.into_iter().for_each(|question| say(answers, question, counters));
     }
@@ -311,81 +314,78 @@ impl Rx {
 
     /// Copies the backlog's oldest frame, or its next segment, into buffers, if there are enough by now.
     fn deliver(&mut self, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
-        let work = self.work.map_or_else(|| self.look_at_front(), Ok);
-        self.work = work.ok();
-        let step = match work {
-            Ok(Work::Segmentation(plan)) => return self.deliver_segment(plan, queue, counters),
-            Ok(Work::Nothing(header)) => match self.deliver_whole(header, queue, counters)? {
-                Step::End(end) => return Ok(self.wait_for_buffers(end, counters)),
-                Step::Again => return Ok(Step::Again),
-                done => done,
-            },
-            // It was completed when it was looked at.
-            Ok(Work::Checksum) => Step::Counted(|c| &c.rx_drop_not_negotiated),
-            Err(reason) => Step::Counted(reason),
-        };
-        self.forget_front();
-        Ok(step)
+        if self.cut.is_none()
+            && let Err(reason) = self.look_at_front()
+        {
+            self.forget_front();
+            return Ok(Step::Counted(reason));
+        }
+        match self.cut {
+            Some(plan) => self.deliver_segment(plan, queue, counters),
+            None => self.deliver_whole(queue, counters),
+        }
     }
 
-    /// What the backlog's oldest frame needs; what can be done in place is done. Else, why it is to be dropped.
-    fn look_at_front(&mut self) -> Result<Work, fn(&PairCounters) -> &Counter> {
-        let Rx { backlog, admission, unfinished, .. } = self;
+    /// Finishes the backlog's oldest frame in place, or finds how it is to be cut. Else, why it is to be dropped.
+    fn look_at_front(&mut self) -> Result<(), Reason> {
+        let Rx { backlog, admission, unfinished, cut, .. } = self;
         let delivered = backlog.delivered().map_or(0, |delivered| *delivered);
-        let Some((header, bytes)) = backlog.front() else { return Err(|c| &c.rx_drop_short) };
-        let Some((place, frame)) = bytes.split_first_chunk_mut::<HEADER_LEN>() else {
-            return Err(|c| &c.rx_drop_short);
-        };
+        let bytes = backlog.front().and_then(<[u8]>::split_first_chunk_mut::<HEADER_LEN>);
+        let Some((place, frame)) = bytes else { return Err(|c| &c.rx_drop_short) };
         self.last_len = frame.len();
         if !admission.filter.passes_all() && frame.first_chunk().is_some_and(|start| !admission.filter.accepts(start)) {
             return Err(|c| &c.rx_drop_filtered);
         }
-        let work = match plan(header, frame, admission.offloads) {
-            Ok(Work::Checksum) => complete_checksum(header, frame).map(Work::Nothing),
-            work => work,
-        };
-        match work {
-            // It was being cut, and is to go whole now that the guest changed its mind: the rest alone makes no sense.
-            Ok(Work::Nothing(_)) if delivered > 0 => Err(|c| &c.rx_drop_not_negotiated),
-            Ok(Work::Nothing(finished)) => {
+        let was_finished = match check_rx_in_place(place, admission.offloads) {
+            Ok(header) => {
                 // Whether the host saw its checksum (`DATA_VALID`) is not a matter of that.
                 let left = |header: VnetHeader| (header.flags & F_NEEDS_CSUM, header.gso_type);
-                let was_finished = left(header) == left(finished);
-                *unfinished = if was_finished { unfinished.saturating_sub(1) } else { UNFINISHED_PERIOD };
+                left(header) == left(VnetHeader::from_bytes(place))
+            }
+            Err(NotNegotiated) => {
+                let header = VnetHeader::from_bytes(place);
+                let finished = match plan(header, frame, admission.offloads) {
+                    Ok(Finishing::Segmentation(plan)) => {
+                        *cut = Some(plan);
+                        Ok(header)
+                    }
+                    Ok(Finishing::Checksum) => complete_checksum(header, frame),
+                    Ok(Finishing::Nothing(_)) | Err(_) => Err(NotNegotiated),
+                };
+                let Ok(finished) = finished else { return Err(|c| &c.rx_drop_not_negotiated) };
                 *place = finished.to_bytes();
-                Ok(Work::Nothing(finished))
+                false
             }
-            Ok(work) => {
-                *unfinished = UNFINISHED_PERIOD;
-                Ok(work)
-            }
-            Err(_) => Err(|c| &c.rx_drop_not_negotiated),
-        }
+        };
+        *unfinished = if was_finished { unfinished.saturating_sub(1) } else { UNFINISHED_PERIOD };
+        // It was being cut, and is to go whole now that the guest changed its mind: the rest alone makes no sense.
+        if cut.is_none() && delivered > 0 { Err(|c| &c.rx_drop_not_negotiated) } else { Ok(()) }
     }
 
-    fn deliver_whole(
-        &mut self,
-        header: VnetHeader,
-        queue: &mut Queue,
-        counters: &PairCounters,
-    ) -> Result<Step, RingBroken> {
-        let Some((_, frame)) = self.backlog.front() else { return Ok(Step::Again) };
-        let len = frame.len();
-        let step = self.make_room(len, queue, counters)?;
-        if let Step::Delivered = step
-            && let Some((_, frame)) = self.backlog.front()
-        {
-            self.window.deliver(queue, header, [frame, &mut []]);
-            count_delivered(counters, len - HEADER_LEN);
+    fn deliver_whole(&mut self, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
+        let len = self.backlog.front().map_or(0, |frame| frame.len());
+        match self.make_room(len, queue, counters)? {
+            Step::Delivered => {}
+            Step::End(end) => return Ok(self.wait_for_buffers(end, counters)),
+            Step::Again => return Ok(Step::Again),
+            Step::Counted(reason) => {
+                self.forget_front();
+                return Ok(Step::Counted(reason));
+            }
+        }
+        if let Some(frame) = self.backlog.front() {
+            self.window.deliver(queue, [frame, &[]]);
+            count_delivered(counters, len.saturating_sub(HEADER_LEN));
             self.expect.note(len);
         }
-        Ok(step)
+        self.forget_front();
+        Ok(Step::Delivered)
     }
 
     /// Delivers the next segment of the backlog's oldest frame.
     fn deliver_segment(&mut self, plan: Plan, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
         let index = self.backlog.delivered().map_or(0, |delivered| *delivered);
-        let Some((_, bytes)) = self.backlog.front() else { return Ok(Step::Again) };
+        let Some(bytes) = self.backlog.front() else { return Ok(Step::Again) };
         let frame = bytes.get(HEADER_LEN..).unwrap_or_default();
         let place = self.headers.get_mut(HEADER_LEN..).unwrap_or_default();
         let Some(piece) = plan.segment(frame, index, place) else {
@@ -400,12 +400,13 @@ impl Rx {
             Step::Counted(_) | Step::Delivered => {}
         }
         if let Step::Delivered = step
-            && let Some((_, bytes)) = self.backlog.front()
-            && let Some(payload) = bytes.get_mut(HEADER_LEN + piece.payload.start..HEADER_LEN + piece.payload.end)
-            && let Some(headers) = self.headers.get_mut(..headers_len)
+            && let Some(bytes) = self.backlog.front()
+            && let Some(payload) = bytes.get(HEADER_LEN + piece.payload.start..HEADER_LEN + piece.payload.end)
+            && let Some((place, _)) = self.headers.split_first_chunk_mut()
         {
+            *place = piece.header.to_bytes();
             let len = headers_len + payload.len();
-            self.window.deliver(queue, piece.header, [headers, payload]);
+            self.window.deliver(queue, [self.headers.get(..headers_len).unwrap_or_default(), payload]);
             count_delivered(counters, len - HEADER_LEN);
             counters.rx_segments.add(1);
             self.expect.note(len);
@@ -442,7 +443,7 @@ impl Rx {
     fn forget_front(&mut self) {
         self.backlog.pop();
         self.held = false;
-        self.work = None;
+        self.cut = None;
     }
 }
 

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use super::filter::FILTER_LEN;
-use super::header::{HEADER_LEN, VnetHeader};
+use super::header::{HEADER_LEN, NUM_BUFFERS};
 use crate::device::mmsg::CONTROL_LEN;
 use crate::device::{DeviceQueue, VlanTag};
 use crate::memory::MemView;
@@ -189,38 +189,28 @@ impl Window {
         self.iovecs.copy_to(self.gone..self.iovecs.len(), HEADER_LEN, out);
     }
 
-    /// Completes the chains that hold a frame of `len` bytes, which is in them already but for `start`: that begins with
-    /// the place for `header`.
+    /// Completes the chains that hold a frame of `len` bytes, which is in them already but for `start`: its header, and as
+    /// many bytes of the frame as follow there.
     #[inline]
-    pub(super) fn complete(&mut self, queue: &mut Queue, header: VnetHeader, start: &mut [u8], len: usize) {
-        let (count, header) = self.take_up(header, HEADER_LEN + len);
-        if let Some(place) = start.first_chunk_mut() {
-            *place = header.to_bytes();
-        }
+    pub(super) fn complete(&mut self, queue: &mut Queue, start: &[u8], len: usize) {
         self.iovecs.copy_from(self.gone..self.iovecs.len(), 0, start);
-        self.push_used(queue, count, HEADER_LEN + len);
+        self.push_used(queue, HEADER_LEN + len);
     }
 
-    /// Copies a frame into the guest's buffers and completes them. `parts` are its bytes, the first with the place for
-    /// `header` before them.
+    /// Copies a frame into the guest's buffers and completes them. `parts` are its bytes, its header before them.
     #[inline]
-    pub(super) fn deliver(&mut self, queue: &mut Queue, header: VnetHeader, parts: [&mut [u8]; 2]) {
+    pub(super) fn deliver(&mut self, queue: &mut Queue, parts: [&[u8]; 2]) {
         let [start, rest] = parts;
-        let len = start.len() + rest.len();
-        let (count, header) = self.take_up(header, len);
-        if let Some(place) = start.first_chunk_mut() {
-            *place = header.to_bytes();
-        }
         self.iovecs.copy_from(self.gone..self.iovecs.len(), 0, start);
         if !rest.is_empty() {
             self.iovecs.copy_from(self.gone..self.iovecs.len(), start.len(), rest);
         }
-        self.push_used(queue, count, len);
+        self.push_used(queue, start.len() + rest.len());
     }
 
-    /// How many chains `len` bytes take, and the header that says so.
+    /// How many chains `len` bytes take.
     #[inline]
-    fn take_up(&self, header: VnetHeader, len: usize) -> (usize, VnetHeader) {
+    fn count_for(&self, len: usize) -> usize {
         let mut left = len;
         let mut count = 0;
         for buffer in &self.chains {
@@ -230,14 +220,18 @@ impl Window {
             }
             left -= buffer.len;
         }
-        // A frame has at most 64 KiB and a chain at least 12 bytes: the count fits.
-        (count, VnetHeader { num_buffers: count as u16, ..header })
+        count
     }
 
-    /// Completes `count` chains with `len` bytes in them; `num_buffers` was written before (VIRTIO 1.3, "Processing of
-    /// Incoming Packets").
+    /// Completes the chains with `len` bytes in them, and writes how many those are (VIRTIO 1.3, "Processing of Incoming
+    /// Packets").
     #[inline]
-    fn push_used(&mut self, queue: &mut Queue, count: usize, len: usize) {
+    fn push_used(&mut self, queue: &mut Queue, len: usize) {
+        let count = self.count_for(len);
+        // A frame has at most 64 KiB and a chain at least 12 bytes: the count fits. It is written where it belongs, as
+        // whoever copies what was just written in parts has to wait until that has left the processor.
+        let num_buffers = (count as u16).to_le_bytes();
+        self.iovecs.copy_from(self.gone..self.iovecs.len(), NUM_BUFFERS, &num_buffers);
         let mut left = len;
         for buffer in self.chains.drain(..count) {
             let here = left.min(buffer.len);
