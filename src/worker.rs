@@ -5,12 +5,14 @@
 //! done: whatever a vhost-user message changed has taken effect when the front-end gets its answer.
 //!
 //! One pass moves at most [`BUDGET`](crate::net::BUDGET) frames in each direction, then looks for events, so that neither direction, and no
-//! message, waits for the other. With nothing to do the thread sleeps, without a timeout unless a ring is to be polled.
+//! message, waits for the other. With nothing to do the thread sleeps, without a timeout unless a ring is to be polled, or
+//! frames wait for buffers.
 //!
 //! Rings and device are remembered as flags: a ring's `can_run` (it may have entries), the device's `readable` (it may
 //! have frames). A flag is cleared only by having looked and found nothing, after which an event is certain to come:
 //! the device is watched edge-triggered; kicks are asked for, and then the ring is looked at once more. While the device
-//! has frames for which there are no buffers, what else arrives there wakes nobody.
+//! has frames for which there are no buffers, what else arrives there wakes nobody. The kernel tells of a TAP's end as it does
+//! of an arrival, so the worker then looks for that itself now and then.
 
 mod orders;
 
@@ -44,6 +46,9 @@ use crate::virtqueue::RingBroken;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a ring without a kick descriptor is looked at (vhost-user, `VHOST_USER_SET_VRING_KICK`, bit 8).
 pub(crate) const POLL_INTERVAL_MS: i32 = 1;
+
+/// How often it is looked whether a device is still there whose arrivals are not watched for.
+const DEAF_INTERVAL_MS: i32 = 1000;
 
 /// Edge-triggered: an event for each arrival, none for what is still there.
 const ARRIVAL: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
@@ -160,8 +165,13 @@ impl QueuePair {
                 Ok(events) => events,
                 Err(e) => return log::error!("Queue pair {}: cannot wait for events: {e}", self.index),
             };
+            let mut is_quiet = true;
             for (event, on) in events {
+                is_quiet = false;
                 self.handle(event, on, inbox);
+            }
+            if is_quiet && self.deaf && wait != Wait::No {
+                self.watch_device();
             }
             self.readable |= std::mem::take(&mut self.retry);
             self.look_at_polled();
@@ -208,6 +218,8 @@ impl QueuePair {
             Wait::No
         } else if self.retry || polled(self.rx.as_ref().map(|(r, _)| r)) || polled(self.tx.as_ref().map(|(r, _)| r)) {
             Wait::Millis(POLL_INTERVAL_MS)
+        } else if self.deaf {
+            Wait::Millis(DEAF_INTERVAL_MS)
         } else {
             Wait::Forever
         }

@@ -397,7 +397,8 @@ fn passed_descriptor_whose_interface_is_deleted_elsewhere_is_noticed() {
     }
     let place = Place::new();
     let elsewhere = NetNs::new();
-    for (policy, code) in [("exit", 75), ("wait", 0)] {
+    // More frames than the guest has buffers: those wait in the TAP, and what else comes wakes nobody.
+    for (policy, code, frames) in [("exit", 75, 0), ("exit", 75, 400), ("wait", 0, 0), ("wait", 0, 400)] {
         elsewhere.add_tap(&TapSpec::new("tap0"));
         let queue = elsewhere.open_tap("tap0", false);
         let socket = place.socket();
@@ -409,7 +410,9 @@ fn passed_descriptor_whose_interface_is_deleted_elsewhere_is_noticed() {
         drop(queue);
         let mut guest = Guest::new(1, 0);
         let _front_end = place.connect(&guest);
-        assert_frames_pass(&mut guest, &PacketSocket::open(&elsewhere, "tap0"), 0);
+        let host = PacketSocket::open(&elsewhere, "tap0");
+        assert_frames_pass(&mut guest, &host, 0);
+        (0..frames).for_each(|seq| host.send(&test_frame(&Ends::RX, Stamp { stream: 8, seq }, 100)));
         elsewhere.ip("link del tap0");
         if policy == "wait" {
             backend.wait_line("was deleted; to go on, make it anew and start this process again");
