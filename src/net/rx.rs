@@ -402,11 +402,12 @@ impl Rx {
         if let Step::Delivered = step
             && let Some(bytes) = self.backlog.front()
             && let Some(payload) = bytes.get(HEADER_LEN + piece.payload.start..HEADER_LEN + piece.payload.end)
-            && let Some((place, _)) = self.headers.split_first_chunk_mut()
+            && let Some(headers) = self.headers.get_mut(..headers_len)
+            && let Some(place) = headers.first_chunk_mut()
         {
             *place = piece.header.to_bytes();
             let len = headers_len + payload.len();
-            self.window.deliver(queue, [self.headers.get(..headers_len).unwrap_or_default(), payload]);
+            self.window.deliver(queue, [headers, payload]);
             count_delivered(counters, len - HEADER_LEN);
             counters.rx_segments.add(1);
             self.expect.note(len);
