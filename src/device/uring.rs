@@ -191,6 +191,7 @@ impl Uring {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         let last = jobs.len().saturating_sub(1);
+        let mut entries = ring.submission();
         for (index, job) in jobs.iter().enumerate() {
             let from = job.slot * *slot_len;
             let slot = memory.get_mut(from..from + *slot_len);
@@ -203,9 +204,10 @@ impl Uring {
             }
             // SAFETY: the entry names bytes of `memory`, which is not touched until the operation has ended: that is
             // waited for below, and where it cannot be, `outstanding` keeps the memory from use and from being freed.
-            unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)?;
+            unsafe { entries.push(&entry) }.map_err(io::Error::other)?;
             *outstanding += 1;
         }
+        drop(entries);
         while *outstanding > 0 {
             match ring.submit_and_wait(*outstanding) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
