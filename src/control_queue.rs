@@ -196,7 +196,7 @@ impl ControlQueue {
         if chain.writable_len == 0 {
             return 0;
         }
-        let len = chain.readable_len as usize;
+        let len = chain.readable_len;
         let mut command = std::mem::take(&mut self.command);
         command.resize(len.min(COMMAND_MAX), 0);
         iovecs.copy_to(chain.readable(), 0, &mut command);

@@ -58,7 +58,7 @@ mod wrong {
 struct Model {
     readable: Vec<u8>,
     writable: Vec<u8>,
-    in_ring: u16,
+    in_ring: usize,
     wrong: u16,
 }
 
@@ -78,7 +78,7 @@ impl Model {
             let at = (table - START) as usize + 16 * index as usize;
             let desc = parse(&memory[at..at + 16]);
             seen |= 1 << index;
-            self.in_ring += u16::from(is_ring);
+            self.in_ring += usize::from(is_ring);
             if desc.flags & desc_flag::INDIRECT != 0 {
                 let rules = [
                     (!indirect, wrong::INDIRECT),
@@ -200,11 +200,11 @@ impl Scope {
         match popped.chain {
             Ok(shape) => {
                 let iovecs = &self.device.iovecs;
-                let is = |range: std::ops::Range<usize>, len: u32, wanted: &[u8]| {
+                let is = |range: std::ops::Range<usize>, len: usize, wanted: &[u8]| {
                     let mut bytes = [0; 256];
                     let bytes = &mut bytes[..wanted.len()];
                     iovecs.bytes(range.clone()) == wanted.len()
-                        && len as usize == wanted.len()
+                        && len == wanted.len()
                         && iovecs.copy_to(range, 0, bytes) == wanted.len()
                         && bytes == wanted
                 };

@@ -145,8 +145,8 @@ proptest! {
             while let Some(popped) = ours.pop() {
                 let shape = popped.chain.unwrap();
                 let got = (ours.bytes(shape.readable()), ours.bytes(shape.writable()));
-                prop_assert_eq!(got.0.len(), shape.readable_len as usize);
-                prop_assert_eq!(got.1.len(), shape.writable_len as usize);
+                prop_assert_eq!(got.0.len(), shape.readable_len);
+                prop_assert_eq!(got.1.len(), shape.writable_len);
                 in_hand.push((popped.head, got));
             }
             prop_assert_eq!(in_hand.len(), added.len());
@@ -224,7 +224,7 @@ fn chain_of_all_descriptors_is_one_chain() {
         let mut ours = DeviceSide::start(&ring, NONE).unwrap();
         let popped = ours.pop().unwrap();
         let shape = popped.chain.unwrap();
-        assert_eq!((shape.readable_len, shape.readable().len()), (u32::from(size), usize::from(size)));
+        assert_eq!((shape.readable_len, shape.readable().len()), (usize::from(size), usize::from(size)));
         ours.queue.rewind(popped.head);
     }
 }
@@ -255,7 +255,7 @@ fn rewound_chains_come_again_in_order() {
     while let Some(popped) = ours.pop() {
         len += 1;
         assert_eq!(popped.chain.unwrap().writable_len, len);
-        ours.queue.push_used(popped.head, len);
+        ours.queue.push_used(popped.head, len as u32);
     }
     assert_eq!((len, ring.take_used()), (4, None), "nothing is visible before it is published");
     ours.queue.publish();
@@ -360,7 +360,7 @@ fn ring_over_two_regions_works_as_one_in_one_region() {
                 ring.publish();
                 ring.set_used_event(ring.last_used());
                 let popped = ours.pop().unwrap();
-                assert_eq!(popped.chain.unwrap().writable_len as usize, len);
+                assert_eq!(popped.chain.unwrap().writable_len, len);
                 ours.queue.push_used(popped.head, len as u32);
                 assert!(ours.queue.publish());
                 assert_eq!(ring.take_used(), Some((head, len as u32)), "{area} {before} before the border");

@@ -157,7 +157,7 @@ pub fn assert_same(wanted: Walk, got: &Result<Shape, ChainFault>, iovecs: &Guest
         (Walk::Bad | Walk::Long(_), Err(_)) => {}
         (Walk::Good(chain) | Walk::Long(chain), Ok(shape)) => {
             let lens = (chain.readable_len(), chain.writable_len());
-            assert_eq!((shape.readable_len as usize, shape.writable_len as usize), lens);
+            assert_eq!((shape.readable_len, shape.writable_len), lens);
             if lens.0 + lens.1 > 1 << 20 {
                 return;
             }

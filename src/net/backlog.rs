@@ -3,8 +3,6 @@
 //! Each is in a slot of the stage, its virtio-net header before it. A frame's slot is free again once it was delivered or
 //! dropped; new frames are read only into an empty backlog, so the slots' order is the frames' order.
 
-use std::collections::VecDeque;
-
 use rustix::io::Errno;
 
 use super::framing::{Framing, put_tag};
@@ -28,7 +26,9 @@ pub struct HeldFrame(Vec<u8>, usize);
 pub(super) struct Backlog {
     stage: Stage,
     framing: Framing,
-    waiting: VecDeque<Waiting>,
+    /// Those before `next` are delivered or dropped.
+    waiting: Vec<Waiting>,
+    next: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -46,10 +46,11 @@ impl Backlog {
     /// The backlog of a ring that starts, with the frames that one before it left.
     pub(super) fn new(uplink: &Uplink<'_>, left: Vec<HeldFrame>) -> Backlog {
         let stage = Stage::new(uplink.device, uplink.io, uplink.rings, (SLOTS, SLOT_LEN));
-        let mut backlog = Backlog { stage, framing: uplink.framing.clone(), waiting: VecDeque::with_capacity(SLOTS) };
+        let mut backlog =
+            Backlog { stage, framing: uplink.framing.clone(), waiting: Vec::with_capacity(SLOTS), next: 0 };
         for (slot, HeldFrame(frame, delivered)) in left.into_iter().take(SLOTS).enumerate() {
             backlog.stage.slot_mut(slot).iter_mut().zip(&frame).for_each(|(to, from)| *to = *from);
-            backlog.waiting.push_back(Waiting { slot, len: frame.len(), delivered, tag: None });
+            backlog.waiting.push(Waiting { slot, len: frame.len(), delivered, tag: None });
         }
         backlog
     }
@@ -59,7 +60,7 @@ impl Backlog {
         let frame = |Waiting { slot, len, delivered, .. }| {
             Some(HeldFrame(self.stage.slot(slot).get(..len)?.to_vec(), delivered))
         };
-        self.waiting.iter().copied().filter_map(frame).collect()
+        self.waiting.iter().skip(self.next).copied().filter_map(frame).collect()
     }
 
     /// How many frames can be read at a time.
@@ -74,24 +75,35 @@ impl Backlog {
 
     /// Whether no frame waits.
     pub(super) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
+        self.waiting.len() == self.next
+    }
+
+    /// How many frames wait.
+    #[inline]
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len() - self.next
     }
 
     /// The oldest frame, its virtio-net header before it.
     #[inline]
     pub(super) fn front(&mut self) -> Option<&mut [u8]> {
-        let Waiting { slot, len, .. } = *self.waiting.front()?;
+        let Waiting { slot, len, .. } = *self.waiting.get(self.next)?;
         self.stage.slot_mut(slot).get_mut(..len)
     }
 
     /// How many segments of the oldest frame were delivered; it may be counted up.
     pub(super) fn delivered(&mut self) -> Option<&mut usize> {
-        self.waiting.front_mut().map(|frame| &mut frame.delivered)
+        self.waiting.get_mut(self.next).map(|frame| &mut frame.delivered)
     }
 
     /// Forgets the oldest frame.
+    #[inline]
     pub(super) fn pop(&mut self) {
-        self.waiting.pop_front();
+        self.next += 1;
+        if self.next >= self.waiting.len() {
+            self.waiting.clear();
+            self.next = 0;
+        }
     }
 
     /// Room for what of a frame does not fit the guest's buffers; only an empty backlog has it.
@@ -117,7 +129,7 @@ impl Backlog {
         if let Some(place) = self.stage.slot_mut(0).first_chunk_mut() {
             *place = *header;
         }
-        self.waiting.push_back(Waiting { slot: 0, len: HEADER_LEN + len, delivered: 0, tag: None });
+        self.waiting.push(Waiting { slot: 0, len: HEADER_LEN + len, delivered: 0, tag: None });
     }
 
     /// Puts a frame of ours here; only into an empty backlog.
@@ -127,7 +139,7 @@ impl Backlog {
         if let Some((header, place)) = self.stage.slot_mut(0).get_mut(..len).and_then(<[u8]>::split_first_chunk_mut) {
             *header = VnetHeader::default().to_bytes();
             place.copy_from_slice(frame);
-            self.waiting.push_back(Waiting { slot: 0, len, delivered: 0, tag: None });
+            self.waiting.push(Waiting { slot: 0, len, delivered: 0, tag: None });
         }
     }
 
@@ -156,7 +168,7 @@ impl Backlog {
                     None
                 }
                 Ok((_, len)) => {
-                    self.waiting.push_back(Waiting { slot, len, delivered: 0, tag });
+                    self.waiting.push(Waiting { slot, len, delivered: 0, tag });
                     None
                 }
                 Err(Errno::CANCELED) => end,
@@ -172,7 +184,7 @@ impl Backlog {
 impl Backlog {
     /// Makes of what was just read what the guest gets.
     fn enclose(&mut self, counters: &PairCounters) {
-        let Backlog { stage, framing, waiting } = self;
+        let Backlog { stage, framing, waiting, .. } = self;
         if matches!(framing, Framing::Whole) {
             return;
         }
@@ -189,7 +201,7 @@ impl Backlog {
 
     /// Puts a VLAN tag into the oldest frame; tells whether there is room. Without its tag it would be another network's.
     pub(super) fn put_tag(&mut self, tag: VlanTag) -> bool {
-        let Some(Waiting { slot, len, .. }) = self.waiting.front_mut() else { return false };
+        let Some(Waiting { slot, len, .. }) = self.waiting.get_mut(self.next) else { return false };
         let tagged = put_tag(self.stage.slot_mut(*slot), *len, tag);
         *len = tagged.unwrap_or(*len);
         tagged.is_some()

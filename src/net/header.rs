@@ -427,6 +427,10 @@ pub fn check_rx(header: VnetHeader, guest: GuestOffloads) -> Result<VnetHeader, 
 #[inline]
 pub fn check_rx_in_place(place: &mut [u8; HEADER_LEN], guest: GuestOffloads) -> Result<VnetHeader, NotNegotiated> {
     let header = VnetHeader::from_bytes(place);
+    // Nothing to be said, which is so of most.
+    if *place == [0; HEADER_LEN] {
+        return Ok(header);
+    }
     let shown = if matches!(place, [0, GSO_NONE, ..]) { [0; HEADER_LEN] } else { check_rx(header, guest)?.to_bytes() };
     if *place != shown {
         *place = shown;

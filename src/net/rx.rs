@@ -35,7 +35,7 @@ use super::framing::Framing;
 use super::header::{F_NEEDS_CSUM, HEADER_LEN, NotNegotiated, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx_in_place};
 use super::ip_link::Answer;
 use super::segment::{Need as Finishing, Plan, complete_checksum, plan};
-use super::window::{Filled, Need, Window};
+use super::window::{Filled, Window};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
 use crate::memory::MemView;
@@ -57,9 +57,7 @@ const STAGED_MAX: usize = 4096;
 const UNFINISHED_PERIOD: u32 = 64;
 /// How many answers of the gateway wait at most.
 const ANSWERS_MAX: usize = 16;
-/// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
-const CHAIN_MIN: usize = HEADER_LEN + 60;
-/// And a driver is to post chains of at least this (VIRTIO 1.3, "Setting Up Receive Buffers").
+/// Without mergeable buffers a driver is to post chains of at least this (VIRTIO 1.3, "Setting Up Receive Buffers").
 const CHAIN_STANDARD: usize = 1526;
 
 /// Which frames may reach the guest.
@@ -74,7 +72,6 @@ pub struct Admission {
 /// Everything that one direction to the guest needs besides its queue.
 pub struct Rx {
     window: Window,
-    mergeable: bool,
     admission: Admission,
     expect: Expect,
     backlog: Backlog,
@@ -119,8 +116,7 @@ impl Rx {
         left: Vec<HeldFrame>,
     ) -> Rx {
         Rx {
-            window: Window::new(mem),
-            mergeable: features & MRG_RXBUF != 0,
+            window: Window::new(mem, features & MRG_RXBUF != 0),
             admission,
             expect: Expect::default(),
             backlog: Backlog::new(uplink, left),
@@ -148,7 +144,7 @@ impl Rx {
     /// Carries on with another view of memory; `queue` gets back the buffers that were popped ahead.
     pub fn relocate(&mut self, queue: &mut Queue, mem: Arc<MemView>) {
         self.window.give_back(queue);
-        self.window = Window::new(mem);
+        self.window = Window::new(mem, self.window.mergeable());
     }
 
     /// Changes which frames pass.
@@ -206,8 +202,8 @@ impl Rx {
         counters: &PairCounters,
         end: &mut Option<Pump>,
     ) -> Result<Step, RingBroken> {
-        let need = self.need(if self.unfinished > 0 { EXPECT_MIN } else { self.expect.now });
-        let room = match self.window.fill(queue, need, counters)? {
+        let need = if self.unfinished > 0 { EXPECT_MIN } else { self.expect.now };
+        let room = match self.window.fill(queue, need, 0, counters)? {
             Filled::Bytes(0) => return Ok(Step::End(Pump::NoBuffers)),
             Filled::Bytes(room) => room,
             Filled::ReturnedUnused => return Ok(Step::Again),
@@ -216,7 +212,7 @@ impl Rx {
         let count = self.ready.min(self.window.chains() + queue.entries_seen()).min(self.backlog.slots());
         let small = self.expect.now.max(self.last_len) <= STAGED_MAX;
         // A large frame that outgrows the ring's last buffers is better put nowhere than half into them.
-        let is_short = self.mergeable && room < need.bytes && !small;
+        let is_short = self.window.mergeable() && room < need && !small;
         if self.unfinished == 0 && !is_short && !(small && self.backlog.batches(count)) {
             return Ok(self.receive_one(queue, device, counters));
         }
@@ -303,68 +299,34 @@ impl Rx {
         question.into_iter().for_each(|question| say(answers, question, counters));
     }
 
-    /// Which buffers a frame of `bytes` with its header needs.
-    fn need(&self, bytes: usize) -> Need {
-        if self.mergeable {
-            Need { bytes, chains: usize::MAX, chain_min: HEADER_LEN }
-        } else {
-            Need { bytes, chains: 1, chain_min: CHAIN_MIN }
-        }
-    }
-
     /// Copies the backlog's oldest frame, or its next segment, into buffers, if there are enough by now.
+    #[inline]
     fn deliver(&mut self, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
-        if self.cut.is_none()
-            && let Err(reason) = self.look_at_front()
-        {
-            self.forget_front();
-            return Ok(Step::Counted(reason));
+        if let Some(plan) = self.cut {
+            return self.deliver_segment(plan, queue, counters);
         }
-        match self.cut {
-            Some(plan) => self.deliver_segment(plan, queue, counters),
-            None => self.deliver_whole(queue, counters),
+        let ahead = self.backlog.len();
+        let was_cut = self.backlog.delivered().is_some_and(|delivered| *delivered > 0);
+        let Some(bytes) = self.backlog.front() else { return Ok(Step::Again) };
+        let len = bytes.len();
+        let looked = look_at(bytes, &self.admission);
+        self.last_len = len.saturating_sub(HEADER_LEN);
+        match looked {
+            Ok(Finish::Nothing) => self.unfinished = self.unfinished.saturating_sub(1),
+            Ok(_) => self.unfinished = UNFINISHED_PERIOD,
+            Err(_) => {}
         }
-    }
-
-    /// Finishes the backlog's oldest frame in place, or finds how it is to be cut. Else, why it is to be dropped.
-    fn look_at_front(&mut self) -> Result<(), Reason> {
-        let Rx { backlog, admission, unfinished, cut, .. } = self;
-        let delivered = backlog.delivered().map_or(0, |delivered| *delivered);
-        let bytes = backlog.front().and_then(<[u8]>::split_first_chunk_mut::<HEADER_LEN>);
-        let Some((place, frame)) = bytes else { return Err(|c| &c.rx_drop_short) };
-        self.last_len = frame.len();
-        if !admission.filter.passes_all() && frame.first_chunk().is_some_and(|start| !admission.filter.accepts(start)) {
-            return Err(|c| &c.rx_drop_filtered);
-        }
-        let was_finished = match check_rx_in_place(place, admission.offloads) {
-            Ok(header) => {
-                // Whether the host saw its checksum (`DATA_VALID`) is not a matter of that.
-                let left = |header: VnetHeader| (header.flags & F_NEEDS_CSUM, header.gso_type);
-                left(header) == left(VnetHeader::from_bytes(place))
+        let room = match looked {
+            Ok(Finish::Cut(plan)) => {
+                self.cut = Some(plan);
+                return self.deliver_segment(plan, queue, counters);
             }
-            Err(NotNegotiated) => {
-                let header = VnetHeader::from_bytes(place);
-                let finished = match plan(header, frame, admission.offloads) {
-                    Ok(Finishing::Segmentation(plan)) => {
-                        *cut = Some(plan);
-                        Ok(header)
-                    }
-                    Ok(Finishing::Checksum) => complete_checksum(header, frame),
-                    Ok(Finishing::Nothing(_)) | Err(_) => Err(NotNegotiated),
-                };
-                let Ok(finished) = finished else { return Err(|c| &c.rx_drop_not_negotiated) };
-                *place = finished.to_bytes();
-                false
-            }
+            // It was being cut, and is to go whole now that the guest changed its mind: the rest alone makes no sense.
+            Ok(_) if was_cut => Step::Counted(|c| &c.rx_drop_not_negotiated),
+            Ok(_) => self.make_room(len, ahead, queue, counters)?,
+            Err(reason) => Step::Counted(reason),
         };
-        *unfinished = if was_finished { unfinished.saturating_sub(1) } else { UNFINISHED_PERIOD };
-        // It was being cut, and is to go whole now that the guest changed its mind: the rest alone makes no sense.
-        if cut.is_none() && delivered > 0 { Err(|c| &c.rx_drop_not_negotiated) } else { Ok(()) }
-    }
-
-    fn deliver_whole(&mut self, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
-        let len = self.backlog.front().map_or(0, |frame| frame.len());
-        match self.make_room(len, queue, counters)? {
+        match room {
             Step::Delivered => {}
             Step::End(end) => return Ok(self.wait_for_buffers(end, counters)),
             Step::Again => return Ok(Step::Again),
@@ -393,7 +355,7 @@ impl Rx {
             return Ok(Step::Counted(|c| &c.rx_segmented_frames));
         };
         let headers_len = HEADER_LEN + piece.headers_len;
-        let step = self.make_room(headers_len + piece.payload.len(), queue, counters)?;
+        let step = self.make_room(headers_len + piece.payload.len(), 0, queue, counters)?;
         match step {
             Step::Again => return Ok(Step::Again),
             Step::End(end) => return Ok(self.wait_for_buffers(end, counters)),
@@ -416,17 +378,35 @@ impl Rx {
         Ok(step)
     }
 
-    /// Has the window hold `len` bytes: then it is `Delivered`, or will be.
-    fn make_room(&mut self, len: usize, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
-        let need = self.need(len);
-        let Filled::Bytes(room) = self.window.fill(queue, need, counters)? else { return Ok(Step::Again) };
+    /// Has the window hold `len` bytes: then it is `Delivered`, or will be. If buffers have to be popped for that, then at
+    /// once for `ahead` frames.
+    #[inline]
+    fn make_room(
+        &mut self,
+        len: usize,
+        ahead: usize,
+        queue: &mut Queue,
+        counters: &PairCounters,
+    ) -> Result<Step, RingBroken> {
+        if self.window.bytes() >= len { Ok(Step::Delivered) } else { self.get_room(len, ahead, queue, counters) }
+    }
+
+    #[inline(never)]
+    fn get_room(
+        &mut self,
+        len: usize,
+        ahead: usize,
+        queue: &mut Queue,
+        counters: &PairCounters,
+    ) -> Result<Step, RingBroken> {
+        let Filled::Bytes(room) = self.window.fill(queue, len, ahead, counters)? else { return Ok(Step::Again) };
         if room >= len {
             return Ok(Step::Delivered);
         }
         // One chain is all that there can be, or all that the ring can hold is there: it never fits.
-        if room > 0 && (!self.mergeable || self.window.holds_all_of(queue.size())) {
+        if room > 0 && (!self.window.mergeable() || self.window.holds_all_of(queue.size())) {
             // It would be in the way of all frames but small ones for as long as none of those comes.
-            if !self.mergeable && room < CHAIN_STANDARD {
+            if !self.window.mergeable() && room < CHAIN_STANDARD {
                 self.window.return_all_unused(queue, counters);
             }
             return Ok(Step::Counted(|c| &c.rx_drop_too_large));
@@ -446,6 +426,46 @@ impl Rx {
         self.held = false;
         self.cut = None;
     }
+}
+
+/// What is still to be done to a frame before the guest may have it.
+enum Finish {
+    /// It was as it should be.
+    Nothing,
+    /// It was done.
+    Done,
+    /// It has to be cut.
+    Cut(Plan),
+}
+
+/// Finishes a frame in place, its virtio-net header before it, or finds how it is to be cut. Else, why it is to be dropped.
+#[inline]
+fn look_at(bytes: &mut [u8], admission: &Admission) -> Result<Finish, Reason> {
+    let Some((place, frame)) = bytes.split_first_chunk_mut::<HEADER_LEN>() else { return Err(|c| &c.rx_drop_short) };
+    if !admission.filter.passes_all() && frame.first_chunk().is_some_and(|start| !admission.filter.accepts(start)) {
+        return Err(|c| &c.rx_drop_filtered);
+    }
+    if let Ok(header) = check_rx_in_place(place, admission.offloads) {
+        // Whether the host saw its checksum (`DATA_VALID`) is not a matter of that.
+        let left = |header: VnetHeader| (header.flags & F_NEEDS_CSUM, header.gso_type);
+        let is_same = left(header) == left(VnetHeader::from_bytes(place));
+        return Ok(if is_same { Finish::Nothing } else { Finish::Done });
+    }
+    finish(place, frame, admission.offloads)
+}
+
+/// The same for a frame that the guest may not have as it is.
+#[inline(never)]
+fn finish(place: &mut [u8; HEADER_LEN], frame: &mut [u8], offloads: GuestOffloads) -> Result<Finish, Reason> {
+    let header = VnetHeader::from_bytes(place);
+    let finished = match plan(header, frame, offloads) {
+        Ok(Finishing::Segmentation(plan)) => return Ok(Finish::Cut(plan)),
+        Ok(Finishing::Checksum) => complete_checksum(header, frame),
+        Ok(Finishing::Nothing(_)) | Err(_) => Err(NotNegotiated),
+    };
+    let finished = finished.map_err(|NotNegotiated| -> Reason { |c| &c.rx_drop_not_negotiated })?;
+    *place = finished.to_bytes();
+    Ok(Finish::Done)
 }
 
 /// Has the gateway say something to the guest, once it is its turn.

@@ -212,7 +212,7 @@ impl Tx {
         let Ok(chain) = chain.and_then(Shape::only_readable) else {
             return dropped(head, |c| &c.tx_drop_bad_chain);
         };
-        let len = chain.readable_len as usize;
+        let len = chain.readable_len;
         if !(HEADER_LEN + ETH_HEADER..=HEADER_LEN + FRAME_MAX).contains(&len) {
             return dropped(head, |c| &c.tx_drop_bad_length);
         }
@@ -292,7 +292,8 @@ impl Tx {
         let Some((first, run)) = self.run.take() else { return };
         let slot = self.stage.slot_mut(first);
         if run.frames() == 1 {
-            if let Some(frame) = self.frames.get_mut(first).filter(|frame| frame.len <= SLOT_LEN)
+            if let Some(frame) =
+                self.frames.get_mut(first).filter(|frame| (frame.staged + 1..=SLOT_LEN).contains(&frame.len))
                 && let Some(rest) = slot.get_mut(frame.staged..frame.len)
             {
                 frame.staged += self.iovecs.copy_to(frame.pieces.clone(), frame.staged, rest);

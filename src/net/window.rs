@@ -19,16 +19,8 @@ use crate::virtqueue::{GuestIovecs, Head, Queue, RingBroken, Shape};
 /// Pieces that a read can take besides our header and our private buffer.
 const READ_PIECES_MAX: usize = IOV_MAX - 2;
 
-/// What the window must hold.
-#[derive(Clone, Copy)]
-pub(super) struct Need {
-    /// Bytes, header included.
-    pub(super) bytes: usize,
-    /// At most so many chains.
-    pub(super) chains: usize,
-    /// A shorter chain is of no use.
-    pub(super) chain_min: usize,
-}
+/// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
+const CHAIN_MIN: usize = HEADER_LEN + 60;
 
 /// What [`Window::fill`] came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,27 +33,30 @@ pub(super) enum Filled {
 
 /// See the file's head.
 pub(super) struct Window {
+    mergeable: bool,
     iovecs: GuestIovecs,
     /// How many of the first pieces belong to chains that are completed.
     gone: usize,
     chains: VecDeque<Buffer>,
-    /// Bytes in `chains`.
+    /// Bytes in them.
     bytes: usize,
-    /// Descriptors of the ring that `chains` take up.
+    /// Descriptors of the ring that they take up.
     ring_descriptors: usize,
 }
 
 /// One chain of the window.
 struct Buffer {
+    len: u32,
+    /// At most [`IOV_MAX`].
+    pieces: u16,
+    ring_descriptors: u16,
     head: Head,
-    len: usize,
-    pieces: usize,
-    ring_descriptors: usize,
 }
 
 impl Window {
-    pub(super) fn new(mem: Arc<MemView>) -> Window {
+    pub(super) fn new(mem: Arc<MemView>, mergeable: bool) -> Window {
         Window {
+            mergeable,
             iovecs: GuestIovecs::new(mem, 3 * IOV_MAX),
             gone: 0,
             chains: VecDeque::with_capacity(IOV_MAX),
@@ -70,9 +65,22 @@ impl Window {
         }
     }
 
+    /// Whether a frame may take several chains.
+    #[inline]
+    pub(super) fn mergeable(&self) -> bool {
+        self.mergeable
+    }
+
     /// How many buffers there are.
+    #[inline]
     pub(super) fn chains(&self) -> usize {
         self.chains.len()
+    }
+
+    /// How many bytes there are.
+    #[inline]
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Whether there is no buffer.
@@ -85,36 +93,49 @@ impl Window {
         self.ring_descriptors >= usize::from(size)
     }
 
-    /// Pops until `need` is there or the ring has no more, or until a chain is of no use.
+    /// Pops until `bytes` are there or the ring has no more, or until a chain is of no use. Then goes on up to `ahead`
+    /// chains, for frames that come after this one: many at a time are cheaper to pop.
     #[inline]
     pub(super) fn fill(
         &mut self,
         queue: &mut Queue,
-        need: Need,
+        bytes: usize,
+        ahead: usize,
         counters: &PairCounters,
     ) -> Result<Filled, RingBroken> {
-        while self.bytes < need.bytes && self.chains.len() < need.chains {
+        let (most, chain_min) = if self.mergeable { (usize::MAX, HEADER_LEN) } else { (1, CHAIN_MIN) };
+        while (self.bytes < bytes || self.chains.len() < ahead) && self.chains.len() < most {
+            let pieces = self.iovecs.len();
             let Some(popped) = queue.pop(&mut self.iovecs)? else { break };
             match popped.chain.and_then(Shape::only_writable) {
-                Ok(shape) if shape.writable_len as usize >= need.chain_min => self.append(popped.head, shape),
-                _ => {
+                Ok(shape) if shape.writable_len >= chain_min => self.append(popped.head, shape),
+                _ if self.bytes < bytes => {
                     self.return_unused(queue, popped.head, counters);
                     return Ok(Filled::ReturnedUnused);
+                }
+                _ => {
+                    // Its turn comes later.
+                    self.iovecs.truncate(pieces);
+                    queue.rewind(popped.head);
+                    break;
                 }
             }
         }
         Ok(Filled::Bytes(self.bytes))
     }
 
+    #[inline]
     fn append(&mut self, head: Head, shape: Shape) {
-        let (len, pieces) = (shape.writable_len as usize, shape.writable().len());
-        let ring_descriptors = usize::from(shape.ring_descriptors);
-        self.bytes += len;
-        self.ring_descriptors += ring_descriptors;
-        self.chains.push_back(Buffer { head, len, pieces, ring_descriptors });
+        // All of them fit: a chain has less than 2^32 bytes, and no more pieces or descriptors than a queue or a call takes.
+        let (len, pieces) = (shape.writable_len as u32, shape.writable().len() as u16);
+        let ring_descriptors = shape.ring_descriptors as u16;
+        self.bytes += shape.writable_len;
+        self.ring_descriptors += shape.ring_descriptors;
+        self.chains.push_back(Buffer { len, pieces, ring_descriptors, head });
     }
 
     /// Returns a malformed entry unused, and before it the good ones that a frame cannot use across it.
+    #[cold]
     fn return_unused(&mut self, queue: &mut Queue, bad: Head, counters: &PairCounters) {
         self.return_all_unused(queue, counters);
         queue.push_used(bad, 0);
@@ -215,10 +236,10 @@ impl Window {
         let mut count = 0;
         for buffer in &self.chains {
             count += 1;
-            if left <= buffer.len {
+            if left <= buffer.len as usize {
                 break;
             }
-            left -= buffer.len;
+            left -= buffer.len as usize;
         }
         count
     }
@@ -227,26 +248,33 @@ impl Window {
     /// Packets").
     #[inline]
     fn push_used(&mut self, queue: &mut Queue, len: usize) {
-        let count = self.count_for(len);
+        let count =
+            if self.chains.front().is_some_and(|first| len <= first.len as usize) { 1 } else { self.count_for(len) };
         // A frame has at most 64 KiB and a chain at least 12 bytes: the count fits. It is written where it belongs, as
         // whoever copies what was just written in parts has to wait until that has left the processor.
         let num_buffers = (count as u16).to_le_bytes();
         self.iovecs.copy_from(self.gone..self.iovecs.len(), NUM_BUFFERS, &num_buffers);
         let mut left = len;
-        for buffer in self.chains.drain(..count) {
-            let here = left.min(buffer.len);
+        while let Some(buffer) = self.chains.pop_front() {
+            let here = left.min(buffer.len as usize);
             left -= here;
-            self.bytes -= buffer.len;
-            self.ring_descriptors -= buffer.ring_descriptors;
-            self.gone += buffer.pieces;
+            self.bytes -= buffer.len as usize;
+            self.ring_descriptors -= usize::from(buffer.ring_descriptors);
+            self.gone += usize::from(buffer.pieces);
             queue.push_used(buffer.head, here as u32);
+            if left == 0 {
+                break;
+            }
         }
         self.compact();
     }
 
-    /// Moves the pieces down once many are gone, so that the list stays short.
+    /// Moves what is left down once much is gone, so that the list stays short.
+    #[inline]
     fn compact(&mut self) {
-        if self.chains.is_empty() || self.gone >= IOV_MAX {
+        if self.chains.is_empty() {
+            self.clear();
+        } else if self.gone >= IOV_MAX {
             self.iovecs.forget_first(self.gone);
             self.gone = 0;
         }

@@ -10,12 +10,42 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use vm_memory::VolatileSlice;
+use vm_memory::{AtomicInteger, VolatileSlice};
 
-use crate::memory::{MemView, Unmapped};
+use crate::memory::{MemView, Region, Unmapped};
 
 /// The kernel's limit on the iovecs of one call (`UIO_MAXIOV`).
 pub const IOV_MAX: usize = 1024;
+
+/// A range of guest memory whose words are loaded and stored, mapped for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Words {
+    start: *const u8,
+    len: usize,
+    /// Keeps the mapping.
+    _region: Arc<Region>,
+}
+
+// SAFETY: `start` points into a mapping that `_region` keeps, which any thread may use.
+unsafe impl Send for Words {}
+
+impl Words {
+    /// The `len` bytes at `offset` of `region`, if they are all inside it.
+    pub(crate) fn new(region: &Arc<Region>, offset: u64, len: usize) -> Option<Words> {
+        let start = region.slice(offset, len)?.ptr_guard().as_ptr();
+        Some(Words { start, len, _region: Arc::clone(region) })
+    }
+
+    /// The word at `offset`, if it is all inside and aligned.
+    #[inline]
+    pub(crate) fn get<T: AtomicInteger>(&self, offset: usize) -> Option<&T> {
+        let word = self.start.wrapping_add(offset).cast::<T>();
+        let is_inside = offset.checked_add(size_of::<T>()).is_some_and(|end| end <= self.len);
+        // SAFETY: the word is within `start .. start + len`, a slice of the region that `_region` keeps mapped, and aligned.
+        // An atomic integer may have any bits, and others may write it meanwhile.
+        (is_inside && word.is_aligned()).then(|| unsafe { &*word })
+    }
+}
 
 /// Why a buffer could not be appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +69,8 @@ pub struct Part<'a> {
 /// A growing list of pieces of guest memory; a descriptor chain is a range of it.
 pub struct GuestIovecs {
     mem: Arc<MemView>,
+    /// The region that the last piece was of.
+    near: usize,
     list: Vec<libc::iovec>,
     /// What one call passes: private head, guest pieces, private tail.
     call: Vec<libc::iovec>,
@@ -51,7 +83,7 @@ unsafe impl Send for GuestIovecs {}
 impl GuestIovecs {
     /// An empty list on `mem` with room for `capacity` pieces before it has to allocate.
     pub fn new(mem: Arc<MemView>, capacity: usize) -> GuestIovecs {
-        GuestIovecs { mem, list: Vec::with_capacity(capacity), call: Vec::with_capacity(IOV_MAX) }
+        GuestIovecs { mem, near: 0, list: Vec::with_capacity(capacity), call: Vec::with_capacity(IOV_MAX) }
     }
 
     /// The memory that the pieces are of.
@@ -89,17 +121,39 @@ impl GuestIovecs {
     ///
     /// # Errors
     /// [`PushError`]; some pieces may have been appended.
+    #[inline(always)]
     pub(crate) fn push(&mut self, addr: u64, len: u32, part: usize) -> Result<(), PushError> {
+        let GuestIovecs { mem, near, list, .. } = self;
+        if let Some(piece) = mem.piece_near(addr, len, near) {
+            append(list, part, piece.ptr_guard_mut().as_ptr(), piece.len());
+            return if list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) };
+        }
+        self.push_pieces(addr, len, part)
+    }
+
+    /// The same where it may be of several regions.
+    #[inline(never)]
+    fn push_pieces(&mut self, addr: u64, len: u32, part: usize) -> Result<(), PushError> {
         let GuestIovecs { mem, list, .. } = self;
         mem.pieces(addr, u64::from(len), |piece| append(list, part, piece.ptr_guard_mut().as_ptr(), piece.len()))
             .map_err(PushError::Unmapped)?;
-        if self.list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
+        if list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
     }
 
     /// Copies the pieces of `range`, without their first `skip` bytes, into `out`; tells how many bytes that were.
     ///
     /// Each byte of guest memory is read once.
+    #[inline]
     pub fn copy_to(&self, range: Range<usize>, skip: usize, out: &mut [u8]) -> usize {
+        match self.slices(range.clone(), skip).next() {
+            // Most frames are in one piece.
+            Some(piece) if out.len() <= piece.len() => piece.copy_to(out),
+            _ => self.copy_to_pieces(range, skip, out),
+        }
+    }
+
+    #[inline(never)]
+    fn copy_to_pieces(&self, range: Range<usize>, skip: usize, out: &mut [u8]) -> usize {
         let mut done = 0;
         for piece in self.slices(range, skip) {
             let Some(rest) = out.get_mut(done..).filter(|rest| !rest.is_empty()) else { break };
@@ -109,7 +163,20 @@ impl GuestIovecs {
     }
 
     /// Copies `data` to the pieces of `range`, behind their first `skip` bytes; tells how many bytes found room.
+    #[inline]
     pub fn copy_from(&self, range: Range<usize>, skip: usize, data: &[u8]) -> usize {
+        match self.slices(range.clone(), skip).next() {
+            // Most frames are in one piece.
+            Some(piece) if data.len() <= piece.len() => {
+                piece.copy_from(data);
+                data.len()
+            }
+            _ => self.copy_from_pieces(range, skip, data),
+        }
+    }
+
+    #[inline(never)]
+    fn copy_from_pieces(&self, range: Range<usize>, skip: usize, data: &[u8]) -> usize {
         let mut done = 0;
         for piece in self.slices(range, skip) {
             let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) else { break };
@@ -185,6 +252,7 @@ impl GuestIovecs {
         Ok((len, message.msg_controllen as usize))
     }
 
+    #[inline]
     fn slices(&self, range: Range<usize>, mut skip: usize) -> impl Iterator<Item = VolatileSlice<'_>> {
         self.list.get(range).unwrap_or_default().iter().filter_map(move |piece| {
             let here = skip.min(piece.iov_len);
@@ -198,6 +266,7 @@ impl GuestIovecs {
 }
 
 /// Adds a piece to the part of a chain that starts at `part`, or makes the part's last piece longer by it.
+#[inline]
 fn append(list: &mut Vec<libc::iovec>, part: usize, base: *mut u8, len: usize) {
     match list.get_mut(part..).and_then(<[_]>::last_mut) {
         Some(last) if last.iov_base.addr().wrapping_add(last.iov_len) == base.addr() => last.iov_len += len,

@@ -143,7 +143,7 @@ impl Queue {
     ///
     /// # Errors
     /// [`RingBroken`]; the ring is of no more use then.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self, out: &mut GuestIovecs) -> Result<Option<Popped>, RingBroken> {
         if !self.has_entries()? {
             return Ok(None);
@@ -201,7 +201,7 @@ impl Queue {
 
     /// Completes a chain into which `len` bytes were written. Chains are completed in the order in which they were
     /// popped; the driver sees it at the next [`Queue::publish`].
-    #[inline]
+    #[inline(always)]
     pub fn push_used(&mut self, head: Head, len: u32) {
         let Head(id) = head;
         self.ring.write_used(self.next_used, id, len);

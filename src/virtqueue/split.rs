@@ -14,7 +14,8 @@ use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::AtomicInteger;
 
-use crate::memory::{MemView, Region, Unmapped};
+use super::iovec::Words;
+use crate::memory::{MemView, Unmapped};
 
 /// A queue size that a split ring may have: a power of two up to 32768.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,8 +107,8 @@ const IDX: u64 = 2;
 /// One area of a ring, all of it known to be mapped and aligned.
 #[derive(Debug)]
 enum Area {
-    /// In one region, from this offset on.
-    Whole(Arc<Region>, u64),
+    /// In one region.
+    Whole(Words),
     /// Over several adjacent regions: each word is looked up, by guest address.
     Spread(Arc<MemView>, u64),
 }
@@ -128,22 +129,28 @@ impl Area {
         .map_err(|cause| RingError::Unmapped { area, cause })?;
         match mem.find(addr) {
             _ if !aligned => Err(unaligned),
-            Some(region) if pieces == 1 => Ok(Area::Whole(Arc::clone(region), addr - region.setup().guest)),
+            Some(region) if pieces == 1 => Words::new(region, addr - region.setup().guest, len as usize)
+                .map(Area::Whole)
+                .ok_or(RingError::Unmapped { area, cause: Unmapped { addr, len } }),
             _ => Ok(Area::Spread(Arc::clone(mem), addr)),
         }
     }
 
     /// Gives `then` the atomic word at `offset`, which the caller keeps within the area.
-    #[inline]
+    #[inline(always)]
     fn word<T: AtomicInteger, R>(&self, offset: u64, then: impl FnOnce(&T) -> R) -> R {
         let word = match self {
-            Area::Whole(region, start) => region.atomic(start + offset),
-            Area::Spread(mem, addr) => {
-                mem.find(addr + offset).and_then(|region| region.atomic(addr + offset - region.setup().guest))
-            }
+            Area::Whole(words) => words.get(offset as usize),
+            Area::Spread(mem, addr) => spread_word(mem, addr + offset),
         };
         then(word.expect("Area::new checked that every word of the area is mapped and aligned"))
     }
+}
+
+/// The atomic word at guest address `addr`.
+#[cold]
+fn spread_word<T: AtomicInteger>(mem: &MemView, addr: u64) -> Option<&T> {
+    mem.find(addr).and_then(|region| region.atomic(addr - region.setup().guest))
 }
 
 /// A split ring in guest memory.
@@ -189,7 +196,7 @@ impl SplitRing {
     }
 
     /// The descriptor at `index`, if there is one; its two halves are read once each.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn descriptor(&self, index: u16) -> Option<Descriptor> {
         if index >= self.size() {
             return None;
@@ -225,7 +232,7 @@ impl SplitRing {
     }
 
     /// Writes used entry number `index` (modulo 2^16); the driver sees it after [`SplitRing::store_used_idx`].
-    #[inline]
+    #[inline(always)]
     pub(crate) fn write_used(&self, index: u16, id: u16, len: u32) {
         let at = RING_HEAD + USED_ENTRY_SIZE * self.slot(index);
         self.used.word(at, |w: &AtomicU32| w.store(u32::from(id).to_le(), Relaxed));
