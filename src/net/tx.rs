@@ -1,10 +1,11 @@
 //! Frames from the guest to the device.
 //!
-//! One pass, in three steps over up to a budget of frames:
+//! One pass, in four steps over up to a budget of frames:
 //!
 //! * **gather**: pop a chain, copy its first bytes to a slot of the stage, check the virtio-net header (and what it says
-//!   about the protocol headers) there. Frames of one flow become a run, which is sent as one frame (`coalesce`); any
-//!   other small frame is copied as a whole;
+//!   about the protocol headers) there;
+//! * **arrange**: frames of one flow become a run, which is sent as one frame (`coalesce`); any other small frame is copied
+//!   as a whole;
 //! * **send**: frames that are wholly on the stage go together, in one batch where that is better; of a large frame, or
 //!   of a run, what is on the stage and the rest of the chains go in one `writev`, straight from guest memory;
 //! * **settle**: complete the chains in their order, or put back those that the device does not take now.
@@ -19,7 +20,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::coalesce::{Coalesce, Run, Segment};
+use super::coalesce::{Coalesce, Run, Segment, may_be_one_flow};
 use super::filter::Mac;
 use super::framing::Framing;
 use super::header::{HEADER_LEN, HeaderFault, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
@@ -56,8 +57,6 @@ pub struct Tx {
     /// What the host may make of them.
     segments: usize,
     coalesce: Coalesce,
-    /// The run that the newest frame belongs to, and where it begins.
-    run: Option<(usize, Run)>,
     /// For a frame in more pieces than one call takes.
     bounce: Box<[u8]>,
     /// The source address without which no answer would come, until a frame has another.
@@ -80,10 +79,10 @@ struct Frame {
     /// How many of them are on the stage.
     staged: usize,
     pieces: Range<usize>,
-    /// What it is as part of a run, if it can be that.
-    segment: Option<Segment>,
     /// How many frames, from this one on, go as one; none where it goes with one before it.
     run: usize,
+    /// Bytes of headers on the stage that do not go out, since they are those of the run.
+    omitted: usize,
     fate: Fate,
 }
 
@@ -110,7 +109,6 @@ impl Tx {
             frames: Vec::with_capacity(BUDGET),
             segments: 0,
             coalesce,
-            run: None,
             bounce: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
             expected: device.address(),
             unexpected: None,
@@ -155,7 +153,7 @@ impl Tx {
         counters: &PairCounters,
     ) -> Result<Pump, RingBroken> {
         let gathered = self.gather(queue);
-        self.close_run();
+        self.arrange();
         let stopped = self.send(device);
         self.settle(queue, counters);
         let end = gathered?;
@@ -190,9 +188,7 @@ impl Tx {
         while self.frames.len() < BUDGET && self.iovecs.len() < IOV_MAX && self.segments < SEGMENTS_BUDGET {
             let Some(popped) = queue.pop(&mut self.iovecs)? else { return Ok(Pump::Drained) };
             let frame = self.examine(popped);
-            let segment = frame.segment;
             self.frames.push(frame);
-            self.join_run(segment);
         }
         Ok(Pump::BudgetSpent)
     }
@@ -200,15 +196,8 @@ impl Tx {
     /// Checks one chain, its start on the stage.
     #[inline]
     fn examine(&mut self, Popped { head, chain }: Popped) -> Frame {
-        let dropped = |head, reason| Frame {
-            head,
-            len: 0,
-            staged: 0,
-            pieces: 0..0,
-            segment: None,
-            run: 1,
-            fate: Fate::Dropped(reason),
-        };
+        let of = |head, len, staged, pieces, fate| Frame { head, len, staged, pieces, run: 1, omitted: 0, fate };
+        let dropped = |head, reason| of(head, 0, 0, 0..0, Fate::Dropped(reason));
         let Ok(chain) = chain.and_then(Shape::only_readable) else {
             return dropped(head, |c| &c.tx_drop_bad_chain);
         };
@@ -216,7 +205,7 @@ impl Tx {
         if !(HEADER_LEN + ETH_HEADER..=HEADER_LEN + FRAME_MAX).contains(&len) {
             return dropped(head, |c| &c.tx_drop_bad_length);
         }
-        let (staged, segment) = match self.stage_start(chain, len) {
+        let staged = match self.stage_start(chain, len) {
             Ok(staged) => staged,
             Err(HeaderFault::TooManySegments { segments }) => {
                 self.tell_of_segments(segments);
@@ -226,8 +215,8 @@ impl Tx {
         };
         let pieces = chain.readable();
         match self.framing.link().map_or(Way::Device, |link| link.way(self.staged(self.frames.len(), staged))) {
-            Way::Device => Frame { head, len, staged, pieces, segment, run: 1, fate: Fate::ToSend },
-            Way::Neighbour => Frame { head, len, staged, pieces, segment: None, run: 1, fate: Fate::ForGateway },
+            Way::Device => of(head, len, staged, pieces, Fate::ToSend),
+            Way::Neighbour => of(head, len, staged, pieces, Fate::ForGateway),
             Way::Nowhere => dropped(head, |c| &c.tx_drop_not_ip),
         }
     }
@@ -238,11 +227,10 @@ impl Tx {
         self.stage.slot(slot).get(HEADER_LEN..staged).unwrap_or_default()
     }
 
-    /// Copies the start of a frame to its slot and checks the header there; a small frame that cannot be part of a run is
-    /// copied as a whole. Tells how much is on the stage. An error if the header asks for what it
-    /// may not.
+    /// Copies the start of a frame to its slot and checks the header there. Tells how much is on the stage. An error if the
+    /// header asks for what it may not.
     #[inline]
-    fn stage_start(&mut self, chain: Shape, len: usize) -> Result<(usize, Option<Segment>), HeaderFault> {
+    fn stage_start(&mut self, chain: Shape, len: usize) -> Result<usize, HeaderFault> {
         let short = HeaderFault::Length { len };
         let slot = self.stage.slot_mut(self.frames.len());
         let staged = self.iovecs.copy_to(chain.readable(), 0, slot.get_mut(..len.min(START_LEN)).ok_or(short)?);
@@ -255,12 +243,7 @@ impl Tx {
             self.expected = None;
             self.unexpected = start.get(6..).and_then(|source| source.first_chunk()).copied();
         }
-        let segment = Segment::of(self.coalesce, checked.header, start, len - HEADER_LEN);
-        if segment.is_some() || staged == len || len > SLOT_LEN {
-            return Ok((staged, segment));
-        }
-        let rest = slot.get_mut(staged..len).ok_or(short)?;
-        Ok((staged + self.iovecs.copy_to(chain.readable(), staged, rest), None))
+        Ok(staged)
     }
 
     /// Remembers to say it, once for a ring that was started.
@@ -271,38 +254,77 @@ impl Tx {
             self.told_of_segments = true;
         }
     }
+}
 
-    /// Has the newest frame join the run before it, or begin one.
-    #[inline]
-    fn join_run(&mut self, segment: Option<Segment>) {
-        let newest = self.frames.len() - 1;
-        if let (Some((first, run)), Some(segment)) = (&mut self.run, segment)
-            && run.join(frame_start(&self.stage, *first), segment, frame_start(&self.stage, newest))
-        {
-            self.frames.get_mut(*first).into_iter().for_each(|frame| frame.run = run.frames());
-            self.frames.get_mut(newest).into_iter().for_each(|frame| frame.run = 0);
-            return;
+/// Arranging.
+impl Tx {
+    /// Makes runs of frames of one flow, and copies other small ones as a whole.
+    fn arrange(&mut self) {
+        let mut at = 0;
+        while at < self.frames.len() {
+            at += match self.run_from(at) {
+                Some(run) => self.close_run(at, &run),
+                None => self.copy_rest(at),
+            };
         }
-        self.close_run();
-        self.run = segment.map(|segment| (newest, Run::begin(segment)));
     }
 
-    /// Makes one frame of a run; one that stayed alone is what it was, and is copied as a whole if it is small.
-    fn close_run(&mut self) {
-        let Some((first, run)) = self.run.take() else { return };
-        let slot = self.stage.slot_mut(first);
-        if run.frames() == 1 {
-            if let Some(frame) =
-                self.frames.get_mut(first).filter(|frame| (frame.staged + 1..=SLOT_LEN).contains(&frame.len))
-                && let Some(rest) = slot.get_mut(frame.staged..frame.len)
-            {
-                frame.staged += self.iovecs.copy_to(frame.pieces.clone(), frame.staged, rest);
+    /// The run that begins with the frame at `at`, if there is one of two frames at least.
+    #[inline]
+    fn run_from(&self, at: usize) -> Option<Run> {
+        // Of most frames it is seen at once that they stay alone.
+        let may_begin = self.is_to_send(at)
+            && self.is_to_send(at + 1)
+            && may_be_one_flow(frame_start(&self.stage, at), frame_start(&self.stage, at + 1));
+        if !may_begin {
+            return None;
+        }
+        let mut run = Run::begin(self.segment(at)?);
+        while let Some(next) = self.segment(at + run.frames()) {
+            let (first, newest) = (frame_start(&self.stage, at), frame_start(&self.stage, at + run.frames()));
+            if !run.join(first, next, newest) {
+                break;
             }
-        } else if let Some((head, start)) = slot.split_first_chunk_mut::<HEADER_LEN>()
+        }
+        (run.frames() > 1).then_some(run)
+    }
+
+    #[inline]
+    fn is_to_send(&self, at: usize) -> bool {
+        self.frames.get(at).is_some_and(|frame| matches!(frame.fate, Fate::ToSend))
+    }
+
+    /// What the frame at `at` is as part of a run, if it can be that.
+    fn segment(&self, at: usize) -> Option<Segment> {
+        let frame = self.frames.get(at).filter(|_| self.is_to_send(at))?;
+        let (header, start) = self.stage.slot(at).get(..frame.staged)?.split_first_chunk()?;
+        Segment::of(self.coalesce, VnetHeader::from_bytes(header), start, frame.len - HEADER_LEN)
+    }
+
+    /// Makes one frame of a run; tells of how many.
+    fn close_run(&mut self, at: usize, run: &Run) -> usize {
+        if let Some((head, start)) = self.stage.slot_mut(at).split_first_chunk_mut::<HEADER_LEN>()
             && let Some(header) = run.merge(start)
         {
             *head = header.to_bytes();
         }
+        for (index, frame) in self.frames.iter_mut().skip(at).take(run.frames()).enumerate() {
+            (frame.run, frame.omitted) =
+                if index == 0 { (run.frames(), 0) } else { (0, HEADER_LEN + run.headers_len()) };
+        }
+        run.frames()
+    }
+
+    /// Copies a frame as a whole that is small, and alone; so it tells of one.
+    #[inline]
+    fn copy_rest(&mut self, at: usize) -> usize {
+        if let Some(frame) = self.frames.get_mut(at)
+            && frame.staged < frame.len
+            && let Some(rest) = self.stage.slot_mut(at).get_mut(frame.staged..frame.len)
+        {
+            frame.staged += self.iovecs.copy_to(frame.pieces.clone(), frame.staged, rest);
+        }
+        1
     }
 }
 
@@ -335,7 +357,9 @@ impl Tx {
             match frame.fate {
                 Fate::ToSend if frame.is_gathered() => break,
                 Fate::ToSend => {
-                    self.framing.cut(self.stage.slot_mut(*at));
+                    if !matches!(self.framing, Framing::Whole) {
+                        self.framing.cut(self.stage.slot_mut(*at));
+                    }
                     self.stage.add(*at, frame.len);
                 }
                 Fate::Sent | Fate::ForGateway | Fate::Dropped(_) => {}
@@ -381,10 +405,8 @@ impl Tx {
         let Tx { iovecs, stage, frames, bounce, .. } = self;
         let frames = frames.get(at..at + count).unwrap_or_default();
         let parts = frames.iter().enumerate().map(|(index, frame)| {
-            // The headers of the first are those of the whole.
-            let later = frame.segment.filter(|_| index > 0);
-            let headers = later.map_or(device.omitted(), |segment| HEADER_LEN + segment.headers_len());
-            let private = stage.slot(at + index).get(headers..frame.staged).unwrap_or_default();
+            let omitted = if index == 0 { device.omitted() } else { frame.omitted };
+            let private = stage.slot(at + index).get(omitted..frame.staged).unwrap_or_default();
             Part { private, pieces: frame.pieces.clone(), skip: frame.staged }
         });
         if frames.iter().map(|frame| 1 + frame.pieces.len()).sum::<usize>() <= IOV_MAX {

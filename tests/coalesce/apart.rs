@@ -3,7 +3,7 @@
 //! Each check makes two frames that are merged, breaks one rule, and looks again: frames that were never merged would
 //! not pass.
 
-use vhost_user_net::net::coalesce::{Coalesce, Segment};
+use vhost_user_net::net::coalesce::{Coalesce, Segment, may_be_one_flow};
 
 use crate::common::frames::{Ends, arp_request, checksum_add};
 use crate::common::virtio::{VnetHdr, gso, net_flag};
@@ -48,6 +48,28 @@ fn assert_never_raw(kinds: &[Kind], change: impl Fn(&Frame, &mut Rendered)) {
             assert_eq!(there_and_back(&rendered).unwrap(), [1, 1]);
         }
     }
+}
+
+/// That a frame is of another flow, once `change` was done to it, is seen at first sight.
+fn assert_other_flow(kinds: &[Kind], change: impl Fn(&mut Frame)) {
+    for kind in kinds {
+        let mut other = Frame::new(*kind);
+        change(&mut other);
+        let [first, other] = [Frame::new(*kind), other].map(|frame| frame.render());
+        assert!(may_be_one_flow(first.start(), first.start()), "{kind:?}");
+        assert!(!may_be_one_flow(first.start(), other.start()), "{kind:?}");
+    }
+}
+
+#[test]
+fn other_flow_is_seen_at_first_sight() {
+    assert_other_flow(&KINDS, |frame| frame.dst[5] ^= 1);
+    assert_other_flow(&KINDS, |frame| frame.src[0] ^= 2);
+    assert_other_flow(&V4, |frame| frame.src_ip[15] ^= 1);
+    assert_other_flow(&V4, |frame| frame.dst_ip[12] ^= 1);
+    assert_other_flow(&V4, |frame| frame.src_port ^= 1);
+    assert_other_flow(&V4, |frame| frame.dst_port ^= 0x100);
+    assert!(!may_be_one_flow(&[0; 37], &[0; 38]), "too short for any");
 }
 
 #[test]
