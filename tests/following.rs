@@ -342,6 +342,9 @@ fn interface_that_is_made_here_comes_back_with_what_it_was_made_on() {
     }
 }
 
+/// Of a TAP as it is opened by its name.
+const TAP_FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
 #[test]
 fn interface_that_comes_back_before_it_can_be_opened_is_tried_again() {
     if !require_root("interface_that_comes_back_before_it_can_be_opened_is_tried_again") {
@@ -357,13 +360,21 @@ fn interface_that_comes_back_before_it_can_be_opened_is_tried_again() {
     place.namespace.ip("tuntap add dev tap0 mode tun");
     backend.wait_line("cannot be opened again yet: Interface \"tap0\" is a TUN interface, not a TAP");
     place.namespace.ip("link del tap0");
-    let busy = place.namespace.open_tun("tap0", libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    let busy = place.namespace.open_tun("tap0", TAP_FLAGS);
     backend.wait_line("cannot be opened again yet: Cannot attach to TAP \"tap0\" (queue 0)");
     place.namespace.ip("link set dev tap0 up");
     drop(busy);
-    // It went with its last descriptor, so no one of that name is there to be opened.
-    place.namespace.add_tap(&TapSpec::new("tap0"));
+    // It went with its last descriptor, so none of that name is there to be opened. Nor is one to be made, also where it
+    // goes between the look at it and the opening.
+    for _ in 0..100 {
+        if let Ok(_short) = place.namespace.try_open_tun("tap0", TAP_FLAGS) {
+            place.namespace.try_ip("link set dev tap0 up");
+        }
+    }
+    wait_until("the name is free", || place.namespace.try_ip("tuntap add dev tap0 mode tap vnet_hdr"));
+    place.namespace.ip("link set dev tap0 up");
     backend.wait_line("Interface \"tap0\" is back; frames pass again");
+    assert!(!backend.log().contains("Created"), "{}", backend.log());
     wait_for_carrier(&place.namespace, "tap0");
     assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, "tap0"), 0);
 }

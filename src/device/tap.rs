@@ -236,6 +236,10 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let link = netlink::link_by_name(&name).map_err(lookup)?;
     // One that went away meanwhile, with the process that had made it, was made anew by us.
     let existing = existing.filter(|before| link.as_ref().is_none_or(|now| now.index == before.index));
+    if how.reopens && existing.is_none() {
+        // It is somebody else's to make: this one goes with `queues`.
+        return Err(TapError::Missing { layer: how.layer, name });
+    }
     match (&existing, &link, queues.first()) {
         (None, Some(link), Some(queue)) => complete(&name, link, how, bridge, queue)?,
         (Some(_), Some(link), _) if bridge.is_some() && link.master != bridge => {

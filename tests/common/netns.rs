@@ -155,6 +155,11 @@ impl NetNs {
 
     /// Opens a queue of a TUN or TAP, new or not, with any `IFF_` flags.
     pub fn open_tun(&self, device: &str, flags: i32) -> OwnedFd {
+        self.try_open_tun(device, flags).expect("TUNSETIFF")
+    }
+
+    /// The same, if the kernel lets it be opened.
+    pub fn try_open_tun(&self, device: &str, flags: i32) -> io::Result<OwnedFd> {
         self.within(|| tun_queue(device, flags))
     }
 
@@ -266,7 +271,7 @@ impl TapQueue {
 /// Attaches a queue of `device` in the calling thread's namespace.
 fn tap_queue(device: &str, multi_queue: bool) -> OwnedFd {
     let several = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
-    let fd = tun_queue(device, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several);
+    let fd = tun_queue(device, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several).expect("TUNSETIFF");
     let header_len = VnetHdr::LEN as libc::c_int;
     // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
     let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header_len) };
@@ -275,7 +280,7 @@ fn tap_queue(device: &str, multi_queue: bool) -> OwnedFd {
 }
 
 /// Makes a queue with these `IFF_` flags in the calling thread's namespace.
-fn tun_queue(device: &str, wanted: libc::c_int) -> OwnedFd {
+fn tun_queue(device: &str, wanted: libc::c_int) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).unwrap();
     // SAFETY: an ifreq of zeros is valid: a name of null bytes and numbers.
@@ -286,8 +291,7 @@ fn tun_queue(device: &str, wanted: libc::c_int) -> OwnedFd {
     request.ifr_ifru.ifru_flags = wanted as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes one ifreq, which outlives the call.
     let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-    assert_eq!(set, 0, "TUNSETIFF: {}", io::Error::last_os_error());
-    fd
+    if set == 0 { Ok(fd) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A packet socket on a device, on the host's side: sends towards the guest, receives what the guest sent, VLAN tags in
