@@ -9,7 +9,7 @@ use crate::common::netns::PacketSocket;
 use crate::common::virtio::{VnetHdr, feature, gso, net_flag};
 use crate::floor::{self, Frame, HEADERS, Receiver, Sender, TOGETHER, timed};
 use crate::guest::{FEATURES, Guest, RING_SIZE, Ring, rest};
-use crate::place::{Contender, On, PATIENCE, Place, TAP, on_backend_cpu, set_option, thread_cpu};
+use crate::place::{Contender, OURS, PATIENCE, Place, TAP, on_backend_cpu, set_option, thread_cpu};
 
 /// Payload of a frame that asks to be segmented.
 const LARGE: usize = 64_000;
@@ -461,12 +461,11 @@ pub struct Idle {
 }
 
 pub fn idle(seconds: u64) -> Idle {
-    let ours = Contender::Ours(On::Tap, &[]);
     let run = |pairs: usize| {
         let place = Place::new(pairs > 1);
         let mut guest = Guest::new(pairs, &mixed(64), FEATURES);
         let begun = Instant::now();
-        let process = place.launch(&ours, pairs, &[]);
+        let process = place.launch(&OURS, pairs, &[]);
         let listening = process.until_listening;
         guest.connect(&place.socket());
         guest.pairs[0].tx.pass(1);

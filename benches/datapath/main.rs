@@ -27,7 +27,7 @@ use std::process::ExitCode;
 
 use cases::{Kind, Sample};
 use clap::Parser;
-use place::{Contender, Means, On};
+use place::{Contender, Means, OURS, On};
 
 /// Measure the data path beside a bare loop of system calls and a conventional back-end
 #[derive(Parser)]
@@ -47,6 +47,9 @@ struct Args {
     /// Where the ratios go as a picture
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+    /// Another build of this program (or a script that starts one, under valgrind say), to take part beside this one
+    #[arg(long, value_name = "PROGRAM")]
+    beside: Option<PathBuf>,
     /// Serve as the conventional back-end on this socket (the benchmark starts itself so)
     #[arg(long, value_name = "SOCKET", hide = true)]
     as_baseline: Option<PathBuf>,
@@ -78,7 +81,6 @@ struct Measured {
 fn cases() -> Vec<Case> {
     const FLOOR: Contender = Contender::Floor(On::Tap, Means::Calls);
     const BATCHES: Contender = Contender::Floor(On::Tap, Means::Batches);
-    const OURS: Contender = Contender::Ours(On::Tap, &[]);
     const SYSCALL: Contender = Contender::Ours(On::Tap, &["--io", "syscall"]);
     const URING: Contender = Contender::Ours(On::Tap, &["--io", "uring"]);
     const ALONE: Contender = Contender::Ours(On::Tap, &["--coalesce", "off"]);
@@ -142,6 +144,9 @@ fn main() -> ExitCode {
     let has_testpmd = testpmd::is_installed();
     for mut case in cases().into_iter().filter(wanted) {
         case.contenders.retain(|contender| *contender != Contender::Testpmd || has_testpmd);
+        if let Some(ours) = case.contenders.iter().position(|contender| *contender == OURS) {
+            case.contenders.splice(ours + 1..ours + 1, args.beside.clone().map(Contender::Beside));
+        }
         let measured = run(case, rounds, scale);
         report::print(&measured);
         all.push(measured);

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -151,7 +152,12 @@ pub enum Contender {
     Testpmd,
     /// This project's, with these options.
     Ours(On, &'static [&'static str]),
+    /// Another build of it, or what starts one.
+    Beside(PathBuf),
 }
+
+/// This project's as it is by itself.
+pub const OURS: Contender = Contender::Ours(On::Tap, &[]);
 
 impl Contender {
     /// Whether it is a bare loop.
@@ -163,7 +169,7 @@ impl Contender {
     pub fn on(&self) -> On {
         match self {
             Contender::Floor(on, _) | Contender::Ours(on, _) => *on,
-            Contender::Baseline | Contender::Testpmd => On::Tap,
+            Contender::Baseline | Contender::Testpmd | Contender::Beside(_) => On::Tap,
         }
     }
 
@@ -184,6 +190,7 @@ impl Contender {
             Contender::Testpmd => "dpdk-testpmd".to_owned(),
             Contender::Ours(_, []) => "ours".to_owned(),
             Contender::Ours(_, options) => format!("ours {}", options.join(" ")),
+            Contender::Beside(_) => "beside".to_owned(),
         };
         if self.on() == On::Tap { name } else { format!("{name} on {}", self.on().name()) }
     }
@@ -217,7 +224,7 @@ impl Place {
         Place { namespace, dir: TempDir::new().expect("a folder"), multi_queue }
     }
 
-    pub fn socket(&self) -> std::path::PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.dir.path().join("socket")
     }
 
@@ -263,12 +270,19 @@ impl Place {
             }
             Contender::Ours(on, options) => {
                 self.add(*on);
-                let mut command = self.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
-                command.args(["--socket-path", socket, "--log-level", "warn", "--queue-pairs"]).arg(pairs.to_string());
-                command.args(on.options()).args(*options);
-                command
+                self.ours(env!("CARGO_BIN_EXE_vhost-user-net"), socket, pairs, &[&on.options(), *options].concat())
+            }
+            Contender::Beside(program) => {
+                self.ours(program.to_str().expect("a path"), socket, pairs, &On::Tap.options())
             }
         }
+    }
+
+    fn ours(&self, program: &str, socket: &str, pairs: usize, options: &[&str]) -> Command {
+        let mut command = self.namespace.command(program);
+        command.args(["--socket-path", socket, "--log-level", "warn", "--queue-pairs"]).arg(pairs.to_string());
+        command.args(options);
+        command
     }
 
     /// Adds what is not there from the start.
@@ -383,7 +397,7 @@ impl Process {
 
     /// Its memory in KiB, without what it shares with the guest.
     pub fn memory_kib(&self) -> u64 {
-        let status = std::path::PathBuf::from(format!("/proc/{}/status", self.child.id()));
+        let status = PathBuf::from(format!("/proc/{}/status", self.child.id()));
         ["RssAnon:", "RssFile:"].iter().filter_map(|name| field(&status, name)).sum()
     }
 }

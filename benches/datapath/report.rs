@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use crate::Measured;
 use crate::cases::{Idle, Kind, Sample};
-use crate::place::{Contender, Means, On};
+use crate::place::{Contender, Means, OURS, On};
 
 /// The least, the middle and the largest of some numbers.
 #[derive(Clone, Copy, Debug)]
@@ -85,6 +85,9 @@ pub fn print(measured: &Measured) {
             ratio.map_or_else(String::new, |ratio| ratio.to_string())
         });
         println!("  {:<32} {:>9.0} {:>18}   {first:<20} {second:<20}", contender.name(), cost.median, more);
+        if let (Contender::Beside(_), Some(ratio)) = (contender, measured.ratio(index, &OURS)) {
+            println!("    ours / it: {ratio}");
+        }
     }
     println!();
 }
@@ -170,9 +173,7 @@ pub fn svg(all: &[Measured]) -> String {
         let (label_x, label_y) = (LEFT - 10, y + 20);
         let name = measured.case.name;
         let _ = writeln!(out, "<text x=\"{label_x}\" y=\"{label_y}\" text-anchor=\"end\">{name}</text>");
-        let Some(ours) =
-            measured.case.contenders.iter().position(|contender| *contender == Contender::Ours(On::Tap, &[]))
-        else {
+        let Some(ours) = measured.case.contenders.iter().position(|contender| *contender == OURS) else {
             continue;
         };
         let against = [("f", Contender::Floor(On::Tap, Means::Calls)), ("b", Contender::Baseline)];
