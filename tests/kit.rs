@@ -643,6 +643,7 @@ fn buffer_used_without_a_call_panics() {
     ring.add(&[Buf::readable(0x11_0000, 1)]);
     let device = Arc::clone(&mem);
     let addrs = ring.addrs;
+    mem.store_u16(addrs.avail + 12, 7, Ordering::Relaxed);
 
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -652,7 +653,6 @@ fn buffer_used_without_a_call_panics() {
             }
             device.store_u16(addrs.used + 2, 1, Ordering::Release);
         });
-        mem.store_u16(addrs.avail + 12, 7, Ordering::Relaxed);
         ring.wait_used(Duration::from_secs(2));
     });
 }
