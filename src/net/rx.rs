@@ -35,7 +35,7 @@ use super::framing::Framing;
 use super::header::{F_NEEDS_CSUM, HEADER_LEN, NotNegotiated, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx_in_place};
 use super::ip_link::Answer;
 use super::segment::{Need as Finishing, Plan, complete_checksum, plan};
-use super::window::{Filled, Window};
+use super::window::{Filled, Room, Window};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
 use crate::memory::MemView;
@@ -57,8 +57,6 @@ const STAGED_MAX: usize = 4096;
 const UNFINISHED_PERIOD: u32 = 64;
 /// How many answers of the gateway wait at most.
 const ANSWERS_MAX: usize = 16;
-/// Without mergeable buffers a driver is to post chains of at least this (VIRTIO 1.3, "Setting Up Receive Buffers").
-const CHAIN_STANDARD: usize = 1526;
 
 /// Which frames may reach the guest.
 #[derive(Clone, Debug, Default)]
@@ -305,43 +303,41 @@ impl Rx {
         if let Some(plan) = self.cut {
             return self.deliver_segment(plan, queue, counters);
         }
-        let ahead = self.backlog.len();
-        let was_cut = self.backlog.delivered().is_some_and(|delivered| *delivered > 0);
-        let Some(bytes) = self.backlog.front() else { return Ok(Step::Again) };
-        let len = bytes.len();
-        let looked = look_at(bytes, &self.admission);
-        self.last_len = len.saturating_sub(HEADER_LEN);
+        let Rx { backlog, window, admission, unfinished, last_len, expect, .. } = self;
+        let ahead = backlog.len();
+        let was_cut = backlog.delivered().is_some_and(|delivered| *delivered > 0);
+        let Some(frame) = backlog.front() else { return Ok(Step::Again) };
+        let len = frame.len();
+        *last_len = len.saturating_sub(HEADER_LEN);
+        let looked = look_at(frame, admission);
         match looked {
-            Ok(Finish::Nothing) => self.unfinished = self.unfinished.saturating_sub(1),
-            Ok(_) => self.unfinished = UNFINISHED_PERIOD,
+            Ok(Finish::Nothing) => *unfinished = unfinished.saturating_sub(1),
+            Ok(Finish::Done | Finish::Cut(_)) => *unfinished = UNFINISHED_PERIOD,
             Err(_) => {}
         }
-        let room = match looked {
+        let reason: Reason = match looked {
             Ok(Finish::Cut(plan)) => {
                 self.cut = Some(plan);
                 return self.deliver_segment(plan, queue, counters);
             }
             // It was being cut, and is to go whole now that the guest changed its mind: the rest alone makes no sense.
-            Ok(_) if was_cut => Step::Counted(|c| &c.rx_drop_not_negotiated),
-            Ok(_) => self.make_room(len, ahead, queue, counters)?,
-            Err(reason) => Step::Counted(reason),
+            Ok(_) if was_cut => |c| &c.rx_drop_not_negotiated,
+            Ok(_) => match window.make_room(queue, len, ahead, counters)? {
+                Room::There => {
+                    window.deliver(queue, [frame, &[]]);
+                    count_delivered(counters, *last_len);
+                    expect.note(len);
+                    self.forget_front();
+                    return Ok(Step::Delivered);
+                }
+                Room::LookAgain => return Ok(Step::Again),
+                Room::NotYet => return Ok(self.wait_for_buffers(counters)),
+                Room::Never => |c| &c.rx_drop_too_large,
+            },
+            Err(reason) => reason,
         };
-        match room {
-            Step::Delivered => {}
-            Step::End(end) => return Ok(self.wait_for_buffers(end, counters)),
-            Step::Again => return Ok(Step::Again),
-            Step::Counted(reason) => {
-                self.forget_front();
-                return Ok(Step::Counted(reason));
-            }
-        }
-        if let Some(frame) = self.backlog.front() {
-            self.window.deliver(queue, [frame, &[]]);
-            count_delivered(counters, len.saturating_sub(HEADER_LEN));
-            self.expect.note(len);
-        }
         self.forget_front();
-        Ok(Step::Delivered)
+        Ok(Step::Counted(reason))
     }
 
     /// Delivers the next segment of the backlog's oldest frame.
@@ -355,12 +351,12 @@ impl Rx {
             return Ok(Step::Counted(|c| &c.rx_segmented_frames));
         };
         let headers_len = HEADER_LEN + piece.headers_len;
-        let step = self.make_room(headers_len + piece.payload.len(), 0, queue, counters)?;
-        match step {
-            Step::Again => return Ok(Step::Again),
-            Step::End(end) => return Ok(self.wait_for_buffers(end, counters)),
-            Step::Counted(_) | Step::Delivered => {}
-        }
+        let step = match self.window.make_room(queue, headers_len + piece.payload.len(), 0, counters)? {
+            Room::LookAgain => return Ok(Step::Again),
+            Room::NotYet => return Ok(self.wait_for_buffers(counters)),
+            Room::Never => Step::Counted(|c| &c.rx_drop_too_large),
+            Room::There => Step::Delivered,
+        };
         if let Step::Delivered = step
             && let Some(bytes) = self.backlog.front()
             && let Some(payload) = bytes.get(HEADER_LEN + piece.payload.start..HEADER_LEN + piece.payload.end)
@@ -378,47 +374,11 @@ impl Rx {
         Ok(step)
     }
 
-    /// Has the window hold `len` bytes: then it is `Delivered`, or will be. If buffers have to be popped for that, then at
-    /// once for `ahead` frames.
-    #[inline]
-    fn make_room(
-        &mut self,
-        len: usize,
-        ahead: usize,
-        queue: &mut Queue,
-        counters: &PairCounters,
-    ) -> Result<Step, RingBroken> {
-        if self.window.bytes() >= len { Ok(Step::Delivered) } else { self.get_room(len, ahead, queue, counters) }
-    }
-
-    #[inline(never)]
-    fn get_room(
-        &mut self,
-        len: usize,
-        ahead: usize,
-        queue: &mut Queue,
-        counters: &PairCounters,
-    ) -> Result<Step, RingBroken> {
-        let Filled::Bytes(room) = self.window.fill(queue, len, ahead, counters)? else { return Ok(Step::Again) };
-        if room >= len {
-            return Ok(Step::Delivered);
-        }
-        // One chain is all that there can be, or all that the ring can hold is there: it never fits.
-        if room > 0 && (!self.window.mergeable() || self.window.holds_all_of(queue.size())) {
-            // It would be in the way of all frames but small ones for as long as none of those comes.
-            if !self.window.mergeable() && room < CHAIN_STANDARD {
-                self.window.return_all_unused(queue, counters);
-            }
-            return Ok(Step::Counted(|c| &c.rx_drop_too_large));
-        }
-        Ok(Step::End(Pump::NoBuffers))
-    }
-
-    fn wait_for_buffers(&mut self, end: Pump, counters: &PairCounters) -> Step {
+    fn wait_for_buffers(&mut self, counters: &PairCounters) -> Step {
         if !std::mem::replace(&mut self.held, true) {
             counters.rx_held.add(1);
         }
-        Step::End(end)
+        Step::End(Pump::NoBuffers)
     }
 
     fn forget_front(&mut self) {

@@ -22,6 +22,9 @@ const READ_PIECES_MAX: usize = IOV_MAX - 2;
 /// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
 const CHAIN_MIN: usize = HEADER_LEN + 60;
 
+/// And a driver is to post chains of at least this (VIRTIO 1.3, "Setting Up Receive Buffers").
+const CHAIN_STANDARD: usize = 1526;
+
 /// What [`Window::fill`] came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Filled {
@@ -29,6 +32,19 @@ pub(super) enum Filled {
     Bytes(usize),
     /// A chain was of no use and was returned; there is to be looked again.
     ReturnedUnused,
+}
+
+/// What [`Window::make_room`] came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// The bytes are there.
+    There,
+    /// A chain was of no use and was returned; there is to be looked again.
+    LookAgain,
+    /// The ring has no more at present.
+    NotYet,
+    /// All that there can be is too little.
+    Never,
 }
 
 /// See the file's head.
@@ -77,20 +93,9 @@ impl Window {
         self.chains.len()
     }
 
-    /// How many bytes there are.
-    #[inline]
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// Whether there is no buffer.
     pub(super) fn is_empty(&self) -> bool {
         self.chains.is_empty()
-    }
-
-    /// Whether all that a ring of `size` can hold is here: no more will come.
-    pub(super) fn holds_all_of(&self, size: u16) -> bool {
-        self.ring_descriptors >= usize::from(size)
     }
 
     /// Pops until `bytes` are there or the ring has no more, or until a chain is of no use. Then goes on up to `ahead`
@@ -124,6 +129,44 @@ impl Window {
         Ok(Filled::Bytes(self.bytes))
     }
 
+    /// Has the window hold `len` bytes. If buffers have to be popped for that, then at once for `ahead` frames.
+    ///
+    /// # Errors
+    /// [`RingBroken`].
+    #[inline]
+    pub(super) fn make_room(
+        &mut self,
+        queue: &mut Queue,
+        len: usize,
+        ahead: usize,
+        counters: &PairCounters,
+    ) -> Result<Room, RingBroken> {
+        if self.bytes >= len { Ok(Room::There) } else { self.get_room(queue, len, ahead, counters) }
+    }
+
+    #[inline(never)]
+    fn get_room(
+        &mut self,
+        queue: &mut Queue,
+        len: usize,
+        ahead: usize,
+        counters: &PairCounters,
+    ) -> Result<Room, RingBroken> {
+        let Filled::Bytes(room) = self.fill(queue, len, ahead, counters)? else { return Ok(Room::LookAgain) };
+        if room >= len {
+            return Ok(Room::There);
+        }
+        // One chain is all that there can be, or all that the ring can hold is there: it never fits.
+        if room > 0 && (!self.mergeable || self.ring_descriptors >= usize::from(queue.size())) {
+            // It would be in the way of all frames but small ones for as long as none of those comes.
+            if !self.mergeable && room < CHAIN_STANDARD {
+                self.return_all_unused(queue, counters);
+            }
+            return Ok(Room::Never);
+        }
+        Ok(Room::NotYet)
+    }
+
     #[inline]
     fn append(&mut self, head: Head, shape: Shape) {
         // All of them fit: a chain has less than 2^32 bytes, and no more pieces or descriptors than a queue or a call takes.
@@ -143,7 +186,7 @@ impl Window {
     }
 
     /// Returns everything unused, as malformed.
-    pub(super) fn return_all_unused(&mut self, queue: &mut Queue, counters: &PairCounters) {
+    fn return_all_unused(&mut self, queue: &mut Queue, counters: &PairCounters) {
         for buffer in self.chains.drain(..) {
             queue.push_used(buffer.head, 0);
             counters.rx_bad_chains.add(1);

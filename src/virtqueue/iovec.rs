@@ -36,14 +36,14 @@ impl Words {
         Some(Words { start, len, _region: Arc::clone(region) })
     }
 
-    /// The word at `offset`, if it is all inside and aligned.
+    /// The `N` words from `offset` on, if they are all inside and aligned.
     #[inline]
-    pub(crate) fn get<T: AtomicInteger>(&self, offset: usize) -> Option<&T> {
-        let word = self.start.wrapping_add(offset).cast::<T>();
-        let is_inside = offset.checked_add(size_of::<T>()).is_some_and(|end| end <= self.len);
-        // SAFETY: the word is within `start .. start + len`, a slice of the region that `_region` keeps mapped, and aligned.
-        // An atomic integer may have any bits, and others may write it meanwhile.
-        (is_inside && word.is_aligned()).then(|| unsafe { &*word })
+    pub(crate) fn get<T: AtomicInteger, const N: usize>(&self, offset: usize) -> Option<&[T; N]> {
+        let words = self.start.wrapping_add(offset).cast::<[T; N]>();
+        let are_inside = offset.checked_add(size_of::<[T; N]>()).is_some_and(|end| end <= self.len);
+        // SAFETY: the words are within `start .. start + len`, a slice of the region that `_region` keeps mapped, and
+        // aligned. An atomic integer may have any bits, and others may write it meanwhile.
+        (are_inside && words.is_aligned()).then(|| unsafe { &*words })
     }
 }
 

@@ -139,11 +139,20 @@ impl Area {
     /// Gives `then` the atomic word at `offset`, which the caller keeps within the area.
     #[inline(always)]
     fn word<T: AtomicInteger, R>(&self, offset: u64, then: impl FnOnce(&T) -> R) -> R {
-        let word = match self {
-            Area::Whole(words) => words.get(offset as usize),
-            Area::Spread(mem, addr) => spread_word(mem, addr + offset),
-        };
-        then(word.expect("Area::new checked that every word of the area is mapped and aligned"))
+        self.words(offset, |[word]: [&T; 1]| then(word))
+    }
+
+    /// The same of `N` words from `offset` on.
+    #[inline(always)]
+    fn words<T: AtomicInteger, const N: usize, R>(&self, offset: u64, then: impl FnOnce([&T; N]) -> R) -> R {
+        const CHECKED: &str = "Area::new checked that every word of the area is mapped and aligned";
+        match self {
+            Area::Whole(words) => then(words.get(offset as usize).expect(CHECKED).each_ref()),
+            Area::Spread(mem, addr) => {
+                let at = |index: usize| addr + offset + (index * size_of::<T>()) as u64;
+                then(std::array::from_fn(|index| spread_word(mem, at(index)).expect(CHECKED)))
+            }
+        }
     }
 }
 
@@ -203,8 +212,7 @@ impl SplitRing {
         }
         let at = u64::from(index) * DESCRIPTOR_SIZE;
         // Relaxed: `avail_idx`'s acquire ordered the driver's writes of the descriptor before this.
-        let addr = self.desc.word(at, |w: &AtomicU64| w.load(Relaxed));
-        let rest = self.desc.word(at + 8, |w: &AtomicU64| w.load(Relaxed));
+        let [addr, rest] = self.desc.words(at, |halves: [&AtomicU64; 2]| halves.map(|half| half.load(Relaxed)));
         Some(descriptor_from_words(u64::from_le(addr), u64::from_le(rest)))
     }
 
@@ -235,8 +243,10 @@ impl SplitRing {
     #[inline(always)]
     pub(crate) fn write_used(&self, index: u16, id: u16, len: u32) {
         let at = RING_HEAD + USED_ENTRY_SIZE * self.slot(index);
-        self.used.word(at, |w: &AtomicU32| w.store(u32::from(id).to_le(), Relaxed));
-        self.used.word(at + 4, |w: &AtomicU32| w.store(len.to_le(), Relaxed));
+        self.used.words(at, |[id_word, len_word]: [&AtomicU32; 2]| {
+            id_word.store(u32::from(id).to_le(), Relaxed);
+            len_word.store(len.to_le(), Relaxed);
+        });
     }
 
     pub(crate) fn used_idx(&self) -> u16 {
