@@ -225,17 +225,6 @@ impl MemView {
         self.regions.get(at).filter(|region| region.contains_guest(addr))
     }
 
-    /// The guest range `addr .. addr + len` where it is in one region, looked for at number `near` first.
-    #[inline]
-    pub(crate) fn piece_near(&self, addr: u64, len: u32, near: &mut usize) -> Option<VolatileSlice<'_>> {
-        let within = |&(first, last): &(u64, u64)| first <= addr && addr <= last;
-        if !self.spans.get(*near).is_some_and(within) {
-            *near = self.spans.partition_point(|&(_, last)| last < addr);
-        }
-        let region = self.regions.get(*near)?;
-        region.slice(addr.checked_sub(region.setup.guest)?, len as usize)
-    }
-
     /// Translates an address of the front-end's own address space, in which `SET_VRING_ADDR` speaks, to a guest address.
     pub fn user_to_guest(&self, user: u64) -> Option<u64> {
         let region = self.regions.iter().find(|r| user.wrapping_sub(r.setup.user) < r.setup.size)?;

@@ -69,21 +69,51 @@ pub struct Part<'a> {
 /// A growing list of pieces of guest memory; a descriptor chain is a range of it.
 pub struct GuestIovecs {
     mem: Arc<MemView>,
-    /// The region that the last piece was of.
-    near: usize,
+    near: Near,
     list: Vec<libc::iovec>,
     /// What one call passes: private head, guest pieces, private tail.
     call: Vec<libc::iovec>,
 }
 
-// SAFETY: the pointers in `list` point into mappings that `mem` keeps, which any thread may use; `call` is rewritten
+/// The region that a piece was found in, since the next is likely to be there, too.
+struct Near {
+    /// Its first guest address.
+    guest: u64,
+    size: u64,
+    base: *mut u8,
+}
+
+impl Near {
+    const NOWHERE: Near = Near { guest: 0, size: 0, base: std::ptr::null_mut() };
+
+    /// Of the region that holds `addr`.
+    fn of(mem: &MemView, addr: u64) -> Near {
+        let region = mem.find(addr);
+        region.map_or(Near::NOWHERE, |region| {
+            let (guest, size) = (region.setup().guest, region.setup().size);
+            let whole = region.slice(0, size as usize);
+            whole.map_or(Near::NOWHERE, |whole| Near { guest, size, base: whole.ptr_guard_mut().as_ptr() })
+        })
+    }
+
+    /// Where guest address `addr` is, if all of `len` bytes from it on are in this region.
+    #[inline]
+    fn find(&self, addr: u64, len: u32) -> Option<*mut u8> {
+        let offset = addr.wrapping_sub(self.guest);
+        let is_inside = offset < self.size && u64::from(len) <= self.size - offset;
+        // It fits usize: the region is mapped.
+        is_inside.then(|| self.base.wrapping_add(offset as usize))
+    }
+}
+
+// SAFETY: the pointers in `list` and `near` point into mappings that `mem` keeps, which any thread may use; `call` is rewritten
 // before each use.
 unsafe impl Send for GuestIovecs {}
 
 impl GuestIovecs {
     /// An empty list on `mem` with room for `capacity` pieces before it has to allocate.
     pub fn new(mem: Arc<MemView>, capacity: usize) -> GuestIovecs {
-        GuestIovecs { mem, near: 0, list: Vec::with_capacity(capacity), call: Vec::with_capacity(IOV_MAX) }
+        GuestIovecs { mem, near: Near::NOWHERE, list: Vec::with_capacity(capacity), call: Vec::with_capacity(IOV_MAX) }
     }
 
     /// The memory that the pieces are of.
@@ -123,18 +153,16 @@ impl GuestIovecs {
     /// [`PushError`]; some pieces may have been appended.
     #[inline(always)]
     pub(crate) fn push(&mut self, addr: u64, len: u32, part: usize) -> Result<(), PushError> {
-        let GuestIovecs { mem, near, list, .. } = self;
-        if let Some(piece) = mem.piece_near(addr, len, near) {
-            append(list, part, piece.ptr_guard_mut().as_ptr(), piece.len());
-            return if list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) };
-        }
-        self.push_pieces(addr, len, part)
+        let Some(base) = self.near.find(addr, len) else { return self.push_from_afar(addr, len, part) };
+        append(&mut self.list, part, base, len as usize);
+        if self.list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
     }
 
-    /// The same where it may be of several regions.
+    /// The same where it is in another region than the last, or in several.
     #[inline(never)]
-    fn push_pieces(&mut self, addr: u64, len: u32, part: usize) -> Result<(), PushError> {
-        let GuestIovecs { mem, list, .. } = self;
+    fn push_from_afar(&mut self, addr: u64, len: u32, part: usize) -> Result<(), PushError> {
+        let GuestIovecs { mem, near, list, .. } = self;
+        *near = Near::of(mem, addr);
         mem.pieces(addr, u64::from(len), |piece| append(list, part, piece.ptr_guard_mut().as_ptr(), piece.len()))
             .map_err(PushError::Unmapped)?;
         if list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
