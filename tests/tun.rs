@@ -75,11 +75,16 @@ fn guest_and_host_exchange_datagrams() {
             guest.pairs[pair].send(&header, &frames::udp4(&Ends::TX, &content, csum));
             let (len, from) = host.recv_from(&mut bytes).expect("a datagram on the host");
             assert!(bytes[..len] == content);
-            // A flow comes back where it went out. The kernel notes that only after it has delivered the datagram.
-            let (_, header, frame) = (0..10)
+            // A flow comes back where it went out. The kernel notes that only after it has delivered the datagram, and the
+            // thread in which it does may have to wait for a CPU.
+            let (_, header, frame) = (0..1000)
                 .map(|_| {
                     host.send_to(&content, from).unwrap();
-                    receive_anywhere(&mut guest)
+                    let answer = receive_anywhere(&mut guest);
+                    if answer.0 != pair {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    answer
                 })
                 .find(|(at, ..)| *at == pair)
                 .expect("the answer comes to the queue of the question");
