@@ -251,6 +251,37 @@ fn useless_chain_in_the_middle_of_a_frame_is_returned_with_those_before_it() {
     assert_eq!(bench.counter("rx_bad_chains"), 3);
 }
 
+/// chains are popped for all frames of a batch at the same time.
+#[test]
+fn useless_chain_between_the_buffers_of_a_batch_is_returned_unused_at_its_turn() {
+    const FRAMES: u32 = 20;
+    for place in 0..30 {
+        let mut bench = Bench::new(MERGEABLE);
+        (0..FRAMES).for_each(|seq| bench.tap().send(&VnetHdr::default(), &rx_frame(seq, 60)));
+        let mut given = vec![];
+        for number in 0..40 {
+            let addr = bench.mem.alloc(2048, 8);
+            let buf = if number == place { Buf::readable(addr, 2048) } else { Buf::writable(addr, 2048) };
+            given.push((bench.driver.rx.add(&[buf]), addr));
+        }
+        bench.driver.rx.publish_and_kick();
+        let mut seq = 0;
+        for (number, (given, addr)) in given.into_iter().enumerate() {
+            if seq == FRAMES {
+                break;
+            }
+            let (head, len) = bench.driver.rx.wait_used(PATIENCE).unwrap();
+            assert_eq!(head, given, "in order");
+            assert!(number != place || len == 0, "the useless one is unused");
+            if len > 0 {
+                assert_eq!(bench.mem.read(addr, len as usize)[12..], rx_frame(seq, 60), "useless: {place}");
+                seq += 1;
+            }
+        }
+        assert_eq!(seq, FRAMES);
+    }
+}
+
 #[test]
 fn frame_shorter_than_ethernet_is_dropped() {
     let mut bench = Bench::new(0);

@@ -141,30 +141,25 @@ impl Window {
         ahead: usize,
         counters: &PairCounters,
     ) -> Result<Room, RingBroken> {
-        if self.bytes >= len { Ok(Room::There) } else { self.get_room(queue, len, ahead, counters) }
+        if self.bytes < len && self.fill(queue, len, ahead, counters)? == Filled::ReturnedUnused {
+            return Ok(Room::LookAgain);
+        }
+        Ok(if self.bytes >= len { Room::There } else { self.too_little(queue, counters) })
     }
 
-    #[inline(never)]
-    fn get_room(
-        &mut self,
-        queue: &mut Queue,
-        len: usize,
-        ahead: usize,
-        counters: &PairCounters,
-    ) -> Result<Room, RingBroken> {
-        let Filled::Bytes(room) = self.fill(queue, len, ahead, counters)? else { return Ok(Room::LookAgain) };
-        if room >= len {
-            return Ok(Room::There);
-        }
+    /// What it means that the ring has no more.
+    #[cold]
+    fn too_little(&mut self, queue: &mut Queue, counters: &PairCounters) -> Room {
         // One chain is all that there can be, or all that the ring can hold is there: it never fits.
-        if room > 0 && (!self.mergeable || self.ring_descriptors >= usize::from(queue.size())) {
-            // It would be in the way of all frames but small ones for as long as none of those comes.
-            if !self.mergeable && room < CHAIN_STANDARD {
-                self.return_all_unused(queue, counters);
-            }
-            return Ok(Room::Never);
+        let is_all = !self.mergeable || self.ring_descriptors >= usize::from(queue.size());
+        if self.bytes == 0 || !is_all {
+            return Room::NotYet;
         }
-        Ok(Room::NotYet)
+        // It would be in the way of all frames but small ones for as long as none of those comes.
+        if !self.mergeable && self.bytes < CHAIN_STANDARD {
+            self.return_all_unused(queue, counters);
+        }
+        Room::Never
     }
 
     #[inline]
