@@ -58,6 +58,8 @@ pub enum ChainFault {
 }
 
 /// A checked chain: which pieces of the [`GuestIovecs`] are its buffers.
+///
+/// All fields have one size: two halves that are written apart and copied as one make the copy wait for both stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     start: usize,

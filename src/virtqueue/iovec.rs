@@ -1,8 +1,9 @@
-//! Pieces of guest memory as iovecs: unsafe door 1, the one place where guest addresses become pointers that are used.
+//! Pieces of guest memory as iovecs, and the words of rings: unsafe door 1, the one place where guest addresses become
+//! pointers that are used.
 //!
 //! A [`GuestIovecs`] owns the view that its pieces were made from, so a piece stays mapped for as long as it can be
 //! named. `virtqueue::chain` appends pieces, `net` says which range of them to read, write or copy. Nothing here knows
-//! what the bytes mean.
+//! what the bytes mean. [`Words`] is a range that `virtqueue::split` loads from and stores to; it keeps its region mapped.
 #![allow(unsafe_code)]
 
 use std::io;
