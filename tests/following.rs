@@ -412,6 +412,7 @@ fn passed_descriptor_whose_interface_is_deleted_elsewhere_is_noticed() {
     for (policy, code, frames) in [("exit", 75, 0), ("exit", 75, 400), ("wait", 0, 0), ("wait", 0, 400)] {
         elsewhere.add_tap(&TapSpec::new("tap0"));
         let queue = elsewhere.open_tap("tap0", false);
+        elsewhere.wait_operational("tap0");
         let socket = place.socket();
         let mut command = place.namespace.command(BINARY);
         command.args(["--socket-path", arg(&socket), "--tap-fd", "20", "--on-device-loss", policy]);

@@ -469,6 +469,7 @@ fn kernel_tap_in_a_namespace_passes_frames_both_ways() {
         ..TapSpec::new("tap0")
     });
     let tap = namespace.open_tap("tap0", true);
+    namespace.wait_operational("tap0");
     let host = PacketSocket::open(&namespace, "tap0");
 
     let request = frames::arp_request(&Ends::TX);
@@ -494,6 +495,7 @@ fn packet_socket_with_headers_shows_offloads() {
     let namespace = NetNs::new();
     namespace.add_tap(&TapSpec::new("tap0"));
     let tap = namespace.open_tap("tap0", false);
+    namespace.wait_operational("tap0");
     let host = PacketSocket::open_vnet_hdr(&namespace, "tap0");
     let payload = frames::payload(Stamp { stream: 1, seq: 0 }, 4000);
     let frame = frames::tcp4(&Ends::TX, 1, &payload, L4Csum::Partial);

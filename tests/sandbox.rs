@@ -364,6 +364,7 @@ fn own_user_cannot_look_into_the_process() {
     let socket = place.socket();
     let binary = common::backend::for_any_user(&socket);
     let queue = place.namespace.open_tap("tap0", false);
+    place.namespace.wait_operational("tap0");
     let mut command = place.namespace.command("setpriv");
     command.args(as_nobody).args([arg(&binary), "--socket-path", arg(&socket), "--tap-fd", "20"]);
     common::backend::inherit(&mut command, queue.fd.as_fd(), 20);
