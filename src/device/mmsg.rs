@@ -65,9 +65,9 @@ impl Messages {
         }
     }
 
-    /// Reads a frame for each of `jobs` into its bytes of `memory`, which is in slots of `slot_len`, until there is none.
-    pub(super) fn receive(&mut self, socket: BorrowedFd<'_>, memory: &mut [u8], slot_len: usize, jobs: &mut [Job]) {
-        self.point(jobs, |slot, bytes| piece(memory, slot_len, slot, bytes));
+    /// Reads a frame for each of `jobs` into its bytes of `memory`, until there is none.
+    pub(super) fn receive(&mut self, socket: BorrowedFd<'_>, memory: &mut [u8], jobs: &mut [Job]) {
+        self.point(jobs, |bytes| piece(memory, bytes));
         for (message, control) in self.headers.iter_mut().zip(&mut self.control) {
             message.msg_hdr.msg_control = control.as_mut_ptr().cast();
             message.msg_hdr.msg_controllen = CONTROL_LEN as _;
@@ -86,8 +86,8 @@ impl Messages {
     }
 
     /// Writes the bytes of each of `jobs`, until one is refused.
-    pub(super) fn send(&mut self, socket: BorrowedFd<'_>, memory: &mut [u8], slot_len: usize, jobs: &mut [Job]) {
-        self.point(jobs, |slot, bytes| piece(memory, slot_len, slot, bytes));
+    pub(super) fn send(&mut self, socket: BorrowedFd<'_>, memory: &mut [u8], jobs: &mut [Job]) {
+        self.point(jobs, |bytes| piece(memory, bytes));
         let headers = self.headers.as_mut_ptr();
         let flags = libc::MSG_DONTWAIT;
         // SAFETY: each header names one iovec of `iovecs`, which lies in `memory`, borrowed until the call returns.
@@ -96,10 +96,10 @@ impl Messages {
     }
 
     /// Makes a header for each of `jobs`.
-    fn point(&mut self, jobs: &[Job], mut piece: impl FnMut(usize, Range<usize>) -> libc::iovec) {
+    fn point(&mut self, jobs: &[Job], mut piece: impl FnMut(Range<usize>) -> libc::iovec) {
         self.iovecs.clear();
         self.headers.clear();
-        self.iovecs.extend(jobs.iter().map(|job| piece(job.slot, job.bytes.clone())));
+        self.iovecs.extend(jobs.iter().map(|job| piece(job.bytes.clone())));
         self.headers.extend(self.iovecs.iter_mut().map(|iovec| {
             // SAFETY: all zeros is a valid mmsghdr: null pointers and lengths of 0.
             let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
@@ -125,11 +125,9 @@ impl Messages {
     }
 }
 
-/// Bytes of a slot, as far as there are such.
-fn piece(memory: &mut [u8], slot_len: usize, slot: usize, bytes: Range<usize>) -> libc::iovec {
-    let from = slot.saturating_mul(slot_len);
-    let slot = from.checked_add(slot_len).and_then(|to| memory.get_mut(from..to));
-    let bytes = slot.and_then(|slot| slot.get_mut(bytes)).unwrap_or_default();
+/// Some of the bytes, if there are such.
+fn piece(memory: &mut [u8], bytes: Range<usize>) -> libc::iovec {
+    let bytes = memory.get_mut(bytes).unwrap_or_default();
     libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
 }
 

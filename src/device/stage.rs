@@ -89,7 +89,7 @@ impl Io {
 #[derive(Clone, Debug)]
 pub struct Job {
     pub(super) slot: usize,
-    /// Which bytes of the slot.
+    /// Which bytes of the stage's memory.
     pub(super) bytes: Range<usize>,
     pub(super) result: Result<usize, Errno>,
     /// A VLAN tag that belongs into the frame that was read.
@@ -109,7 +109,9 @@ pub struct Outcome {
 
 /// See the file's head.
 pub struct Stage {
-    memory: Memory,
+    memory: Uring,
+    /// Of a packet socket.
+    messages: Option<Messages>,
     slot_len: usize,
     /// Bytes of a slot's start that do not go over the device.
     omitted: usize,
@@ -117,28 +119,20 @@ pub struct Stage {
     /// Whether the device may refuse a frame now and take it later.
     may_block: bool,
     jobs: Vec<Job>,
-    rings: Rings,
-}
-
-enum Memory {
-    Plain(Box<[u8]>),
-    Ring(Uring),
-    /// Of a packet socket.
-    Messages(Box<[u8]>, Messages),
 }
 
 impl Stage {
     /// A stage of `slots` slots of `slot_len` bytes for `device`, whose batches use one of `rings`. Memory is taken as it is used.
     pub fn new(device: &DeviceQueue, io: Io, rings: &Rings, (slots, slot_len): (usize, usize)) -> Stage {
-        let memory = vec![0; slots * slot_len].into_boxed_slice();
-        let memory = if device.is_packet_socket() {
-            Memory::Messages(memory, Messages::new(slots))
-        } else {
-            Memory::Plain(memory)
-        };
-        let omitted = device.omitted();
-        let jobs = Vec::with_capacity(slots);
-        Stage { memory, slot_len, omitted, io, may_block: device.may_block(), jobs, rings: rings.clone() }
+        Stage {
+            memory: Uring::new(slots * slot_len, rings),
+            messages: device.is_packet_socket().then(|| Messages::new(slots)),
+            slot_len,
+            omitted: device.omitted(),
+            io,
+            may_block: device.may_block(),
+            jobs: Vec::with_capacity(slots),
+        }
     }
 
     /// How frames are moved.
@@ -148,32 +142,21 @@ impl Stage {
 
     /// How many slots there are.
     pub fn slots(&self) -> usize {
-        self.memory().len() / self.slot_len
-    }
-
-    fn memory(&self) -> &[u8] {
-        match &self.memory {
-            Memory::Plain(memory) | Memory::Messages(memory, _) => memory,
-            Memory::Ring(uring) => uring.memory(),
-        }
+        self.memory.bytes().len() / self.slot_len
     }
 
     /// The bytes of slot `slot`; none where there is no such slot.
     #[inline]
     pub fn slot(&self, slot: usize) -> &[u8] {
         let from = slot * self.slot_len;
-        self.memory().get(from..from + self.slot_len).unwrap_or_default()
+        self.memory.bytes().get(from..from + self.slot_len).unwrap_or_default()
     }
 
     /// The bytes of slot `slot`, to be written.
     #[inline]
     pub fn slot_mut(&mut self, slot: usize) -> &mut [u8] {
         let from = slot * self.slot_len;
-        let memory = match &mut self.memory {
-            Memory::Plain(memory) | Memory::Messages(memory, _) => memory,
-            Memory::Ring(uring) => uring.memory_mut(),
-        };
-        memory.get_mut(from..from + self.slot_len).unwrap_or_default()
+        self.memory.bytes_mut().get_mut(from..from + self.slot_len).unwrap_or_default()
     }
 
     /// Forgets all jobs.
@@ -185,12 +168,9 @@ impl Stage {
     /// Adds a job on the first `len` bytes of slot `slot`, but for those that do not go over the device.
     #[inline]
     pub fn add(&mut self, slot: usize, len: usize) {
-        self.jobs.push(Job {
-            slot,
-            bytes: self.omitted..len.min(self.slot_len),
-            result: Err(Errno::CANCELED),
-            tag: None,
-        });
+        let from = slot * self.slot_len;
+        let bytes = from + self.omitted..from + len.min(self.slot_len);
+        self.jobs.push(Job { slot, bytes, result: Err(Errno::CANCELED), tag: None });
     }
 
     /// What became of the jobs, in order.
@@ -198,14 +178,17 @@ impl Stage {
         self.jobs.iter().map(|&Job { slot, result, tag, .. }| Outcome { slot, result, tag })
     }
 
-    /// Writes the jobs' bytes to `device`, each a frame, until one is refused that may be taken later.
-    pub fn write(&mut self, device: &DeviceQueue) {
+    /// Writes the jobs' bytes to `device`, each a frame, until one is refused that may be taken later. Tells whether all
+    /// went; else [`Stage::outcomes`] is to be looked at.
+    pub fn write(&mut self, device: &DeviceQueue) -> bool {
         let mut at = 0;
         while at < self.jobs.len() {
             if device.is_packet_socket() {
                 self.write_messages(device.as_fd(), at);
             } else if self.takes_batch(device, self.jobs.len() - at) {
-                self.write_batch(at);
+                if self.write_batch(at) {
+                    return at == 0;
+                }
             } else {
                 self.write_singly(device.as_fd(), at);
             }
@@ -214,16 +197,17 @@ impl Stage {
             let stopped =
                 settled.checked_sub(1).and_then(|last| rest.get(last)).is_none_or(|job| ends_writing(job.result));
             if stopped {
-                return;
+                break;
             }
             at += settled;
         }
+        self.jobs.iter().all(|job| job.result.is_ok())
     }
 
     fn write_singly(&mut self, device: BorrowedFd<'_>, first: usize) {
         for at in first..self.jobs.len() {
-            let Some(Job { slot, bytes, .. }) = self.jobs.get(at).cloned() else { return };
-            let frame = self.slot(slot).get(bytes).unwrap_or_default();
+            let Some(Job { bytes, .. }) = self.jobs.get(at).cloned() else { return };
+            let frame = self.memory.bytes().get(bytes).unwrap_or_default();
             let mut result = rustix::io::write(device, frame);
             if matches!(result, Err(Errno::NOBUFS | Errno::NOMEM | Errno::INTR)) {
                 // Memory was short, or a signal came: it may work the next moment.
@@ -240,22 +224,25 @@ impl Stage {
 
     /// Writes the jobs from `first` on to a packet socket, up to one that is refused.
     fn write_messages(&mut self, socket: BorrowedFd<'_>, first: usize) {
-        let Memory::Messages(memory, messages) = &mut self.memory else { return };
+        let Some(messages) = &mut self.messages else { return };
+        let memory = self.memory.bytes_mut();
         let count = if self.io == Io::Syscall { 1 } else { usize::MAX };
         let jobs = self.jobs.get_mut(first..).unwrap_or_default();
         let jobs = jobs.split_at_mut(count.min(jobs.len())).0;
-        messages.send(socket, memory, self.slot_len, jobs);
+        messages.send(socket, memory, jobs);
         if jobs.first().is_some_and(|job| matches!(job.result, Err(Errno::NOBUFS | Errno::NOMEM | Errno::INTR))) {
-            messages.send(socket, memory, self.slot_len, jobs);
+            messages.send(socket, memory, jobs);
         }
     }
 
-    fn write_batch(&mut self, first: usize) {
+    /// Writes the jobs from `first` on; tells whether all went.
+    fn write_batch(&mut self, first: usize) -> bool {
         let operation = if self.may_block { Operation::WriteLinked } else { Operation::Write };
-        self.transfer(operation, first);
-        if operation == Operation::Write {
+        let all_went = self.transfer(operation, first);
+        if !all_went && operation == Operation::Write {
             self.settle_refused(first);
         }
+        all_went
     }
 
     /// A refused frame that others have overtaken must not go after them.
@@ -270,15 +257,16 @@ impl Stage {
 
     /// Reads a frame into each job's slot, for as long as `device` has some.
     pub fn read(&mut self, device: &DeviceQueue) {
-        if let Memory::Messages(memory, messages) = &mut self.memory {
-            return messages.receive(device.as_fd(), memory, self.slot_len, &mut self.jobs);
+        if let Some(messages) = &mut self.messages {
+            return messages.receive(device.as_fd(), self.memory.bytes_mut(), &mut self.jobs);
         }
         if self.takes_batch(device, self.jobs.len()) {
-            return self.transfer(Operation::Read, 0);
+            self.transfer(Operation::Read, 0);
+            return;
         }
         for at in 0..self.jobs.len() {
-            let Some(Job { slot, bytes, .. }) = self.jobs.get(at).cloned() else { return };
-            let room = self.slot_mut(slot).get_mut(bytes).unwrap_or_default();
+            let Some(Job { bytes, .. }) = self.jobs.get(at).cloned() else { return };
+            let room = self.memory.bytes_mut().get_mut(bytes).unwrap_or_default();
             let result = rustix::io::read(device, room);
             if let Some(job) = self.jobs.get_mut(at) {
                 job.result = result;
@@ -294,37 +282,30 @@ impl Stage {
         if !self.io.batches(count) {
             return false;
         }
-        let Memory::Plain(memory) = &mut self.memory else { return true };
-        match Uring::new(&self.rings, device.as_fd(), std::mem::take(memory), self.slot_len) {
-            Ok(uring) => {
-                self.memory = Memory::Ring(uring);
-                true
-            }
-            Err((kept, error)) => {
-                self.memory = Memory::Plain(kept);
+        if let Err(error) = self.memory.attach(device.as_fd()) {
+            self.fall_back(&error);
+            return false;
+        }
+        true
+    }
+
+    /// Does the jobs from `first` on in a batch; tells whether all succeeded.
+    fn transfer(&mut self, operation: Operation, first: usize) -> bool {
+        let jobs = self.jobs.get_mut(first..).unwrap_or_default();
+        match self.memory.transfer(operation, jobs) {
+            Ok(all_succeeded) => all_succeeded,
+            Err(error) => {
+                // Nobody knows which of these went.
+                jobs.iter_mut().filter(|job| job.result.is_err()).for_each(|job| job.result = Err(Errno::NOBUFS));
                 self.fall_back(&error);
                 false
             }
         }
     }
 
-    fn transfer(&mut self, operation: Operation, first: usize) {
-        let Memory::Ring(uring) = &mut self.memory else { return };
-        let jobs = self.jobs.get_mut(first..).unwrap_or_default();
-        if let Err(error) = uring.transfer(operation, jobs) {
-            // Nobody knows which of these went.
-            jobs.iter_mut().filter(|job| job.result.is_err()).for_each(|job| job.result = Err(Errno::NOBUFS));
-            self.fall_back(&error);
-        }
-    }
-
     fn fall_back(&mut self, error: &io::Error) {
         self.io = Io::Syscall;
-        if let Memory::Ring(uring) = &self.memory
-            && !uring.is_idle()
-        {
-            self.memory = Memory::Plain(vec![0; uring.memory().len()].into_boxed_slice());
-        }
+        self.memory.renounce();
         log::warn!("io_uring failed, going on with one system call for each frame: {error}");
     }
 }

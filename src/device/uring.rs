@@ -1,7 +1,7 @@
 //! Reads and writes in batches through io_uring: unsafe door 3.
 //!
-//! A [`Uring`] owns the private memory that its operations work on, registered with the kernel, in slots of equal
-//! length. [`Uring::transfer`] submits a batch and returns when all of it has ended, so nothing is in flight between two
+//! A [`Uring`] owns the private memory that its operations work on, registered with the kernel once there is a ring for
+//! it. [`Uring::transfer`] submits a batch and returns when all of it has ended, so nothing is in flight between two
 //! calls: a ring that stops, or a thread that ends, has nothing to cancel. It cannot wait for the device either: each
 //! operation is asked not to (`RWF_NOWAIT`), and what finds nothing ends with `EAGAIN`.
 //!
@@ -84,13 +84,12 @@ impl Rings {
     }
 }
 
-/// A ring on one device queue, with its memory.
+/// Private memory, and the ring on one device queue that it is registered with, if there is one yet.
 pub(super) struct Uring {
     /// Given back by hand, before the memory goes.
     ring: Option<Box<IoUring>>,
     rings: Rings,
     memory: Box<[u8]>,
-    slot_len: usize,
     /// Operations that have been submitted and not ended: none between two calls, unless the kernel failed us.
     outstanding: usize,
 }
@@ -134,22 +133,21 @@ fn restrict(ring: &IoUring) -> io::Result<()> {
 }
 
 impl Uring {
-    /// Puts a ring of `rings` on `device`, with `memory` in slots of `slot_len` bytes.
+    /// Memory of `len` bytes, as yet without a ring.
+    pub(super) fn new(len: usize, rings: &Rings) -> Uring {
+        Uring { ring: None, rings: rings.clone(), memory: vec![0; len].into_boxed_slice(), outstanding: 0 }
+    }
+
+    /// Puts a ring on `device` if there is none yet.
     ///
     /// # Errors
-    /// What the kernel says, with the memory; `ENOMEM` where more memory may not be locked (`RLIMIT_MEMLOCK`).
-    pub(super) fn new(
-        rings: &Rings,
-        device: BorrowedFd<'_>,
-        memory: Box<[u8]>,
-        slot_len: usize,
-    ) -> Result<Uring, (Box<[u8]>, io::Error)> {
-        let mut uring = Uring { ring: None, rings: rings.clone(), memory, slot_len, outstanding: 0 };
-        match uring.set_up(device) {
-            Ok(ring) => uring.ring = Some(Box::new(ring)),
-            Err(error) => return Err((std::mem::take(&mut uring.memory), error)),
+    /// What the kernel says; `ENOMEM` where more memory may not be locked (`RLIMIT_MEMLOCK`).
+    #[inline]
+    pub(super) fn attach(&mut self, device: BorrowedFd<'_>) -> io::Result<()> {
+        if self.ring.is_none() {
+            self.ring = Some(Box::new(self.set_up(device)?));
         }
-        Ok(uring)
+        Ok(())
     }
 
     fn set_up(&mut self, device: BorrowedFd<'_>) -> io::Result<IoUring> {
@@ -163,28 +161,32 @@ impl Uring {
         Ok(ring)
     }
 
-    /// Whether nothing is in flight: only a kernel that failed us leaves something.
-    pub(super) fn is_idle(&self) -> bool {
-        self.outstanding == 0
+    /// Does without the ring from now on, and with other memory where the kernel failed us and may still use this.
+    pub(super) fn renounce(&mut self) {
+        if self.outstanding > 0 {
+            *self = Uring::new(self.memory.len(), &self.rings);
+        }
     }
 
-    /// All the slots, one behind the other.
-    pub(super) fn memory(&self) -> &[u8] {
+    /// The memory.
+    #[inline]
+    pub(super) fn bytes(&self) -> &[u8] {
         &self.memory
     }
 
     /// The same, to be written.
-    pub(super) fn memory_mut(&mut self) -> &mut [u8] {
+    #[inline]
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.memory
     }
 
-    /// Does what `jobs` say, in their order, and notes in each what came of it.
+    /// Does what `jobs` say, in their order, and notes in each what came of it. Tells whether all succeeded.
     ///
     /// # Errors
     /// Where the kernel did not take the batch or did not end it; what has no result then is unknown, and this is of no
     /// more use.
-    pub(super) fn transfer(&mut self, operation: Operation, jobs: &mut [Job]) -> io::Result<()> {
-        let Uring { ring: Some(ring), memory, slot_len, outstanding, .. } = self else {
+    pub(super) fn transfer(&mut self, operation: Operation, jobs: &mut [Job]) -> io::Result<bool> {
+        let Uring { ring: Some(ring), memory, outstanding, .. } = self else {
             return Err(io::ErrorKind::NotConnected.into());
         };
         if *outstanding > 0 {
@@ -193,9 +195,7 @@ impl Uring {
         let last = jobs.len().saturating_sub(1);
         let mut entries = ring.submission();
         for (index, job) in jobs.iter().enumerate() {
-            let from = job.slot * *slot_len;
-            let slot = memory.get_mut(from..from + *slot_len);
-            let Some(bytes) = slot.and_then(|slot| slot.get_mut(job.bytes.clone())) else {
+            let Some(bytes) = memory.get_mut(job.bytes.clone()) else {
                 return Err(io::ErrorKind::InvalidInput.into());
             };
             let mut entry = entry(operation, bytes).user_data(index as u64);
@@ -208,6 +208,7 @@ impl Uring {
             *outstanding += 1;
         }
         drop(entries);
+        let mut all_succeeded = true;
         while *outstanding > 0 {
             match ring.submit_and_wait(*outstanding) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
@@ -215,10 +216,10 @@ impl Uring {
             }
             for completion in ring.completion() {
                 *outstanding = outstanding.saturating_sub(1);
-                note(jobs, &completion);
+                all_succeeded &= note(jobs, &completion);
             }
         }
-        Ok(())
+        Ok(all_succeeded)
     }
 }
 
@@ -232,11 +233,13 @@ fn entry(operation: Operation, bytes: &mut [u8]) -> squeue::Entry {
     }
 }
 
-fn note(jobs: &mut [Job], completion: &cqueue::Entry) {
-    if let Some(job) = jobs.get_mut(completion.user_data() as usize) {
-        let error = |_| Errno::from_raw_os_error(completion.result().wrapping_neg());
-        job.result = usize::try_from(completion.result()).map_err(error);
-    }
+/// Notes what came of one job; tells whether it succeeded.
+#[inline]
+fn note(jobs: &mut [Job], completion: &cqueue::Entry) -> bool {
+    let Some(job) = jobs.get_mut(completion.user_data() as usize) else { return false };
+    let error = |_| Errno::from_raw_os_error(completion.result().wrapping_neg());
+    job.result = usize::try_from(completion.result()).map_err(error);
+    job.result.is_ok()
 }
 
 impl Drop for Uring {
