@@ -174,10 +174,9 @@ impl GuestIovecs {
     /// Each byte of guest memory is read once.
     #[inline]
     pub fn copy_to(&self, range: Range<usize>, skip: usize, out: &mut [u8]) -> usize {
-        match self.slices(range.clone(), skip).next() {
-            // Most frames are in one piece.
-            Some(piece) if out.len() <= piece.len() => piece.copy_to(out),
-            _ => self.copy_to_pieces(range, skip, out),
+        match self.in_first(&range, skip, out.len()) {
+            Some(piece) => piece.copy_to(out),
+            None => self.copy_to_pieces(range, skip, out),
         }
     }
 
@@ -194,13 +193,12 @@ impl GuestIovecs {
     /// Copies `data` to the pieces of `range`, behind their first `skip` bytes; tells how many bytes found room.
     #[inline]
     pub fn copy_from(&self, range: Range<usize>, skip: usize, data: &[u8]) -> usize {
-        match self.slices(range.clone(), skip).next() {
-            // Most frames are in one piece.
-            Some(piece) if data.len() <= piece.len() => {
+        match self.in_first(&range, skip, data.len()) {
+            Some(piece) => {
                 piece.copy_from(data);
                 data.len()
             }
-            _ => self.copy_from_pieces(range, skip, data),
+            None => self.copy_from_pieces(range, skip, data),
         }
     }
 
@@ -281,16 +279,30 @@ impl GuestIovecs {
         Ok((len, message.msg_controllen as usize))
     }
 
-    #[inline]
+    /// The pieces of `range` behind their first `skip` bytes.
     fn slices(&self, range: Range<usize>, mut skip: usize) -> impl Iterator<Item = VolatileSlice<'_>> {
         self.list.get(range).unwrap_or_default().iter().filter_map(move |piece| {
             let here = skip.min(piece.iov_len);
             skip -= here;
-            let base = piece.iov_base.cast::<u8>().wrapping_add(here);
-            // SAFETY: `base .. base + iov_len - here` is within the piece, which lies in a mapped region of `self.mem`
-            // (`push` got it from there), and the slice cannot outlive `self`.
-            (here < piece.iov_len).then(|| unsafe { VolatileSlice::new(base, piece.iov_len - here) })
+            self.slice(piece, here, piece.iov_len - here).filter(|slice| !slice.is_empty())
         })
+    }
+
+    /// The `len` bytes behind the first `skip` of `range`, if they are all in its first piece, as most frames are.
+    #[inline]
+    fn in_first(&self, range: &Range<usize>, skip: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        let first = self.list.get(range.start).filter(|_| !range.is_empty())?;
+        self.slice(first, skip, len)
+    }
+
+    /// The `len` bytes behind the first `skip` of a piece, if it has so many.
+    #[inline]
+    fn slice(&self, piece: &libc::iovec, skip: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        let is_inside = skip <= piece.iov_len && len <= piece.iov_len - skip;
+        let base = piece.iov_base.cast::<u8>().wrapping_add(skip);
+        // SAFETY: `base .. base + len` is within the piece, which lies in a mapped region of `self.mem` (`push` got it from
+        // there), and the slice cannot outlive `self`.
+        is_inside.then(|| unsafe { VolatileSlice::new(base, len) })
     }
 }
 
