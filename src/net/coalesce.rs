@@ -354,17 +354,17 @@ fn same_under<const N: usize>(mask: &[u8; N], first: &[u8], next: &[u8]) -> Opti
     Some(different == 0 && first_options == next_options)
 }
 
-/// Whether two frames may be of one flow, by some bytes that are equal in all frames of one: of different flows most differ
-/// there, which is sooner seen than what [`Segment::of`] sees.
+/// A number that is equal for all frames of one flow, made of some bytes of a frame's `start` that are equal in all of them.
+/// Frames of different flows mostly have different ones, which is sooner seen than what [`Segment::of`] sees.
 #[inline]
-pub fn may_be_one_flow(first: &[u8], next: &[u8]) -> bool {
-    /// Two addresses and the ethertype.
-    const LINK: usize = 14;
-    /// Of IPv4 without a VLAN tag the addresses and ports, of IPv6 a part of the addresses.
-    const FLOW: std::ops::Range<usize> = 26..38;
-    let (Some(first), Some(next)) = (first.first_chunk::<38>(), next.first_chunk::<38>()) else { return false };
-    let is_tagged = !matches!(u16::from_be_bytes([first[12], first[13]]), ETHERTYPE_IPV4 | ETHERTYPE_IPV6);
-    first[..LINK] == next[..LINK] && (is_tagged || first[FLOW] == next[FLOW])
+pub fn flow_hint(start: &[u8]) -> u64 {
+    let Some(start) = start.first_chunk::<38>() else { return 0 };
+    let word = |at| start.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    // Two Ethernet addresses and the ethertype.
+    let link = word(0) ^ word(6).rotate_left(24);
+    // Of IPv4 without a VLAN tag the addresses and ports, of IPv6 a part of the addresses.
+    let is_tagged = !matches!(u16::from_be_bytes([start[12], start[13]]), ETHERTYPE_IPV4 | ETHERTYPE_IPV6);
+    if is_tagged { link } else { link ^ word(26).rotate_left(40) ^ word(30) }
 }
 
 /// Frames that go as one.

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::coalesce::{Coalesce, Run, Segment, may_be_one_flow};
+use super::coalesce::{Coalesce, Run, Segment, flow_hint};
 use super::filter::Mac;
 use super::framing::Framing;
 use super::header::{HEADER_LEN, HeaderFault, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
@@ -83,6 +83,8 @@ struct Frame {
     run: usize,
     /// Bytes of headers on the stage that do not go out, since they are those of the run.
     omitted: usize,
+    /// What frames of its flow have in common.
+    hint: u64,
     fate: Fate,
 }
 
@@ -196,8 +198,7 @@ impl Tx {
     /// Checks one chain, its start on the stage.
     #[inline]
     fn examine(&mut self, Popped { head, chain }: Popped) -> Frame {
-        let of = |head, len, staged, pieces, fate| Frame { head, len, staged, pieces, run: 1, omitted: 0, fate };
-        let dropped = |head, reason| of(head, 0, 0, 0..0, Fate::Dropped(reason));
+        let dropped = |head, reason| Frame::new(head, 0, Fate::Dropped(reason));
         let Ok(chain) = chain.and_then(Shape::only_readable) else {
             return dropped(head, |c| &c.tx_drop_bad_chain);
         };
@@ -205,20 +206,21 @@ impl Tx {
         if !(HEADER_LEN + ETH_HEADER..=HEADER_LEN + FRAME_MAX).contains(&len) {
             return dropped(head, |c| &c.tx_drop_bad_length);
         }
-        let staged = match self.stage_start(chain, len) {
-            Ok(staged) => staged,
+        let (staged, hint) = match self.stage_start(chain, len) {
+            Ok(start) => start,
             Err(HeaderFault::TooManySegments { segments }) => {
                 self.tell_of_segments(segments);
                 return dropped(head, |c| &c.tx_drop_too_many_segments);
             }
             Err(_) => return dropped(head, |c| &c.tx_drop_bad_header),
         };
-        let pieces = chain.readable();
-        match self.framing.link().map_or(Way::Device, |link| link.way(self.staged(self.frames.len(), staged))) {
-            Way::Device => of(head, len, staged, pieces, Fate::ToSend),
-            Way::Neighbour => of(head, len, staged, pieces, Fate::ForGateway),
-            Way::Nowhere => dropped(head, |c| &c.tx_drop_not_ip),
-        }
+        let fate =
+            match self.framing.link().map_or(Way::Device, |link| link.way(self.staged(self.frames.len(), staged))) {
+                Way::Device => Fate::ToSend,
+                Way::Neighbour => Fate::ForGateway,
+                Way::Nowhere => return dropped(head, |c| &c.tx_drop_not_ip),
+            };
+        Frame { staged, pieces: chain.readable(), hint, ..Frame::new(head, len, fate) }
     }
 
     /// The frame of which `staged` bytes, virtio-net header included, are in `slot`: as far as it is there.
@@ -227,10 +229,10 @@ impl Tx {
         self.stage.slot(slot).get(HEADER_LEN..staged).unwrap_or_default()
     }
 
-    /// Copies the start of a frame to its slot and checks the header there. Tells how much is on the stage. An error if the
-    /// header asks for what it may not.
+    /// Copies the start of a frame to its slot and checks the header there. Tells how much is on the stage, and what frames
+    /// of its flow have in common. An error if the header asks for what it may not.
     #[inline]
-    fn stage_start(&mut self, chain: Shape, len: usize) -> Result<usize, HeaderFault> {
+    fn stage_start(&mut self, chain: Shape, len: usize) -> Result<(usize, u64), HeaderFault> {
         let short = HeaderFault::Length { len };
         let slot = self.stage.slot_mut(self.frames.len());
         let staged = self.iovecs.copy_to(chain.readable(), 0, slot.get_mut(..len.min(START_LEN)).ok_or(short)?);
@@ -243,7 +245,7 @@ impl Tx {
             self.expected = None;
             self.unexpected = start.get(6..).and_then(|source| source.first_chunk()).copied();
         }
-        Ok(staged)
+        Ok((staged, flow_hint(start)))
     }
 
     /// Remembers to say it, once for a ring that was started.
@@ -273,10 +275,8 @@ impl Tx {
     #[inline]
     fn run_from(&self, at: usize) -> Option<Run> {
         // Of most frames it is seen at once that they stay alone.
-        let may_begin = self.is_to_send(at)
-            && self.is_to_send(at + 1)
-            && may_be_one_flow(frame_start(&self.stage, at), frame_start(&self.stage, at + 1));
-        if !may_begin {
+        let [first, second, ..] = self.frames.get(at..)? else { return None };
+        if first.hint != second.hint {
             return None;
         }
         let mut run = Run::begin(self.segment(at)?);
@@ -289,14 +289,9 @@ impl Tx {
         (run.frames() > 1).then_some(run)
     }
 
-    #[inline]
-    fn is_to_send(&self, at: usize) -> bool {
-        self.frames.get(at).is_some_and(|frame| matches!(frame.fate, Fate::ToSend))
-    }
-
     /// What the frame at `at` is as part of a run, if it can be that.
     fn segment(&self, at: usize) -> Option<Segment> {
-        let frame = self.frames.get(at).filter(|_| self.is_to_send(at))?;
+        let frame = self.frames.get(at).filter(|frame| matches!(frame.fate, Fate::ToSend))?;
         let (header, start) = self.stage.slot(at).get(..frame.staged)?.split_first_chunk()?;
         Segment::of(self.coalesce, VnetHeader::from_bytes(header), start, frame.len - HEADER_LEN)
     }
@@ -352,6 +347,7 @@ impl Tx {
 
     /// Sends the frames from `at` on that are wholly on the stage.
     fn send_staged(&mut self, at: &mut usize, device: &DeviceQueue) -> Option<Pump> {
+        let first = *at;
         self.stage.clear();
         for frame in self.frames.get(*at..).unwrap_or_default() {
             match frame.fate {
@@ -366,7 +362,12 @@ impl Tx {
             }
             *at += 1;
         }
-        self.stage.write(device);
+        if self.stage.write(device) {
+            let frames = self.frames.get_mut(first..*at).unwrap_or_default();
+            let sent = frames.iter_mut().filter(|frame| matches!(frame.fate, Fate::ToSend));
+            sent.for_each(|frame| frame.fate = Fate::Sent);
+            return None;
+        }
         for Outcome { slot, result, .. } in self.stage.outcomes() {
             match fate(result) {
                 Ok(fate) => self.frames.get_mut(slot).into_iter().for_each(|frame| frame.fate = fate),
@@ -426,6 +427,12 @@ impl Tx {
 }
 
 impl Frame {
+    /// A frame alone, of which nothing is on the stage yet.
+    #[inline]
+    fn new(head: Head, len: usize, fate: Fate) -> Frame {
+        Frame { head, len, staged: 0, pieces: 0..0, run: 1, omitted: 0, hint: 0, fate }
+    }
+
     /// Whether not all of what is to be sent is on the stage, in one slot.
     fn is_gathered(&self) -> bool {
         self.staged < self.len || self.run > 1
@@ -436,11 +443,15 @@ impl Frame {
 impl Tx {
     /// Completes what was sent or dropped, in order, and puts back the rest.
     fn settle(&mut self, queue: &mut Queue, counters: &PairCounters) {
-        let done = self.frames.iter().take_while(|frame| !matches!(frame.fate, Fate::ToSend)).count();
-        self.frames.drain(done..).rev().for_each(|frame| queue.rewind(frame.head));
         let (mut sent, mut bytes, mut large, mut runs, mut coalesced) = (0, 0, 0, 0, 0);
-        for (slot, frame) in self.frames.drain(..).enumerate() {
+        let mut frames = self.frames.drain(..).enumerate();
+        let mut unsent = None;
+        for (slot, frame) in frames.by_ref() {
             match frame.fate {
+                Fate::ToSend => {
+                    unsent = Some(frame);
+                    break;
+                }
                 Fate::ForGateway => {
                     counters.tx_neighbour_requests.add(1);
                     let request = self.stage.slot(slot).get(HEADER_LEN..frame.staged).unwrap_or_default();
@@ -452,7 +463,7 @@ impl Tx {
                     }
                 }
                 Fate::Dropped(reason) => reason(counters).add(1),
-                Fate::Sent | Fate::ToSend => {
+                Fate::Sent => {
                     let len = frame.len - HEADER_LEN;
                     sent += 1;
                     bytes += len as u64;
@@ -465,6 +476,8 @@ impl Tx {
             }
             queue.push_used(frame.head, 0);
         }
+        let rest = frames.rev().map(|(_, frame)| frame);
+        rest.chain(unsent).for_each(|frame| queue.rewind(frame.head));
         counters.tx_frames.add(sent);
         counters.tx_bytes.add(bytes);
         counters.tx_large_frames.add(large);

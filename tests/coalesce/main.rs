@@ -19,7 +19,7 @@ mod merged;
 use common::frames::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, GUEST_MAC, HOST_MAC, Mac, checksum_add};
 use common::split::{self, complete, split};
 use common::virtio::{VnetHdr, net_flag};
-use vhost_user_net::net::coalesce::{Coalesce, Run, Segment, may_be_one_flow};
+use vhost_user_net::net::coalesce::{Coalesce, Run, Segment, flow_hint};
 use vhost_user_net::net::header::VnetHeader;
 
 const ALL: Coalesce = Coalesce { tcp: true, udp: true };
@@ -265,7 +265,7 @@ impl Open {
     fn join(&mut self, segment: Segment, frame: &Rendered) -> bool {
         let joins = self.run.join(&self.start, segment, frame.start());
         if joins {
-            assert!(may_be_one_flow(&self.start, frame.start()), "seen wrongly at first sight");
+            assert_eq!(flow_hint(&self.start), flow_hint(frame.start()), "seen wrongly at first sight");
             self.payload.extend(&frame.bytes[segment.headers_len()..]);
         }
         joins
