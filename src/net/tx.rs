@@ -83,8 +83,6 @@ struct Frame {
     run: usize,
     /// Bytes of headers on the stage that do not go out, since they are those of the run.
     omitted: usize,
-    /// What frames of its flow have in common.
-    hint: u64,
     fate: Fate,
 }
 
@@ -206,8 +204,8 @@ impl Tx {
         if !(HEADER_LEN + ETH_HEADER..=HEADER_LEN + FRAME_MAX).contains(&len) {
             return dropped(head, |c| &c.tx_drop_bad_length);
         }
-        let (staged, hint) = match self.stage_start(chain, len) {
-            Ok(start) => start,
+        let staged = match self.stage_start(chain, len) {
+            Ok(staged) => staged,
             Err(HeaderFault::TooManySegments { segments }) => {
                 self.tell_of_segments(segments);
                 return dropped(head, |c| &c.tx_drop_too_many_segments);
@@ -220,7 +218,7 @@ impl Tx {
                 Way::Neighbour => Fate::ForGateway,
                 Way::Nowhere => return dropped(head, |c| &c.tx_drop_not_ip),
             };
-        Frame { staged, pieces: chain.readable(), hint, ..Frame::new(head, len, fate) }
+        Frame { staged, pieces: chain.readable(), ..Frame::new(head, len, fate) }
     }
 
     /// The frame of which `staged` bytes, virtio-net header included, are in `slot`: as far as it is there.
@@ -229,10 +227,10 @@ impl Tx {
         self.stage.slot(slot).get(HEADER_LEN..staged).unwrap_or_default()
     }
 
-    /// Copies the start of a frame to its slot and checks the header there. Tells how much is on the stage, and what frames
-    /// of its flow have in common. An error if the header asks for what it may not.
+    /// Copies the start of a frame to its slot and checks the header there. Tells how much is on the stage. An error if the
+    /// header asks for what it may not.
     #[inline]
-    fn stage_start(&mut self, chain: Shape, len: usize) -> Result<(usize, u64), HeaderFault> {
+    fn stage_start(&mut self, chain: Shape, len: usize) -> Result<usize, HeaderFault> {
         let short = HeaderFault::Length { len };
         let slot = self.stage.slot_mut(self.frames.len());
         let staged = self.iovecs.copy_to(chain.readable(), 0, slot.get_mut(..len.min(START_LEN)).ok_or(short)?);
@@ -245,7 +243,7 @@ impl Tx {
             self.expected = None;
             self.unexpected = start.get(6..).and_then(|source| source.first_chunk()).copied();
         }
-        Ok((staged, flow_hint(start)))
+        Ok(staged)
     }
 
     /// Remembers to say it, once for a ring that was started.
@@ -263,22 +261,29 @@ impl Tx {
     /// Makes runs of frames of one flow, and copies other small ones as a whole.
     fn arrange(&mut self) {
         let mut at = 0;
+        let mut hint = self.flow_hint(0);
         while at < self.frames.len() {
-            at += match self.run_from(at) {
+            let next = self.flow_hint(at + 1);
+            // Of most frames it is seen at once that they stay alone. What is seen of none, or of a short one, does not matter.
+            let run = if hint == next { self.run_from(at) } else { None };
+            let count = match run {
                 Some(run) => self.close_run(at, &run),
                 None => self.copy_rest(at),
             };
+            at += count;
+            hint = if count == 1 { next } else { self.flow_hint(at) };
         }
     }
 
-    /// The run that begins with the frame at `at`, if there is one of two frames at least.
+    /// What the frame at `at` has in common with those of its flow. It is looked at here and not while the frame is gathered:
+    /// what was just copied cannot be loaded at once.
     #[inline]
+    fn flow_hint(&self, at: usize) -> u64 {
+        flow_hint(frame_start(&self.stage, at))
+    }
+
+    /// The run that begins with the frame at `at`, if there is one of two frames at least.
     fn run_from(&self, at: usize) -> Option<Run> {
-        // Of most frames it is seen at once that they stay alone.
-        let [first, second, ..] = self.frames.get(at..)? else { return None };
-        if first.hint != second.hint {
-            return None;
-        }
         let mut run = Run::begin(self.segment(at)?);
         while let Some(next) = self.segment(at + run.frames()) {
             let (first, newest) = (frame_start(&self.stage, at), frame_start(&self.stage, at + run.frames()));
@@ -430,7 +435,7 @@ impl Frame {
     /// A frame alone, of which nothing is on the stage yet.
     #[inline]
     fn new(head: Head, len: usize, fate: Fate) -> Frame {
-        Frame { head, len, staged: 0, pieces: 0..0, run: 1, omitted: 0, hint: 0, fate }
+        Frame { head, len, staged: 0, pieces: 0..0, run: 1, omitted: 0, fate }
     }
 
     /// Whether not all of what is to be sent is on the stage, in one slot.
