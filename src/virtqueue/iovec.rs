@@ -20,31 +20,31 @@ pub const IOV_MAX: usize = 1024;
 
 /// A range of guest memory whose words are loaded and stored, mapped for as long as this lives.
 #[derive(Debug)]
-pub(crate) struct Words {
-    start: *const u8,
-    len: usize,
+pub(crate) struct Words<T> {
+    start: *const T,
+    count: usize,
     /// Keeps the mapping.
     _region: Arc<Region>,
 }
 
 // SAFETY: `start` points into a mapping that `_region` keeps, which any thread may use.
-unsafe impl Send for Words {}
+unsafe impl<T: AtomicInteger> Send for Words<T> {}
 
-impl Words {
-    /// The `len` bytes at `offset` of `region`, if they are all inside it.
-    pub(crate) fn new(region: &Arc<Region>, offset: u64, len: usize) -> Option<Words> {
-        let start = region.slice(offset, len)?.ptr_guard().as_ptr();
-        Some(Words { start, len, _region: Arc::clone(region) })
+impl<T: AtomicInteger> Words<T> {
+    /// The words of the `len` bytes at `offset` of `region`, if those are all inside it, and aligned for such words.
+    pub(crate) fn new(region: &Arc<Region>, offset: u64, len: usize) -> Option<Words<T>> {
+        let start = region.slice(offset, len)?.ptr_guard().as_ptr().cast::<T>();
+        let count = len / size_of::<T>();
+        start.is_aligned().then(|| Words { start, count, _region: Arc::clone(region) })
     }
 
-    /// The `N` words from `offset` on, if they are all inside and aligned.
+    /// The `N` words from number `first` on, if there are so many.
     #[inline]
-    pub(crate) fn get<T: AtomicInteger, const N: usize>(&self, offset: usize) -> Option<&[T; N]> {
-        let words = self.start.wrapping_add(offset).cast::<[T; N]>();
-        let are_inside = offset.checked_add(size_of::<[T; N]>()).is_some_and(|end| end <= self.len);
-        // SAFETY: the words are within `start .. start + len`, a slice of the region that `_region` keeps mapped, and
-        // aligned. An atomic integer may have any bits, and others may write it meanwhile.
-        (are_inside && words.is_aligned()).then(|| unsafe { &*words })
+    pub(crate) fn get<const N: usize>(&self, first: usize) -> Option<&[T; N]> {
+        let are_inside = first.checked_add(N).is_some_and(|end| end <= self.count);
+        // SAFETY: the words are among the `count` from `start` on, which is aligned (`new`), in a slice of the region that
+        // `_region` keeps mapped. An atomic integer may have any bits, and others may write it meanwhile.
+        are_inside.then(|| unsafe { &*self.start.wrapping_add(first).cast() })
     }
 }
 

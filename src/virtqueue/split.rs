@@ -100,21 +100,24 @@ const USED: &str = "used ring";
 /// Bytes of a descriptor.
 pub(crate) const DESCRIPTOR_SIZE: u64 = 16;
 const USED_ENTRY_SIZE: u64 = 8;
-/// `flags` and `idx`, which stand before the entries of both rings.
+/// Bytes of `flags` and `idx`, which stand before the entries of both rings.
 const RING_HEAD: u64 = 4;
-const IDX: u64 = 2;
+/// Both rings in words of 16 bits: `flags`, `idx`, the entries.
+const FLAGS: usize = 0;
+const IDX: usize = 1;
+const ENTRIES: usize = 2;
 
-/// One area of a ring, all of it known to be mapped and aligned.
+/// One area of a ring in words of one size, all of it known to be mapped and aligned.
 #[derive(Debug)]
-enum Area {
-    /// In one region.
-    Whole(Words),
-    /// Over several adjacent regions: each word is looked up, by guest address.
-    Spread(Arc<MemView>, u64),
+struct Area<T> {
+    /// None of them where it lies over several adjacent regions: then each word is looked up.
+    words: Words<T>,
+    mem: Arc<MemView>,
+    addr: u64,
 }
 
-impl Area {
-    fn new(mem: &Arc<MemView>, area: &'static str, addr: u64, len: u64, align: u64) -> Result<Area, RingError> {
+impl<T: AtomicInteger> Area<T> {
+    fn new(mem: &Arc<MemView>, area: &'static str, addr: u64, len: u64, align: u64) -> Result<Area<T>, RingError> {
         let unaligned = RingError::Unaligned { area, addr, align };
         let mut pieces = 0;
         let mut aligned = addr.is_multiple_of(align);
@@ -127,48 +130,49 @@ impl Area {
                 && (left == 0 || (piece.len() as u64).is_multiple_of(align));
         })
         .map_err(|cause| RingError::Unmapped { area, cause })?;
-        match mem.find(addr) {
-            _ if !aligned => Err(unaligned),
-            Some(region) if pieces == 1 => Words::new(region, addr - region.setup().guest, len as usize)
-                .map(Area::Whole)
-                .ok_or(RingError::Unmapped { area, cause: Unmapped { addr, len } }),
-            _ => Ok(Area::Spread(Arc::clone(mem), addr)),
+        if !aligned {
+            return Err(unaligned);
+        }
+        let in_one = if pieces == 1 { len as usize } else { 0 };
+        let words = mem.find(addr).and_then(|region| Words::new(region, addr - region.setup().guest, in_one));
+        let words = words.ok_or(RingError::Unmapped { area, cause: Unmapped { addr, len } })?;
+        Ok(Area { words, mem: Arc::clone(mem), addr })
+    }
+
+    /// Gives `then` word number `index`, which the caller keeps within the area.
+    #[inline(always)]
+    fn word<R>(&self, index: usize, then: impl FnOnce(&T) -> R) -> R {
+        self.words(index, |[word]| then(word))
+    }
+
+    /// The same of `N` words from number `first` on.
+    #[inline(always)]
+    fn words<const N: usize, R>(&self, first: usize, then: impl FnOnce([&T; N]) -> R) -> R {
+        match self.words.get(first) {
+            Some(words) => then(words.each_ref()),
+            None => then(std::array::from_fn(|index| self.spread_word(first + index))),
         }
     }
 
-    /// Gives `then` the atomic word at `offset`, which the caller keeps within the area.
-    #[inline(always)]
-    fn word<T: AtomicInteger, R>(&self, offset: u64, then: impl FnOnce(&T) -> R) -> R {
-        self.words(offset, |[word]: [&T; 1]| then(word))
+    /// Word number `index`, by its guest address.
+    #[cold]
+    fn spread_word(&self, index: usize) -> &T {
+        let addr = self.addr + (index * size_of::<T>()) as u64;
+        let word = self.mem.find(addr).and_then(|region| region.atomic(addr - region.setup().guest));
+        word.expect("Area::new checked that every word of the area is mapped and aligned")
     }
-
-    /// The same of `N` words from `offset` on.
-    #[inline(always)]
-    fn words<T: AtomicInteger, const N: usize, R>(&self, offset: u64, then: impl FnOnce([&T; N]) -> R) -> R {
-        const CHECKED: &str = "Area::new checked that every word of the area is mapped and aligned";
-        match self {
-            Area::Whole(words) => then(words.get(offset as usize).expect(CHECKED).each_ref()),
-            Area::Spread(mem, addr) => {
-                let at = |index: usize| addr + offset + (index * size_of::<T>()) as u64;
-                then(std::array::from_fn(|index| spread_word(mem, at(index)).expect(CHECKED)))
-            }
-        }
-    }
-}
-
-/// The atomic word at guest address `addr`.
-#[cold]
-fn spread_word<T: AtomicInteger>(mem: &MemView, addr: u64) -> Option<&T> {
-    mem.find(addr).and_then(|region| region.atomic(addr - region.setup().guest))
 }
 
 /// A split ring in guest memory.
 #[derive(Debug)]
 pub struct SplitRing {
     size: QueueSize,
-    desc: Area,
-    avail: Area,
-    used: Area,
+    desc: Area<AtomicU64>,
+    avail: Area<AtomicU16>,
+    /// The used ring's entries, in words of 32 bits.
+    used: Area<AtomicU32>,
+    /// All of the used ring, for what is in words of 16 bits.
+    used_head: Area<AtomicU16>,
 }
 
 impl SplitRing {
@@ -192,6 +196,7 @@ impl SplitRing {
             desc: Area::new(mem, DESCRIPTOR, at.desc, desc_len, DESCRIPTOR_SIZE)?,
             avail: Area::new(mem, AVAIL, at.avail, avail_len, 2)?,
             used: Area::new(mem, USED, at.used, used_len, 4)?,
+            used_head: Area::new(mem, USED, at.used, used_len, 4)?,
         })
     }
 
@@ -200,8 +205,8 @@ impl SplitRing {
         self.size.get()
     }
 
-    fn slot(&self, index: u16) -> u64 {
-        u64::from(index & (self.size() - 1))
+    fn slot(&self, index: u16) -> usize {
+        usize::from(index & (self.size() - 1))
     }
 
     /// The descriptor at `index`, if there is one; its two halves are read once each.
@@ -210,9 +215,8 @@ impl SplitRing {
         if index >= self.size() {
             return None;
         }
-        let at = u64::from(index) * DESCRIPTOR_SIZE;
         // Relaxed: `avail_idx`'s acquire ordered the driver's writes of the descriptor before this.
-        let [addr, rest] = self.desc.words(at, |halves: [&AtomicU64; 2]| halves.map(|half| half.load(Relaxed)));
+        let [addr, rest] = self.desc.words(2 * usize::from(index), |halves| halves.map(|half| half.load(Relaxed)));
         Some(descriptor_from_words(u64::from_le(addr), u64::from_le(rest)))
     }
 
@@ -220,54 +224,53 @@ impl SplitRing {
     /// and the index, so that the entries and descriptors behind this index are seen as the driver wrote them.
     #[inline]
     pub(crate) fn avail_idx(&self) -> u16 {
-        self.avail.word(IDX, |w: &AtomicU16| u16::from_le(w.load(Acquire)))
+        self.avail.word(IDX, |w| u16::from_le(w.load(Acquire)))
     }
 
     /// The head that the driver made available as number `index` (modulo 2^16).
     #[inline]
     pub(crate) fn avail_entry(&self, index: u16) -> u16 {
-        self.avail.word(RING_HEAD + 2 * self.slot(index), |w: &AtomicU16| u16::from_le(w.load(Relaxed)))
+        self.avail.word(ENTRIES + self.slot(index), |w| u16::from_le(w.load(Relaxed)))
     }
 
     pub(crate) fn avail_flags(&self) -> u16 {
-        self.avail.word(0, |w: &AtomicU16| u16::from_le(w.load(Relaxed)))
+        self.avail.word(FLAGS, |w| u16::from_le(w.load(Relaxed)))
     }
 
     /// At which used index the driver wants a call.
     pub(crate) fn used_event(&self) -> u16 {
-        let at = RING_HEAD + 2 * u64::from(self.size());
-        self.avail.word(at, |w: &AtomicU16| u16::from_le(w.load(Relaxed)))
+        self.avail.word(ENTRIES + usize::from(self.size()), |w| u16::from_le(w.load(Relaxed)))
     }
 
     /// Writes used entry number `index` (modulo 2^16); the driver sees it after [`SplitRing::store_used_idx`].
     #[inline(always)]
     pub(crate) fn write_used(&self, index: u16, id: u16, len: u32) {
-        let at = RING_HEAD + USED_ENTRY_SIZE * self.slot(index);
-        self.used.words(at, |[id_word, len_word]: [&AtomicU32; 2]| {
+        // Two words each, behind one for `flags` and `idx`.
+        self.used.words(1 + 2 * self.slot(index), |[id_word, len_word]| {
             id_word.store(u32::from(id).to_le(), Relaxed);
             len_word.store(len.to_le(), Relaxed);
         });
     }
 
     pub(crate) fn used_idx(&self) -> u16 {
-        self.used.word(IDX, |w: &AtomicU16| u16::from_le(w.load(Acquire)))
+        self.used_head.word(IDX, |w| u16::from_le(w.load(Acquire)))
     }
 
     /// Publishes the used entries before `index`. Release: pairs with the driver's read barrier between its read of
     /// the index and of the entries and buffers.
     #[inline]
     pub(crate) fn store_used_idx(&self, index: u16) {
-        self.used.word(IDX, |w: &AtomicU16| w.store(index.to_le(), Release));
+        self.used_head.word(IDX, |w| w.store(index.to_le(), Release));
     }
 
     pub(crate) fn set_used_flags(&self, flags: u16) {
-        self.used.word(0, |w: &AtomicU16| w.store(flags.to_le(), Relaxed));
+        self.used_head.word(FLAGS, |w| w.store(flags.to_le(), Relaxed));
     }
 
     /// Asks the driver for a kick once it makes avail entry number `index` available.
     pub(crate) fn set_avail_event(&self, index: u16) {
-        let at = RING_HEAD + USED_ENTRY_SIZE * u64::from(self.size());
-        self.used.word(at, |w: &AtomicU16| w.store(index.to_le(), Relaxed));
+        let at = ENTRIES + 4 * usize::from(self.size());
+        self.used_head.word(at, |w| w.store(index.to_le(), Relaxed));
     }
 }
 
