@@ -56,8 +56,6 @@ pub(super) struct Window {
     chains: VecDeque<Buffer>,
     /// Bytes in them.
     bytes: usize,
-    /// Descriptors of the ring that they take up.
-    ring_descriptors: usize,
 }
 
 /// One chain of the window.
@@ -65,6 +63,7 @@ struct Buffer {
     len: u32,
     /// At most [`IOV_MAX`].
     pieces: u16,
+    /// Descriptors of the ring that it takes up.
     ring_descriptors: u16,
     head: Head,
 }
@@ -77,7 +76,6 @@ impl Window {
             gone: 0,
             chains: VecDeque::with_capacity(IOV_MAX),
             bytes: 0,
-            ring_descriptors: 0,
         }
     }
 
@@ -151,7 +149,8 @@ impl Window {
     #[cold]
     fn too_little(&mut self, queue: &mut Queue, counters: &PairCounters) -> Room {
         // One chain is all that there can be, or all that the ring can hold is there: it never fits.
-        let is_all = !self.mergeable || self.ring_descriptors >= usize::from(queue.size());
+        let ring_descriptors: usize = self.chains.iter().map(|buffer| usize::from(buffer.ring_descriptors)).sum();
+        let is_all = !self.mergeable || ring_descriptors >= usize::from(queue.size());
         if self.bytes == 0 || !is_all {
             return Room::NotYet;
         }
@@ -168,7 +167,6 @@ impl Window {
         let (len, pieces) = (shape.writable_len as u32, shape.writable().len() as u16);
         let ring_descriptors = shape.ring_descriptors as u16;
         self.bytes += shape.writable_len;
-        self.ring_descriptors += shape.ring_descriptors;
         self.chains.push_back(Buffer { len, pieces, ring_descriptors, head });
     }
 
@@ -199,7 +197,6 @@ impl Window {
         self.iovecs.truncate(0);
         self.gone = 0;
         self.bytes = 0;
-        self.ring_descriptors = 0;
     }
 
     /// The pieces that a read goes to.
@@ -267,43 +264,28 @@ impl Window {
         self.push_used(queue, start.len() + rest.len());
     }
 
-    /// How many chains `len` bytes take.
-    #[inline]
-    fn count_for(&self, len: usize) -> usize {
-        let mut left = len;
-        let mut count = 0;
-        for buffer in &self.chains {
-            count += 1;
-            if left <= buffer.len as usize {
-                break;
-            }
-            left -= buffer.len as usize;
-        }
-        count
-    }
-
     /// Completes the chains with `len` bytes in them, and writes how many those are (VIRTIO 1.3, "Processing of Incoming
     /// Packets").
     #[inline]
     fn push_used(&mut self, queue: &mut Queue, len: usize) {
-        let count =
-            if self.chains.front().is_some_and(|first| len <= first.len as usize) { 1 } else { self.count_for(len) };
-        // A frame has at most 64 KiB and a chain at least 12 bytes: the count fits. It is written where it belongs, as
-        // whoever copies what was just written in parts has to wait until that has left the processor.
-        let num_buffers = (count as u16).to_le_bytes();
-        self.iovecs.copy_from(self.gone..self.iovecs.len(), NUM_BUFFERS, &num_buffers);
+        let first = self.gone;
         let mut left = len;
+        let mut num_buffers = 0_u16;
         while let Some(buffer) = self.chains.pop_front() {
             let here = left.min(buffer.len as usize);
             left -= here;
+            // A frame has at most 64 KiB and a chain at least 12 bytes: the count fits.
+            num_buffers += 1;
             self.bytes -= buffer.len as usize;
-            self.ring_descriptors -= usize::from(buffer.ring_descriptors);
             self.gone += usize::from(buffer.pieces);
             queue.push_used(buffer.head, here as u32);
             if left == 0 {
                 break;
             }
         }
+        // It is written where it belongs, as whoever copies what was just written in parts has to wait until that has left
+        // the processor.
+        self.iovecs.copy_from(first..self.iovecs.len(), NUM_BUFFERS, &num_buffers.to_le_bytes());
         self.compact();
     }
 
