@@ -282,6 +282,47 @@ fn useless_chain_between_the_buffers_of_a_batch_is_returned_unused_at_its_turn()
     }
 }
 
+/// What was popped ahead of its turn and put back is not read into: frames that were dropped leave buffers over before it.
+#[test]
+fn useless_chain_behind_buffers_that_a_batch_left_over_stays_untouched() {
+    const BUFFER: usize = 3000;
+    const FRAMES: u32 = 20;
+    /// Frames 8 to 15 are read together.
+    const GOOD: u32 = 10;
+    let no_checksum = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 999, ..VnetHdr::default() };
+    for place in 0..16 {
+        let mut bench = Bench::new(MERGEABLE);
+        for seq in 0..FRAMES {
+            let header = if seq < GOOD { VnetHdr::default() } else { no_checksum };
+            bench.tap().send(&header, &rx_frame(seq, 60));
+        }
+        let given: Vec<_> = (0..20)
+            .map(|number| {
+                let addr = bench.mem.alloc(BUFFER, 8);
+                bench.mem.write(addr, &[0x5a; BUFFER]);
+                let buf = if number == place { Buf::readable(addr, BUFFER) } else { Buf::writable(addr, BUFFER) };
+                bench.driver.rx.add(&[buf]);
+                addr
+            })
+            .collect();
+        bench.driver.rx.publish_and_kick();
+        bench.assert_balance(FRAMES.into(), 0);
+        // After a frame that comes alone the next one is read by itself, straight into the buffers.
+        bench.tap().send(&no_checksum, &rx_frame(0, 60));
+        bench.assert_balance(u64::from(FRAMES) + 1, 0);
+        let large = rx_frame(FRAMES, 3500);
+        bench.tap().send(&VnetHdr::default(), &large);
+        let mut came = vec![];
+        let mut addrs = given.iter();
+        while came.len() < GOOD as usize * 72 + 12 + large.len() {
+            let (_, len) = bench.driver.rx.wait_used(PATIENCE).unwrap();
+            came.extend(bench.mem.read(*addrs.next().unwrap(), len as usize));
+        }
+        assert!(came.ends_with(&large), "useless: {place}");
+        assert_eq!(bench.mem.read(given[place], BUFFER), [0x5a; BUFFER], "useless: {place}");
+    }
+}
+
 #[test]
 fn frame_shorter_than_ethernet_is_dropped() {
     let mut bench = Bench::new(0);
