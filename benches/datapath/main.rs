@@ -76,6 +76,8 @@ impl Case {
 struct Measured {
     case: Case,
     samples: Vec<Vec<Sample>>,
+    /// The part of the machine's processor time that its host gave to others meanwhile.
+    stolen: f64,
 }
 
 fn cases() -> Vec<Case> {
@@ -166,6 +168,7 @@ fn main() -> ExitCode {
 
 fn run(case: Case, rounds: usize, scale: u64) -> Measured {
     let mut samples = vec![Vec::new(); case.contenders.len()];
+    let before = place::processor_time();
     for round in 1..=rounds {
         for (contender, samples) in case.contenders.iter().zip(&mut samples) {
             eprint!("\r\x1b[K{}: round {round} of {rounds}, {}", case.name, contender.name());
@@ -173,5 +176,5 @@ fn run(case: Case, rounds: usize, scale: u64) -> Measured {
         }
     }
     eprint!("\r\x1b[K");
-    Measured { case, samples }
+    Measured { case, samples, stolen: place::stolen(before, place::processor_time()) }
 }

@@ -445,3 +445,18 @@ pub fn machine() -> String {
         Command::new("uname").arg("-sr").output().map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned());
     format!("{model}, {cpus} CPUs, {}", kernel.unwrap_or_default())
 }
+
+/// Processor time of the machine so far, in all and what its host gave to others instead (`man 5 proc_stat`).
+pub fn processor_time() -> [u64; 2] {
+    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let of_all = stat.lines().next().unwrap_or_default();
+    // User, nice, system, idle, iowait, irq, softirq, steal; a guest's time, behind them, is in user.
+    let times: Vec<u64> = of_all.split_whitespace().skip(1).take(8).map_while(|time| time.parse().ok()).collect();
+    [times.iter().sum(), times.get(7).copied().unwrap_or(0)]
+}
+
+/// The part that others had between two times.
+pub fn stolen(before: [u64; 2], after: [u64; 2]) -> f64 {
+    let [all, others] = [0, 1].map(|at| after[at].saturating_sub(before[at]));
+    if all == 0 { 0.0 } else { others as f64 / all as f64 }
+}

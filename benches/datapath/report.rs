@@ -49,6 +49,9 @@ impl Measured {
     }
 }
 
+/// From how much stolen time on figures are said to be disturbed.
+const DISTURBED: f64 = 0.005;
+
 /// What a contender is compared with, and what that is called in the JSON: the bare loop on the same device, and either
 /// the conventional back-end or, on another device than a TAP, the same contender on one.
 fn references(contender: &Contender) -> [(&'static str, Contender); 2] {
@@ -89,6 +92,9 @@ pub fn print(measured: &Measured) {
             println!("    ours / it: {ratio}");
         }
     }
+    if measured.stolen >= DISTURBED {
+        println!("  Disturbed: others had {:.1} % of the processors meanwhile", 100.0 * measured.stolen);
+    }
     println!();
 }
 
@@ -108,7 +114,8 @@ pub fn json(all: &[Measured], idle: Option<&Idle>) -> String {
     let mut out = format!("{{\n  \"machine\": {:?},\n  \"cases\": [", crate::place::machine());
     for (at, measured) in all.iter().enumerate() {
         let comma = if at == 0 { "" } else { "," };
-        let _ = write!(out, "{comma}\n    {{\"name\": {:?}, \"contenders\": [", measured.case.name);
+        let (name, stolen) = (measured.case.name, measured.stolen);
+        let _ = write!(out, "{comma}\n    {{\"name\": {name:?}, \"stolen\": {stolen:.4}, \"contenders\": [");
         for (index, contender) in measured.case.contenders.iter().enumerate() {
             let comma = if index == 0 { "" } else { "," };
             let samples = &measured.samples[index];
