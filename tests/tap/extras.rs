@@ -8,7 +8,7 @@ use crate::common::netns::{PacketSocket, TapSpec, require_root};
 use crate::{Place, TAP, assert_frames_pass, wait_until};
 
 /// A place with a bridge, and a veth pair with one end in it; the other is `far`.
-fn place_with_bridge() -> Place {
+pub(crate) fn place_with_bridge() -> Place {
     let place = Place::new();
     for words in [
         "link add br0 type bridge forward_delay 0 mcast_snooping 0",
@@ -23,7 +23,8 @@ fn place_with_bridge() -> Place {
     place
 }
 
-fn is_forwarding(place: &Place) -> bool {
+/// Whether the TAP's port of the bridge forwards.
+pub(crate) fn is_forwarding(place: &Place) -> bool {
     place.namespace.ip("-d link show dev tap0").contains("state forwarding")
 }
 
