@@ -15,7 +15,7 @@ pub mod scenario;
 
 /// The part of the test kit that needs no front-end or back-end around it.
 #[path = "../../tests/common"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "each target uses a part of it")]
 pub mod kit {
     pub mod device_side;
     pub mod driver;

@@ -109,6 +109,7 @@ pub struct Outcome {
 
 /// See the file's head.
 pub struct Stage {
+    /// All slots; without a ring until the first batch, and for ever on a packet socket.
     memory: Uring,
     /// Of a packet socket.
     messages: Option<Messages>,
@@ -183,7 +184,7 @@ impl Stage {
     pub fn write(&mut self, device: &DeviceQueue) -> bool {
         let mut at = 0;
         while at < self.jobs.len() {
-            if device.is_packet_socket() {
+            if self.messages.is_some() {
                 self.write_messages(device.as_fd(), at);
             } else if self.takes_batch(device, self.jobs.len() - at) {
                 if self.write_batch(at) {

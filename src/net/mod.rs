@@ -5,6 +5,7 @@ pub mod checksum;
 pub mod coalesce;
 pub mod config_space;
 pub mod control;
+mod fate;
 pub mod features;
 pub mod filter;
 pub mod framing;

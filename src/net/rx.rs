@@ -29,6 +29,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::backlog::{Backlog, after_read_error};
+use super::fate::Reason;
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
 use super::framing::Framing;
@@ -39,7 +40,7 @@ use super::window::{Filled, Room, Window};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
 use crate::memory::MemView;
-use crate::metrics::{Counter, PairCounters};
+use crate::metrics::PairCounters;
 use crate::virtqueue::{Queue, RingBroken};
 
 pub use super::backlog::HeldFrame;
@@ -89,9 +90,6 @@ pub struct Rx {
     /// The length of the last frame that was read.
     last_len: usize,
 }
-
-/// Why a frame was dropped or has to wait: the counter of that.
-type Reason = fn(&PairCounters) -> &Counter;
 
 /// What a step of the pump came to.
 enum Step {

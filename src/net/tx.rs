@@ -13,7 +13,6 @@
 //! What the kernel acts on is our checked copy. Nothing is reordered and nothing is skipped silently: a frame is sent, or
 //! counted under one reason. The worker publishes what was completed after the pass.
 
-use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -21,6 +20,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::coalesce::{Coalesce, Run, Segment, flow_hint};
+use super::fate::{Fate, errno, fate, is_passing};
 use super::filter::Mac;
 use super::framing::Framing;
 use super::header::{HEADER_LEN, HeaderFault, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
@@ -85,18 +85,6 @@ struct Frame {
     omitted: usize,
     fate: Fate,
 }
-
-/// What became of one chain, or will.
-#[derive(Clone, Copy)]
-enum Fate {
-    ToSend,
-    Sent,
-    /// It asks the gateway for its address.
-    ForGateway,
-    Dropped(Reason),
-}
-
-type Reason = fn(&PairCounters) -> &Counter;
 
 impl Tx {
     /// A direction to `uplink` for a guest that acknowledged `features`, whose memory is `mem`.
@@ -488,29 +476,5 @@ impl Tx {
         counters.tx_large_frames.add(large);
         counters.tx_coalesced_frames.add(coalesced);
         counters.tx_coalesced_runs.add(runs);
-    }
-}
-
-fn errno(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
-}
-
-/// Whether it may work the next moment: memory is short, or a signal came.
-fn is_passing(error: Errno) -> bool {
-    matches!(error, Errno::NOBUFS | Errno::NOMEM | Errno::INTR)
-}
-
-/// What follows from the kernel's answer to a frame: the one place where that is decided. An error ends the pass, with
-/// the frame to be sent again.
-fn fate(result: Result<usize, Errno>) -> Result<Fate, Pump> {
-    match result {
-        Ok(_) => Ok(Fate::Sent),
-        Err(Errno::AGAIN) => Err(Pump::DeviceBlocked),
-        Err(Errno::BADFD | Errno::NXIO | Errno::PIPE | Errno::CONNRESET) => Err(Pump::DeviceLost),
-        // Not tried, though nothing before it stopped the others: the next pass does.
-        Err(Errno::CANCELED) => Err(Pump::BudgetSpent),
-        Err(Errno::IO | Errno::NETDOWN) => Ok(Fate::Dropped(|c| &c.tx_drop_link_down)),
-        Err(Errno::NOBUFS | Errno::NOMEM) => Ok(Fate::Dropped(|c| &c.tx_drop_no_memory)),
-        Err(_) => Ok(Fate::Dropped(|c| &c.tx_drop_refused)),
     }
 }

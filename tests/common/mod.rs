@@ -12,8 +12,7 @@
 //! how long an event that must come is waited for, and a kit function that gives up says what it waited for.
 //! As everywhere, rx and tx are the guest's: tx leaves the guest.
 
-// Each test binary compiles the whole kit and uses a part of it.
-#![allow(dead_code, unused_imports)]
+#![allow(dead_code, unused_imports, reason = "each test binary compiles the whole kit and uses a part of it")]
 // `pub` here means "for the tests", and a test fails by panicking.
 #![allow(unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
