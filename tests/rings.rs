@@ -11,7 +11,7 @@ use common::device_side::{ALL, DeviceSide, INDIRECT, NONE, find, view_of};
 use common::memory::{GuestMemory, RegionSpec};
 use common::split_ring::{Buf, RingAddrs, SplitRing};
 use proptest::prelude::*;
-use vhost_user_net::virtqueue::{QueueSize, RingBroken, RingError};
+use vhost_user_net::virtqueue::{Direction, QueueSize, RingBroken, RingError};
 use virtio_queue::{Queue as OracleQueue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -236,6 +236,54 @@ fn size_that_is_no_power_of_two_up_to_32768_is_refused() {
     }
     for log in 0..=15 {
         assert!(QueueSize::try_from(1 << log).is_ok());
+    }
+}
+
+/// Which entries `pop_single` takes, each behind one that it was shown before.
+#[test]
+fn single_buffer_is_taken_at_once_where_it_is_as_it_was_asked_for() {
+    const FAR: u64 = 0x1000_0000;
+    let mem = Arc::new(GuestMemory::new(&[RegionSpec::new(0, MIB), RegionSpec::new(FAR, MIB)]));
+    let mut ring = SplitRing::new(&mem, 64);
+    let mut ours = DeviceSide::start(&ring, ALL).unwrap();
+    let near = mem.alloc(64, 1);
+    let take = |ours: &mut DeviceSide, wanted| {
+        let (head, len) = ours.queue.pop_single(wanted, &mut ours.iovecs)?;
+        ours.queue.push_used(head, 0);
+        Some(len)
+    };
+    let (readable, writable) = ((Direction::Readable, 1), (Direction::Writable, 8));
+    ring.add(&[Buf::readable(near, 16)]);
+    ring.publish();
+    assert_eq!(take(&mut ours, readable), None, "nobody looked for it");
+    assert!(ours.queue.has_entries().unwrap());
+    assert_eq!(take(&mut ours, readable), None, "nothing was found in this region before");
+    assert_eq!(ours.complete_all(0), 1);
+    let cases: [(&[Buf], bool, _); 9] = [
+        (&[Buf::readable(near, 16)], false, [Some(16), None]),
+        (&[Buf::readable(near, 1)], false, [Some(1), None]),
+        (&[Buf::writable(near, 16)], false, [None, Some(16)]),
+        (&[Buf::writable(near, 8)], false, [None, Some(8)]),
+        (&[Buf::writable(near, 7)], false, [None, None]),
+        (&[Buf::readable(near, 0)], false, [None, None]),
+        (&[Buf::readable(near, 4), Buf::readable(near + 4, 4)], false, [None, None]),
+        (&[Buf::readable(near, 16)], true, [None, None]),
+        (&[Buf::readable(FAR, 16)], false, [None, None]),
+    ];
+    for (bufs, indirect, [as_readable, as_writable]) in cases {
+        for (wanted, expected) in [(readable, as_readable), (writable, as_writable)] {
+            _ = if indirect { ring.add_indirect(bufs) } else { ring.add(bufs) };
+            ring.add(&[Buf::readable(near, 4)]);
+            ring.publish();
+            assert!(ours.queue.has_entries().unwrap());
+            let pieces = ours.iovecs.len();
+            assert_eq!(take(&mut ours, wanted), expected, "{bufs:?} for {wanted:?}");
+            assert_eq!(ours.iovecs.len(), pieces + usize::from(expected.is_some()));
+            // What is left is there for `pop`, which was in the near region last.
+            assert_eq!(ours.complete_all(0), 2 - usize::from(expected.is_some()));
+            ours.queue.publish();
+            while ring.take_used().is_some() {}
+        }
     }
 }
 

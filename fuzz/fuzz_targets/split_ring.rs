@@ -16,7 +16,7 @@ use vhost_user_net::virtqueue::{GuestIovecs, Head, Queue};
 use vhost_user_net_fuzz::chain_model::{Ring, assert_same, walk};
 use vhost_user_net_fuzz::guest::{self, Guest, START};
 use vhost_user_net_fuzz::input::Input;
-use vhost_user_net_fuzz::kit::device_side::find;
+use vhost_user_net_fuzz::kit::device_side::{find, pop_in_both_ways};
 use vhost_user_net_fuzz::kit::memory::GuestMemory;
 use vhost_user_net_fuzz::kit::split_ring::RingAddrs;
 
@@ -139,7 +139,7 @@ fn run(input: &mut Input<'_>) {
             11 => driver.store(ADDRS.avail, input.u16()),
             12 => {
                 let wanted = model.pop(&driver);
-                let got = queue.pop(&mut iovecs);
+                let got = pop_in_both_ways(&mut queue, &mut iovecs);
                 let (wanted, got) = match (wanted, got) {
                     (Err(Broken), Err(_)) => return,
                     (Ok(wanted), Ok(got)) => (wanted, got),

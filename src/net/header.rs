@@ -418,22 +418,23 @@ pub fn check_rx(header: VnetHeader, guest: GuestOffloads) -> Result<VnetHeader, 
     Ok(VnetHeader { flags: header.flags & may, num_buffers: 0, ..header })
 }
 
-/// Has the header in `place`, the device's, say no more than [`check_rx`] lets the guest see; tells what it said.
+/// Has the header in `place`, the device's, say no more than [`check_rx`] lets the guest see.
 ///
 /// What is right already is not written: whoever copies the frame next need not wait for it.
 ///
 /// # Errors
 /// [`NotNegotiated`] as [`check_rx`]; nothing is changed then.
 #[inline]
-pub fn check_rx_in_place(place: &mut [u8; HEADER_LEN], guest: GuestOffloads) -> Result<VnetHeader, NotNegotiated> {
-    let header = VnetHeader::from_bytes(place);
-    // Nothing to be said, which is so of most.
-    if *place == [0; HEADER_LEN] {
-        return Ok(header);
-    }
-    let shown = if matches!(place, [0, GSO_NONE, ..]) { [0; HEADER_LEN] } else { check_rx(header, guest)?.to_bytes() };
+pub fn check_rx_in_place(place: &mut [u8; HEADER_LEN], guest: GuestOffloads) -> Result<(), NotNegotiated> {
+    // Where nothing is said, as of most, nothing is to be changed.
+    if *place == [0; HEADER_LEN] { Ok(()) } else { show(place, guest) }
+}
+
+#[inline(never)]
+fn show(place: &mut [u8; HEADER_LEN], guest: GuestOffloads) -> Result<(), NotNegotiated> {
+    let shown = check_rx(VnetHeader::from_bytes(place), guest)?.to_bytes();
     if *place != shown {
         *place = shown;
     }
-    Ok(header)
+    Ok(())
 }

@@ -33,7 +33,7 @@ use super::fate::Reason;
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
 use super::framing::Framing;
-use super::header::{F_NEEDS_CSUM, HEADER_LEN, NotNegotiated, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx_in_place};
+use super::header::{HEADER_LEN, NotNegotiated, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx_in_place};
 use super::ip_link::Answer;
 use super::segment::{Need as Finishing, Plan, complete_checksum, plan};
 use super::window::{Filled, Room, Window};
@@ -322,7 +322,7 @@ impl Rx {
             Ok(_) if was_cut => |c| &c.rx_drop_not_negotiated,
             Ok(_) => match window.make_room(queue, len, ahead, counters)? {
                 Room::There => {
-                    window.deliver(queue, [frame, &[]]);
+                    window.deliver(queue, frame, &[]);
                     count_delivered(counters, *last_len);
                     expect.note(len);
                     self.forget_front();
@@ -363,7 +363,7 @@ impl Rx {
         {
             *place = piece.header.to_bytes();
             let len = headers_len + payload.len();
-            self.window.deliver(queue, [headers, payload]);
+            self.window.deliver(queue, headers, payload);
             count_delivered(counters, len - HEADER_LEN);
             counters.rx_segments.add(1);
             self.expect.note(len);
@@ -403,13 +403,10 @@ fn look_at(bytes: &mut [u8], admission: &Admission) -> Result<Finish, Reason> {
     if !admission.filter.passes_all() && frame.first_chunk().is_some_and(|start| !admission.filter.accepts(start)) {
         return Err(|c| &c.rx_drop_filtered);
     }
-    if let Ok(header) = check_rx_in_place(place, admission.offloads) {
-        // Whether the host saw its checksum (`DATA_VALID`) is not a matter of that.
-        let left = |header: VnetHeader| (header.flags & F_NEEDS_CSUM, header.gso_type);
-        let is_same = left(header) == left(VnetHeader::from_bytes(place));
-        return Ok(if is_same { Finish::Nothing } else { Finish::Done });
+    match check_rx_in_place(place, admission.offloads) {
+        Ok(()) => Ok(Finish::Nothing),
+        Err(NotNegotiated) => finish(place, frame, admission.offloads),
     }
-    finish(place, frame, admission.offloads)
 }
 
 /// The same for a frame that the guest may not have as it is.

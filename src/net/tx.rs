@@ -31,7 +31,7 @@ use crate::device::stage::{Outcome, Stage};
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::iovec::{IOV_MAX, Part};
-use crate::virtqueue::{GuestIovecs, Head, Popped, Queue, RingBroken, Shape};
+use crate::virtqueue::{Direction, GuestIovecs, Head, Popped, Queue, RingBroken, Shape};
 
 /// A frame that fits with its header is copied as a whole: of the usual MTU, with room for tags. Not a power of two: slots
 /// would share few lines of the cache.
@@ -69,6 +69,12 @@ pub struct Tx {
     framing: Framing,
     /// The gateway's, for the guest.
     answers: Vec<Answer>,
+}
+
+/// What a good chain holds: some of the pieces, and their bytes.
+struct Chain {
+    pieces: Range<usize>,
+    len: usize,
 }
 
 /// One popped chain.
@@ -174,25 +180,35 @@ impl Tx {
         self.iovecs.truncate(0);
         self.segments = 0;
         while self.frames.len() < BUDGET && self.iovecs.len() < IOV_MAX && self.segments < SEGMENTS_BUDGET {
-            let Some(popped) = queue.pop(&mut self.iovecs)? else { return Ok(Pump::Drained) };
-            let frame = self.examine(popped);
+            let Some((head, chain)) = self.take_chain(queue)? else { return Ok(Pump::Drained) };
+            let frame = self.examine(head, chain);
             self.frames.push(frame);
         }
         Ok(Pump::BudgetSpent)
     }
 
+    /// Takes the next entry: its head, and its chain if that is good.
+    #[inline]
+    fn take_chain(&mut self, queue: &mut Queue) -> Result<Option<(Head, Option<Chain>)>, RingBroken> {
+        let at = self.iovecs.len();
+        // A buffer of no bytes is none.
+        if let Some((head, len)) = queue.pop_single((Direction::Readable, 1), &mut self.iovecs) {
+            return Ok(Some((head, Some(Chain { pieces: at..at + 1, len: len as usize }))));
+        }
+        let Some(Popped { head, chain }) = queue.pop(&mut self.iovecs)? else { return Ok(None) };
+        let good = chain.and_then(Shape::only_readable).ok();
+        Ok(Some((head, good.map(|shape| Chain { pieces: shape.readable(), len: shape.readable_len }))))
+    }
+
     /// Checks one chain, its start on the stage.
     #[inline]
-    fn examine(&mut self, Popped { head, chain }: Popped) -> Frame {
+    fn examine(&mut self, head: Head, chain: Option<Chain>) -> Frame {
         let dropped = |head, reason| Frame::new(head, 0, Fate::Dropped(reason));
-        let Ok(chain) = chain.and_then(Shape::only_readable) else {
-            return dropped(head, |c| &c.tx_drop_bad_chain);
-        };
-        let len = chain.readable_len;
+        let Some(Chain { pieces, len }) = chain else { return dropped(head, |c| &c.tx_drop_bad_chain) };
         if !(HEADER_LEN + ETH_HEADER..=HEADER_LEN + FRAME_MAX).contains(&len) {
             return dropped(head, |c| &c.tx_drop_bad_length);
         }
-        let staged = match self.stage_start(chain, len) {
+        let staged = match self.stage_start(pieces.clone(), len) {
             Ok(staged) => staged,
             Err(HeaderFault::TooManySegments { segments }) => {
                 self.tell_of_segments(segments);
@@ -206,7 +222,7 @@ impl Tx {
                 Way::Neighbour => Fate::ForGateway,
                 Way::Nowhere => return dropped(head, |c| &c.tx_drop_not_ip),
             };
-        Frame { staged, pieces: chain.readable(), ..Frame::new(head, len, fate) }
+        Frame { staged, pieces, ..Frame::new(head, len, fate) }
     }
 
     /// The frame of which `staged` bytes, virtio-net header included, are in `slot`: as far as it is there.
@@ -218,10 +234,10 @@ impl Tx {
     /// Copies the start of a frame to its slot and checks the header there. Tells how much is on the stage. An error if the
     /// header asks for what it may not.
     #[inline]
-    fn stage_start(&mut self, chain: Shape, len: usize) -> Result<usize, HeaderFault> {
+    fn stage_start(&mut self, pieces: Range<usize>, len: usize) -> Result<usize, HeaderFault> {
         let short = HeaderFault::Length { len };
         let slot = self.stage.slot_mut(self.frames.len());
-        let staged = self.iovecs.copy_to(chain.readable(), 0, slot.get_mut(..len.min(START_LEN)).ok_or(short)?);
+        let staged = self.iovecs.copy_to(pieces, 0, slot.get_mut(..len.min(START_LEN)).ok_or(short)?);
         let (head, frame) = slot.split_first_chunk_mut::<HEADER_LEN>().ok_or(short)?;
         let start = staged.checked_sub(HEADER_LEN).and_then(|staged| frame.get(..staged)).ok_or(short)?;
         let checked = self.rules.check(VnetHeader::from_bytes(head), len - HEADER_LEN, start)?;

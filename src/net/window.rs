@@ -14,7 +14,7 @@ use crate::device::{DeviceQueue, VlanTag};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
 use crate::virtqueue::iovec::IOV_MAX;
-use crate::virtqueue::{GuestIovecs, Head, Queue, RingBroken, Shape};
+use crate::virtqueue::{Direction, GuestIovecs, Head, Queue, RingBroken, Shape};
 
 /// Pieces that a read can take besides our header and our private buffer.
 const READ_PIECES_MAX: usize = IOV_MAX - 2;
@@ -68,6 +68,14 @@ struct Buffer {
     head: Head,
 }
 
+impl Buffer {
+    fn new(head: Head, shape: &Shape) -> Buffer {
+        // All of them fit: a chain has less than 2^32 bytes, and no more pieces or descriptors than a queue or a call takes.
+        let (len, pieces) = (shape.writable_len as u32, shape.writable().len() as u16);
+        Buffer { len, pieces, ring_descriptors: shape.ring_descriptors as u16, head }
+    }
+}
+
 impl Window {
     pub(super) fn new(mem: Arc<MemView>, mergeable: bool) -> Window {
         Window {
@@ -107,11 +115,16 @@ impl Window {
         counters: &PairCounters,
     ) -> Result<Filled, RingBroken> {
         let (most, chain_min) = if self.mergeable { (usize::MAX, HEADER_LEN) } else { (1, CHAIN_MIN) };
+        let wanted = (Direction::Writable, chain_min as u32);
         while (self.bytes < bytes || self.chains.len() < ahead) && self.chains.len() < most {
+            if let Some((head, len)) = queue.pop_single(wanted, &mut self.iovecs) {
+                self.append(Buffer { len, pieces: 1, ring_descriptors: 1, head });
+                continue;
+            }
             let pieces = self.iovecs.len();
             let Some(popped) = queue.pop(&mut self.iovecs)? else { break };
             match popped.chain.and_then(Shape::only_writable) {
-                Ok(shape) if shape.writable_len >= chain_min => self.append(popped.head, shape),
+                Ok(shape) if shape.writable_len >= chain_min => self.append(Buffer::new(popped.head, &shape)),
                 _ if self.bytes < bytes => {
                     self.return_unused(queue, popped.head, counters);
                     return Ok(Filled::ReturnedUnused);
@@ -162,12 +175,9 @@ impl Window {
     }
 
     #[inline]
-    fn append(&mut self, head: Head, shape: Shape) {
-        // All of them fit: a chain has less than 2^32 bytes, and no more pieces or descriptors than a queue or a call takes.
-        let (len, pieces) = (shape.writable_len as u32, shape.writable().len() as u16);
-        let ring_descriptors = shape.ring_descriptors as u16;
-        self.bytes += shape.writable_len;
-        self.chains.push_back(Buffer { len, pieces, ring_descriptors, head });
+    fn append(&mut self, buffer: Buffer) {
+        self.bytes += buffer.len as usize;
+        self.chains.push_back(buffer);
     }
 
     /// Returns a malformed entry unused, and before it the good ones that a frame cannot use across it.
@@ -253,10 +263,9 @@ impl Window {
         self.push_used(queue, HEADER_LEN + len);
     }
 
-    /// Copies a frame into the guest's buffers and completes them. `parts` are its bytes, its header before them.
+    /// Copies a frame into the guest's buffers and completes them: its `start`, header first, and the `rest`.
     #[inline]
-    pub(super) fn deliver(&mut self, queue: &mut Queue, parts: [&[u8]; 2]) {
-        let [start, rest] = parts;
+    pub(super) fn deliver(&mut self, queue: &mut Queue, start: &[u8], rest: &[u8]) {
         self.iovecs.copy_from(self.gone..self.iovecs.len(), 0, start);
         if !rest.is_empty() {
             self.iovecs.copy_from(self.gone..self.iovecs.len(), start.len(), rest);
@@ -266,27 +275,38 @@ impl Window {
 
     /// Completes the chains with `len` bytes in them, and writes how many those are (VIRTIO 1.3, "Processing of Incoming
     /// Packets").
-    #[inline]
+    #[inline(always)]
     fn push_used(&mut self, queue: &mut Queue, len: usize) {
         let first = self.gone;
-        let mut left = len;
-        let mut num_buffers = 0_u16;
-        while let Some(buffer) = self.chains.pop_front() {
-            let here = left.min(buffer.len as usize);
-            left -= here;
-            // A frame has at most 64 KiB and a chain at least 12 bytes: the count fits.
-            num_buffers += 1;
-            self.bytes -= buffer.len as usize;
-            self.gone += usize::from(buffer.pieces);
-            queue.push_used(buffer.head, here as u32);
-            if left == 0 {
-                break;
-            }
-        }
+        let left = len - self.push_oldest(queue, len);
+        let num_buffers = 1 + if left > 0 { self.push_further(queue, left) } else { 0 };
         // It is written where it belongs, as whoever copies what was just written in parts has to wait until that has left
         // the processor.
-        self.iovecs.copy_from(first..self.iovecs.len(), NUM_BUFFERS, &num_buffers.to_le_bytes());
+        self.iovecs.put_le16(first..self.iovecs.len(), NUM_BUFFERS, num_buffers);
         self.compact();
+    }
+
+    /// Completes chains until `left` bytes are in them; tells how many chains.
+    #[inline(never)]
+    fn push_further(&mut self, queue: &mut Queue, mut left: usize) -> u16 {
+        let mut chains = 0;
+        while left > 0 && !self.chains.is_empty() {
+            left -= self.push_oldest(queue, left);
+            // A frame has at most 64 KiB and a chain at least 12 bytes: the count fits.
+            chains += 1;
+        }
+        chains
+    }
+
+    /// Completes the oldest chain with as many of `len` bytes as it holds; tells how many those are.
+    #[inline(always)]
+    fn push_oldest(&mut self, queue: &mut Queue, len: usize) -> usize {
+        let Some(buffer) = self.chains.pop_front() else { return 0 };
+        let here = len.min(buffer.len as usize);
+        self.bytes -= buffer.len as usize;
+        self.gone += usize::from(buffer.pieces);
+        queue.push_used(buffer.head, here as u32);
+        here
     }
 
     /// Moves what is left down once much is gone, so that the list stays short.

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use vm_memory::{AtomicInteger, VolatileSlice};
+use vm_memory::{AtomicInteger, VolatileMemory, VolatileSlice};
 
 use crate::memory::{MemView, Region, Unmapped};
 
@@ -159,6 +159,15 @@ impl GuestIovecs {
         if self.list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
     }
 
+    /// Appends the guest range `addr .. addr + len` as one piece, if it is in the region where the last one was found, and
+    /// not empty; tells whether it is.
+    #[inline(always)]
+    pub(crate) fn push_near(&mut self, addr: u64, len: u32) -> bool {
+        let Some(base) = self.near.find(addr, len).filter(|_| len > 0) else { return false };
+        self.list.push(libc::iovec { iov_base: base.cast(), iov_len: len as usize });
+        true
+    }
+
     /// The same where it is in another region than the last, or in several.
     #[inline(never)]
     fn push_from_afar(&mut self, addr: u64, len: u32, part: usize) -> Result<(), PushError> {
@@ -199,6 +208,17 @@ impl GuestIovecs {
                 data.len()
             }
             None => self.copy_from_pieces(range, skip, data),
+        }
+    }
+
+    /// Writes `value` to the pieces of `range`, behind their first `skip` bytes, little-endian.
+    #[inline]
+    pub fn put_le16(&self, range: Range<usize>, skip: usize, value: u16) {
+        let value = value.to_le();
+        let place = self.in_first(&range, skip, size_of::<u16>());
+        match place.as_ref().and_then(|piece| piece.get_ref(0).ok()) {
+            Some(place) => place.store(value),
+            None => _ = self.copy_from_pieces(range, skip, &value.to_ne_bytes()),
         }
     }
 
@@ -291,8 +311,10 @@ impl GuestIovecs {
     /// The `len` bytes behind the first `skip` of `range`, if they are all in its first piece, as most frames are.
     #[inline]
     fn in_first(&self, range: &Range<usize>, skip: usize, len: usize) -> Option<VolatileSlice<'_>> {
-        let first = self.list.get(range.start).filter(|_| !range.is_empty())?;
-        self.slice(first, skip, len)
+        if range.is_empty() {
+            return None;
+        }
+        self.slice(self.list.get(range.start)?, skip, len)
     }
 
     /// The `len` bytes behind the first `skip` of a piece, if it has so many.

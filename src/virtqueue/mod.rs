@@ -19,7 +19,7 @@ pub mod iovec;
 pub mod queue;
 pub mod split;
 
-pub use chain::{ChainFault, Shape};
+pub use chain::{ChainFault, Direction, Shape};
 pub use iovec::GuestIovecs;
 pub use queue::{Head, Popped, Queue, RingBroken};
 pub use split::{QueueSize, RingError, SplitRing, SplitRingAddresses};

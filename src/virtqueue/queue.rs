@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::chain::{ChainFault, Shape, collect};
+use super::chain::{ChainFault, Direction, Shape, collect, collect_single};
 use super::iovec::GuestIovecs;
 use super::split::{SplitRing, full_fence};
 use crate::memory::MemView;
@@ -139,11 +139,24 @@ impl Queue {
         self.published
     }
 
+    /// Takes the next entry as [`Queue::pop`] does, if it is what most are: known to wait, and of one buffer in that
+    /// direction, of at least so many bytes, in the region of the one before, which is appended to `out` as one piece. Tells
+    /// its length. Of any other entry nothing is taken: `pop` is there for all.
+    #[inline(always)]
+    pub fn pop_single(&mut self, wanted: (Direction, u32), out: &mut GuestIovecs) -> Option<(Head, u32)> {
+        if self.avail_seen == self.next_avail {
+            return None;
+        }
+        let head = self.ring.avail_entry(self.next_avail);
+        let len = collect_single(&self.ring, head, wanted, out)?;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Some((Head(head), len))
+    }
+
     /// Takes the next entry of the avail ring, if there is one; its buffers are appended to `out`.
     ///
     /// # Errors
     /// [`RingBroken`]; the ring is of no more use then.
-    #[inline(always)]
     pub fn pop(&mut self, out: &mut GuestIovecs) -> Result<Option<Popped>, RingBroken> {
         if !self.has_entries()? {
             return Ok(None);

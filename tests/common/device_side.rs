@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vhost_user_net::memory::{MemView, Region, RegionSetup};
 use vhost_user_net::virtqueue::queue::RingFeatures;
-use vhost_user_net::virtqueue::{self, GuestIovecs, Popped, Queue, QueueSize, RingBroken, RingError};
+use vhost_user_net::virtqueue::{self, Direction, GuestIovecs, Popped, Queue, QueueSize, RingBroken, RingError};
 
 use super::memory::{GuestMemory, RegionInfo};
 use super::split_ring::{RingAddrs, SplitRing};
@@ -55,7 +55,7 @@ impl DeviceSide {
     }
 
     pub fn try_pop(&mut self) -> Result<Option<Popped>, RingBroken> {
-        self.queue.pop(&mut self.iovecs)
+        pop_in_both_ways(&mut self.queue, &mut self.iovecs)
     }
 
     /// Pops all that there is and completes it, each chain with `len`; tells how many chains that were.
@@ -70,8 +70,45 @@ impl DeviceSide {
 
     /// What the pieces of `range` hold.
     pub fn bytes(&self, range: Range<usize>) -> Vec<u8> {
-        let mut bytes = vec![0; self.iovecs.bytes(range.clone())];
-        assert_eq!(self.iovecs.copy_to(range, 0, &mut bytes), bytes.len());
-        bytes
+        bytes(&self.iovecs, range)
     }
+}
+
+/// The next entry, as `pop` finds it; where `pop_single` takes it, that has to be the same.
+pub fn pop_in_both_ways(queue: &mut Queue, iovecs: &mut GuestIovecs) -> Result<Option<Popped>, RingBroken> {
+    let singles = [Direction::Readable, Direction::Writable].map(|direction| peek_single(queue, direction, iovecs));
+    let popped = queue.pop(iovecs);
+    for (single, is_writable) in singles.into_iter().zip([false, true]) {
+        let Some((head, held)) = single else { continue };
+        let Ok(Some(Popped { head: same_head, chain: Ok(shape) })) = &popped else {
+            panic!("pop_single took {head}, pop {popped:?}");
+        };
+        assert_eq!(format!("{same_head:?}"), head);
+        let (pieces, others) = (shape.readable(), shape.writable());
+        let (pieces, others) = if is_writable { (others, pieces) } else { (pieces, others) };
+        assert_eq!((pieces.len(), others.len(), shape.ring_descriptors), (1, 0, 1));
+        assert_eq!(shape.readable_len + shape.writable_len, held.len());
+        assert_eq!(bytes(iovecs, pieces), held);
+    }
+    popped
+}
+
+/// What `pop_single` takes, which is put back: the head, and what the buffer holds.
+fn peek_single(queue: &mut Queue, direction: Direction, iovecs: &mut GuestIovecs) -> Option<(String, Vec<u8>)> {
+    let at = iovecs.len();
+    let single = queue.pop_single((direction, 1), iovecs);
+    assert_eq!(iovecs.len(), at + usize::from(single.is_some()));
+    let (head, len) = single?;
+    let held = bytes(iovecs, at..at + 1);
+    assert_eq!(held.len(), len as usize);
+    let name = format!("{head:?}");
+    queue.rewind(head);
+    iovecs.truncate(at);
+    Some((name, held))
+}
+
+fn bytes(iovecs: &GuestIovecs, range: Range<usize>) -> Vec<u8> {
+    let mut bytes = vec![0; iovecs.bytes(range.clone())];
+    assert_eq!(iovecs.copy_to(range, 0, &mut bytes), bytes.len());
+    bytes
 }
