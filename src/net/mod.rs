@@ -8,6 +8,7 @@ pub mod control;
 mod fate;
 pub mod features;
 pub mod filter;
+pub mod flow;
 pub mod framing;
 pub mod header;
 pub mod ip_link;

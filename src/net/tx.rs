@@ -19,9 +19,10 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::coalesce::{Coalesce, Run, Segment, flow_hint};
+use super::coalesce::{Coalesce, Run, Segment};
 use super::fate::{Fate, errno, fate, is_passing};
 use super::filter::Mac;
+use super::flow::flow_hint;
 use super::framing::Framing;
 use super::header::{HEADER_LEN, HeaderFault, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
 use super::ip_link::{Answer, Way};

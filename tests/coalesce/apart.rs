@@ -3,7 +3,8 @@
 //! Each check makes two frames that are merged, breaks one rule, and looks again: frames that were never merged would
 //! not pass.
 
-use vhost_user_net::net::coalesce::{Coalesce, Segment, flow_hint};
+use vhost_user_net::net::coalesce::{Coalesce, Segment};
+use vhost_user_net::net::flow::flow_hint;
 
 use crate::common::frames::{Ends, arp_request, checksum_add};
 use crate::common::virtio::{VnetHdr, gso, net_flag};

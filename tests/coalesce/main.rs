@@ -19,7 +19,8 @@ mod merged;
 use common::frames::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, GUEST_MAC, HOST_MAC, Mac, checksum_add};
 use common::split::{self, complete, split};
 use common::virtio::{VnetHdr, net_flag};
-use vhost_user_net::net::coalesce::{Coalesce, Run, Segment, flow_hint};
+use vhost_user_net::net::coalesce::{Coalesce, Run, Segment};
+use vhost_user_net::net::flow::flow_hint;
 use vhost_user_net::net::header::VnetHeader;
 
 const ALL: Coalesce = Coalesce { tcp: true, udp: true };

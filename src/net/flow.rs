@@ -1,0 +1,130 @@
+//! What a flow's frames have in common: where their headers are, and which bits of them are equal.
+//!
+//! `coalesce` asks this of private copies. Nothing here judges a frame alone.
+
+use super::header::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4};
+
+pub(super) const IPV4_HEADER: usize = 20;
+pub(super) const IPV6_HEADER: usize = 40;
+pub(super) const UDP_HEADER: usize = 8;
+pub(super) const TCP_HEADER: usize = 20;
+
+const TCP_FIN: u8 = 0x01;
+const TCP_PSH: u8 = 0x08;
+/// Flags that end a run.
+pub(super) const TCP_LAST_ONLY: u8 = TCP_FIN | TCP_PSH;
+
+/// What a frame carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Tcp4,
+    Tcp6,
+    Udp4,
+    Udp6,
+}
+
+impl Kind {
+    pub(super) fn is_tcp(self) -> bool {
+        matches!(self, Kind::Tcp4 | Kind::Tcp6)
+    }
+
+    pub(super) fn ip_header(self) -> usize {
+        if matches!(self, Kind::Tcp4 | Kind::Udp4) { IPV4_HEADER } else { IPV6_HEADER }
+    }
+
+    /// Where the checksum stands in the transport header.
+    pub(super) fn checksum_offset(self) -> u16 {
+        if self.is_tcp() { 16 } else { 6 }
+    }
+
+    pub(super) fn gso_type(self) -> u8 {
+        match self {
+            Kind::Tcp4 => GSO_TCPV4,
+            Kind::Tcp6 => GSO_TCPV6,
+            Kind::Udp4 | Kind::Udp6 => GSO_UDP_L4,
+        }
+    }
+}
+
+/// What a frame's headers are, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub(super) kind: Kind,
+    /// Where the IP header begins.
+    pub(super) l3: u8,
+    /// Where the TCP or UDP header begins.
+    pub(super) l4: u8,
+    /// Where the payload begins.
+    pub(super) end: u8,
+}
+
+/// Bits of headers that must be equal, as a mask: all but those at `holes` (offset, length), which segmentation writes.
+const fn all_but<const N: usize>(holes: &[(usize, usize)]) -> [u8; N] {
+    let mut mask = [0xff; N];
+    let mut hole = 0;
+    while hole < holes.len() {
+        let (mut at, end) = (holes[hole].0, holes[hole].0 + holes[hole].1);
+        while at < end {
+            mask[at] = 0;
+            at += 1;
+        }
+        hole += 1;
+    }
+    mask
+}
+
+/// IPv4: total length, identification, checksum. UDP: length, checksum.
+const UDP4_EQUAL: [u8; IPV4_HEADER + UDP_HEADER] = all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4)]);
+/// IPv6: payload length. UDP as above.
+const UDP6_EQUAL: [u8; IPV6_HEADER + UDP_HEADER] = all_but(&[(4, 2), (IPV6_HEADER + 4, 4)]);
+/// IPv4 as above. TCP: sequence number, flags that the last may have, checksum.
+const TCP4_EQUAL: [u8; IPV4_HEADER + TCP_HEADER] =
+    but_last_flags(all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4), (IPV4_HEADER + 16, 2)]), IPV4_HEADER);
+/// IPv6 and TCP as above.
+const TCP6_EQUAL: [u8; IPV6_HEADER + TCP_HEADER] =
+    but_last_flags(all_but(&[(4, 2), (IPV6_HEADER + 4, 4), (IPV6_HEADER + 16, 2)]), IPV6_HEADER);
+
+const fn but_last_flags<const N: usize>(mut mask: [u8; N], tcp: usize) -> [u8; N] {
+    mask[tcp + 13] = !TCP_LAST_ONLY;
+    mask
+}
+
+/// Whether the headers are equal wherever segmentation copies them. If so, `next` has this layout too: what tells
+/// layouts apart (ethertypes, protocol, TCP's header length) is among what is compared.
+#[inline]
+pub(super) fn same_headers(layout: Layout, first: &[u8], next: &[u8]) -> Option<bool> {
+    let end = usize::from(layout.end);
+    let (first_link, first) = first.get(..end)?.split_at_checked(layout.l3.into())?;
+    let (next_link, next) = next.get(..end)?.split_at_checked(layout.l3.into())?;
+    let same_packet = match layout.kind {
+        Kind::Tcp4 => same_under(&TCP4_EQUAL, first, next),
+        Kind::Tcp6 => same_under(&TCP6_EQUAL, first, next),
+        Kind::Udp4 => same_under(&UDP4_EQUAL, first, next),
+        Kind::Udp6 => same_under(&UDP6_EQUAL, first, next),
+    };
+    Some(first_link == next_link && same_packet?)
+}
+
+/// Whether `N` bytes are equal under the mask, and the rest (TCP options) wholly.
+#[inline]
+fn same_under<const N: usize>(mask: &[u8; N], first: &[u8], next: &[u8]) -> Option<bool> {
+    let (first, first_options) = first.split_first_chunk::<N>()?;
+    let (next, next_options) = next.split_first_chunk::<N>()?;
+    // No way out of the loop before its end: so it becomes a few wide instructions.
+    let pairs = first.iter().zip(next).zip(mask);
+    let different = pairs.fold(0, |different, ((a, b), mask)| different | ((a ^ b) & mask));
+    Some(different == 0 && first_options == next_options)
+}
+
+/// A number that is equal for all frames of one flow, made of some bytes of a frame's `start` that are equal in all of them.
+/// Frames of different flows mostly have different ones, which is sooner seen than what [`Segment::of`] sees.
+#[inline]
+pub fn flow_hint(start: &[u8]) -> u64 {
+    let Some(start) = start.first_chunk::<38>() else { return 0 };
+    let word = |at| start.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    // Two Ethernet addresses and the ethertype.
+    let link = word(0) ^ word(6).rotate_left(24);
+    // Of IPv4 without a VLAN tag the addresses and ports, of IPv6 a part of the addresses.
+    let is_tagged = !matches!(u16::from_be_bytes([start[12], start[13]]), ETHERTYPE_IPV4 | ETHERTYPE_IPV6);
+    if is_tagged { link } else { link ^ word(26).rotate_left(40) ^ word(30) }
+}
