@@ -40,13 +40,16 @@ fn run(input: &mut Input<'_>) {
         let sent = Sent { header, ..sent };
         let ours = VnetHeader::from_bytes(&header.to_bytes());
         let segment = Segment::of(allowed, ours, start(&sent), sent.frame.len());
+        let alike = open.as_ref().and_then(|open| alike(open, &sent));
         if let (Some(open), Some(segment)) = (&mut open, segment)
             && open.run.join(&open.start, segment, start(&sent))
         {
+            assert!(alike.is_none_or(|alike| alike == open.run));
             open.payload.extend(&sent.frame[segment.headers_len()..]);
             open.frames.push(sent);
             continue;
         }
+        assert!(alike.is_none(), "it did not join the other way");
         open.take().into_iter().for_each(close);
         open = segment.map(|segment| Open {
             run: Run::begin(segment),
@@ -57,6 +60,14 @@ fn run(input: &mut Input<'_>) {
         });
     }
     open.into_iter().for_each(close);
+}
+
+/// The run with this frame, if it joins at first sight.
+fn alike(open: &Open, sent: &Sent) -> Option<Run> {
+    let copy = |sent: &Sent, start: &[u8]| [&sent.header.to_bytes()[..], start].concat();
+    let (first, next) = (copy(&open.frames[0], &open.start), copy(sent, start(sent)));
+    let mut run = open.run;
+    run.join_alike(&first, &next, sent.frame.len()).then_some(run)
 }
 
 fn close(mut open: Open) {

@@ -19,8 +19,11 @@
 //!   A UDP checksum of none (0) or one that is complete already would not come back.
 
 use super::checksum::{Sum, pseudo_header};
-use super::flow::{IPV4_HEADER, IPV6_HEADER, Kind, Layout, TCP_HEADER, TCP_LAST_ONLY, UDP_HEADER, same_headers};
-use super::header::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, IPPROTO_TCP, IPPROTO_UDP, VnetHeader, find_l3};
+use super::flow::{ALIKE, COPIED, same_headers};
+use super::flow::{IPV4_HEADER, IPV6_HEADER, Kind, Layout, TCP_HEADER, TCP_LAST_ONLY, UDP_HEADER};
+use super::header::{
+    ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, HEADER_LEN, IPPROTO_TCP, IPPROTO_UDP, VnetHeader, find_l3,
+};
 
 /// Longest frame that is put together. From 65536 bytes on, the usual `gso_max_size`, Linux cuts a frame itself however
 /// able the device is; and an IP packet in a frame of this length never exceeds its length field.
@@ -61,6 +64,11 @@ enum Identification {
 }
 
 impl Identification {
+    /// That of a packet which may be cut into fragments.
+    fn of(ip: &[u8; IPV4_HEADER]) -> Identification {
+        Identification::Counts(u16::from_be_bytes([ip[4], ip[5]]))
+    }
+
     fn may_precede(self, next: Identification) -> bool {
         match (self, next) {
             (Identification::Counts(id), Identification::Counts(next)) => id.wrapping_add(1) == next,
@@ -102,6 +110,33 @@ impl Segment {
             payload,
             sequence: transport.sequence,
         })
+    }
+
+    /// What [`Segment::of`] makes of a frame of `len` bytes that is as this one, but for what counts up; nothing of another.
+    /// Of both there are the copies, the checked headers before them.
+    #[inline]
+    fn of_alike(&self, this: &[u8], other: &[u8], len: usize) -> Option<Segment> {
+        let (this_header, this) = this.split_first_chunk::<HEADER_LEN>()?;
+        let (other_header, other) = other.split_first_chunk::<HEADER_LEN>()?;
+        let same_size = other_header == this_header && len == self.headers_len() + self.payload_len();
+        if !same_size || !same_headers(&ALIKE, self.layout, this, other)? {
+            return None;
+        }
+        let mut segment = *self;
+        if self.layout.kind.is_ipv4() {
+            let ip = other.get(self.layout.l3.into()..)?.first_chunk()?;
+            if !has_right_checksum(ip) {
+                return None;
+            }
+            if self.identification != Identification::Any {
+                segment.identification = Identification::of(ip);
+            }
+        }
+        if self.layout.kind.is_tcp() {
+            let tcp = Transport::tcp(other.get(self.layout.l4.into()..)?.first_chunk()?)?;
+            (segment.sequence, segment.last_flags) = (tcp.sequence, tcp.last_flags);
+        }
+        Some(segment)
     }
 
     /// How many bytes of protocol headers the frame begins with.
@@ -152,19 +187,16 @@ impl Ip {
         const DF: u16 = 0x4000;
         let fragment = u16::from_be_bytes([ip[6], ip[7]]);
         let total = u16::from_be_bytes([ip[2], ip[3]]);
-        let stored = u16::from_be_bytes([ip[10], ip[11]]);
-        // Subtracting is adding the complement (RFC 1624).
-        let right = Sum::of(ip).plus_word(!stored).complement();
-        if ip[0] != VERSION_AND_LENGTH || fragment & !DF != 0 || usize::from(total) != len || stored != right {
+        let is_plain = ip[0] == VERSION_AND_LENGTH && fragment & !DF == 0 && usize::from(total) == len;
+        if !is_plain || !has_right_checksum(ip) {
             return None;
         }
         let payload = total.checked_sub(IPV4_HEADER as u16)?;
-        let id = u16::from_be_bytes([ip[4], ip[5]]);
         Some(Ip {
             header_len: IPV4_HEADER,
             protocol: ip[9],
             payload,
-            identification: if fragment == DF { Identification::Any } else { Identification::Counts(id) },
+            identification: if fragment == DF { Identification::Any } else { Identification::of(ip) },
             pseudo: pseudo_header(ip.last_chunk::<8>()?, ip[9]).plus_word(payload),
         })
     }
@@ -184,6 +216,13 @@ impl Ip {
             pseudo: pseudo_header(ip.last_chunk::<32>()?, ip[6]).plus_word(payload),
         })
     }
+}
+
+#[inline]
+fn has_right_checksum(ip: &[u8; IPV4_HEADER]) -> bool {
+    let stored = u16::from_be_bytes([ip[10], ip[11]]);
+    // Subtracting is adding the complement (RFC 1624).
+    stored == Sum::of(ip).plus_word(!stored).complement()
 }
 
 /// What a TCP or UDP header says, if it is one that segmentation gives back.
@@ -242,7 +281,7 @@ impl Transport {
 }
 
 /// Frames that go as one.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     first: Segment,
     last: Segment,
@@ -262,13 +301,28 @@ impl Run {
     /// segment was made of, `next_start` that of `next`. If false, the run is as it was, and `next` may begin another.
     #[inline]
     pub fn join(&mut self, first_start: &[u8], next: Segment, next_start: &[u8]) -> bool {
-        let joins = self.may_precede(next) && same_headers(self.first.layout, first_start, next_start) == Some(true);
+        let joins =
+            self.may_precede(next) && same_headers(&COPIED, self.first.layout, first_start, next_start) == Some(true);
         if joins {
-            self.last = next;
-            self.frames += 1;
-            self.payload += next.payload_len();
+            self.add(next);
         }
         joins
+    }
+
+    /// As [`Run::join`], for a frame of `len` bytes that differs from the first in nothing but what counts up, as most of a
+    /// flow do; this is sooner seen than all that makes a [`Segment`]. `first` and `next` are the copies, the checked headers
+    /// before them. If false, the frame may join all the same.
+    #[inline]
+    pub fn join_alike(&mut self, first: &[u8], next: &[u8], len: usize) -> bool {
+        let alike = self.first.of_alike(first, next, len).filter(|next| self.may_precede(*next));
+        alike.map(|next| self.add(next)).is_some()
+    }
+
+    #[inline]
+    fn add(&mut self, next: Segment) {
+        self.last = next;
+        self.frames += 1;
+        self.payload += next.payload_len();
     }
 
     /// Everything but the bytes that must be equal.

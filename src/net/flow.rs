@@ -2,6 +2,7 @@
 //!
 //! `coalesce` asks this of private copies. Nothing here judges a frame alone.
 
+use super::ETH_HEADER;
 use super::header::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4};
 
 pub(super) const IPV4_HEADER: usize = 20;
@@ -28,8 +29,12 @@ impl Kind {
         matches!(self, Kind::Tcp4 | Kind::Tcp6)
     }
 
+    pub(super) fn is_ipv4(self) -> bool {
+        matches!(self, Kind::Tcp4 | Kind::Udp4)
+    }
+
     pub(super) fn ip_header(self) -> usize {
-        if matches!(self, Kind::Tcp4 | Kind::Udp4) { IPV4_HEADER } else { IPV6_HEADER }
+        if self.is_ipv4() { IPV4_HEADER } else { IPV6_HEADER }
     }
 
     /// Where the checksum stands in the transport header.
@@ -73,36 +78,60 @@ const fn all_but<const N: usize>(holes: &[(usize, usize)]) -> [u8; N] {
     mask
 }
 
-/// IPv4: total length, identification, checksum. UDP: length, checksum.
-const UDP4_EQUAL: [u8; IPV4_HEADER + UDP_HEADER] = all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4)]);
-/// IPv6: payload length. UDP as above.
-const UDP6_EQUAL: [u8; IPV6_HEADER + UDP_HEADER] = all_but(&[(4, 2), (IPV6_HEADER + 4, 4)]);
-/// IPv4 as above. TCP: sequence number, flags that the last may have, checksum.
-const TCP4_EQUAL: [u8; IPV4_HEADER + TCP_HEADER] =
-    but_last_flags(all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4), (IPV4_HEADER + 16, 2)]), IPV4_HEADER);
-/// IPv6 and TCP as above.
-const TCP6_EQUAL: [u8; IPV6_HEADER + TCP_HEADER] =
-    but_last_flags(all_but(&[(4, 2), (IPV6_HEADER + 4, 4), (IPV6_HEADER + 16, 2)]), IPV6_HEADER);
+/// A mask for each kind of headers, from IP's on, without TCP's options.
+pub(super) struct Masks {
+    tcp4: [u8; IPV4_HEADER + TCP_HEADER],
+    tcp6: [u8; IPV6_HEADER + TCP_HEADER],
+    udp4: [u8; IPV4_HEADER + UDP_HEADER],
+    udp6: [u8; IPV6_HEADER + UDP_HEADER],
+}
+
+/// What segmentation copies from the whole to each segment. It writes IPv4's total length, identification and checksum, or
+/// IPv6's payload length; UDP's length and checksum, or TCP's sequence number, last flags and checksum.
+pub(super) const COPIED: Masks = Masks {
+    tcp4: but_last_flags(all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4), (IPV4_HEADER + 16, 2)]), IPV4_HEADER),
+    tcp6: but_last_flags(all_but(&[(4, 2), (IPV6_HEADER + 4, 4), (IPV6_HEADER + 16, 2)]), IPV6_HEADER),
+    udp4: all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4)]),
+    udp6: all_but(&[(4, 2), (IPV6_HEADER + 4, 4)]),
+};
+
+/// What is equal in frames of one length: all but what counts up (IPv4's identification, and so its checksum; TCP's sequence
+/// number) and TCP's last flags. The checksums of TCP and UDP are that of the pseudo-header alone.
+pub(super) const ALIKE: Masks = Masks {
+    tcp4: but_last_flags(all_but(&[(4, 2), (10, 2), (IPV4_HEADER + 4, 4)]), IPV4_HEADER),
+    tcp6: but_last_flags(all_but(&[(IPV6_HEADER + 4, 4)]), IPV6_HEADER),
+    udp4: all_but(&[(4, 2), (10, 2)]),
+    udp6: all_but(&[]),
+};
 
 const fn but_last_flags<const N: usize>(mut mask: [u8; N], tcp: usize) -> [u8; N] {
     mask[tcp + 13] = !TCP_LAST_ONLY;
     mask
 }
 
-/// Whether the headers are equal wherever segmentation copies them. If so, `next` has this layout too: what tells
+/// Whether the headers are equal under the masks, and wholly before IP's. If so, `next` has this layout too: what tells
 /// layouts apart (ethertypes, protocol, TCP's header length) is among what is compared.
-#[inline]
-pub(super) fn same_headers(layout: Layout, first: &[u8], next: &[u8]) -> Option<bool> {
+#[inline(always)]
+pub(super) fn same_headers(masks: &Masks, layout: Layout, first: &[u8], next: &[u8]) -> Option<bool> {
     let end = usize::from(layout.end);
     let (first_link, first) = first.get(..end)?.split_at_checked(layout.l3.into())?;
     let (next_link, next) = next.get(..end)?.split_at_checked(layout.l3.into())?;
     let same_packet = match layout.kind {
-        Kind::Tcp4 => same_under(&TCP4_EQUAL, first, next),
-        Kind::Tcp6 => same_under(&TCP6_EQUAL, first, next),
-        Kind::Udp4 => same_under(&UDP4_EQUAL, first, next),
-        Kind::Udp6 => same_under(&UDP6_EQUAL, first, next),
+        Kind::Tcp4 => same_under(&masks.tcp4, first, next),
+        Kind::Tcp6 => same_under(&masks.tcp6, first, next),
+        Kind::Udp4 => same_under(&masks.udp4, first, next),
+        Kind::Udp6 => same_under(&masks.udp6, first, next),
     };
-    Some(first_link == next_link && same_packet?)
+    // The frame's addresses and type as one, and what VLAN tags there may be.
+    let (first_start, first_tags) = first_link.split_first_chunk::<ETH_HEADER>()?;
+    let (next_start, next_tags) = next_link.split_first_chunk::<ETH_HEADER>()?;
+    Some(first_start == next_start && same_packet? && same_bytes(first_tags, next_tags))
+}
+
+/// Whether two slices are equal; most are empty.
+#[inline]
+fn same_bytes(first: &[u8], next: &[u8]) -> bool {
+    (first.is_empty() && next.is_empty()) || first == next
 }
 
 /// Whether `N` bytes are equal under the mask, and the rest (TCP options) wholly.
@@ -110,10 +139,16 @@ pub(super) fn same_headers(layout: Layout, first: &[u8], next: &[u8]) -> Option<
 fn same_under<const N: usize>(mask: &[u8; N], first: &[u8], next: &[u8]) -> Option<bool> {
     let (first, first_options) = first.split_first_chunk::<N>()?;
     let (next, next_options) = next.split_first_chunk::<N>()?;
-    // No way out of the loop before its end: so it becomes a few wide instructions.
-    let pairs = first.iter().zip(next).zip(mask);
+    // No way out of the loop before its end, and the length of any such header is a multiple of 4: so it becomes a few wide
+    // instructions.
+    let pairs = words(first).zip(words(next)).zip(words(mask));
     let different = pairs.fold(0, |different, ((a, b), mask)| different | ((a ^ b) & mask));
-    Some(different == 0 && first_options == next_options)
+    Some(different == 0 && same_bytes(first_options, next_options))
+}
+
+fn words<const N: usize>(bytes: &[u8; N]) -> impl Iterator<Item = u32> {
+    const { assert!(N.is_multiple_of(4), "no byte may be left out") };
+    bytes.as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word))
 }
 
 /// A number that is equal for all frames of one flow, made of some bytes of a frame's `start` that are equal in all of them.

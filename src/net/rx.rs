@@ -29,9 +29,9 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::backlog::{Backlog, after_read_error};
-use super::fate::Reason;
 use super::features::{GuestOffloads, MRG_RXBUF};
 use super::filter::RxFilter;
+use super::frame::Reason;
 use super::framing::Framing;
 use super::header::{HEADER_LEN, NotNegotiated, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx_in_place};
 use super::ip_link::Answer;

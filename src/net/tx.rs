@@ -20,9 +20,9 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::coalesce::{Coalesce, Run, Segment};
-use super::fate::{Fate, errno, fate, is_passing};
 use super::filter::Mac;
 use super::flow::flow_hint;
+use super::frame::{Fate, Frame, errno, fate, is_passing};
 use super::framing::Framing;
 use super::header::{HEADER_LEN, HeaderFault, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
 use super::ip_link::{Answer, Way};
@@ -76,21 +76,6 @@ pub struct Tx {
 struct Chain {
     pieces: Range<usize>,
     len: usize,
-}
-
-/// One popped chain.
-struct Frame {
-    head: Head,
-    /// Bytes, virtio-net header included.
-    len: usize,
-    /// How many of them are on the stage.
-    staged: usize,
-    pieces: Range<usize>,
-    /// How many frames, from this one on, go as one; none where it goes with one before it.
-    run: usize,
-    /// Bytes of headers on the stage that do not go out, since they are those of the run.
-    omitted: usize,
-    fate: Fate,
 }
 
 impl Tx {
@@ -290,13 +275,22 @@ impl Tx {
     /// The run that begins with the frame at `at`, if there is one of two frames at least.
     fn run_from(&self, at: usize) -> Option<Run> {
         let mut run = Run::begin(self.segment(at)?);
-        while let Some(next) = self.segment(at + run.frames()) {
-            let (first, newest) = (frame_start(&self.stage, at), frame_start(&self.stage, at + run.frames()));
-            if !run.join(first, next, newest) {
-                break;
-            }
-        }
+        while self.joins(&mut run, at) {}
         (run.frames() > 1).then_some(run)
+    }
+
+    /// Whether the next frame joins the run that begins at `at`.
+    #[inline]
+    fn joins(&self, run: &mut Run, at: usize) -> bool {
+        let next = at + run.frames();
+        let frame = self.frames.get(next).filter(|frame| matches!(frame.fate, Fate::ToSend));
+        let Some(frame) = frame else { return false };
+        let newest = self.stage.slot(next).get(..frame.staged).unwrap_or_default();
+        if run.join_alike(self.stage.slot(at), newest, frame.len - HEADER_LEN) {
+            return true;
+        }
+        let first = frame_start(&self.stage, at);
+        self.segment(next).is_some_and(|segment| run.join(first, segment, frame_start(&self.stage, next)))
     }
 
     /// What the frame at `at` is as part of a run, if it can be that.
@@ -313,9 +307,11 @@ impl Tx {
         {
             *head = header.to_bytes();
         }
-        for (index, frame) in self.frames.iter_mut().skip(at).take(run.frames()).enumerate() {
-            (frame.run, frame.omitted) =
-                if index == 0 { (run.frames(), 0) } else { (0, HEADER_LEN + run.headers_len()) };
+        let frames = self.frames.get_mut(at..at + run.frames()).and_then(<[_]>::split_first_mut);
+        if let Some((first, others)) = frames {
+            first.run = run.frames();
+            // Of these only the payload goes out, all of it from guest memory: the fewer pieces, the better.
+            others.iter_mut().for_each(|frame| (frame.run, frame.staged) = (0, HEADER_LEN + run.headers_len()));
         }
         run.frames()
     }
@@ -416,8 +412,8 @@ impl Tx {
         let Tx { iovecs, stage, frames, bounce, .. } = self;
         let frames = frames.get(at..at + count).unwrap_or_default();
         let parts = frames.iter().enumerate().map(|(index, frame)| {
-            let omitted = if index == 0 { device.omitted() } else { frame.omitted };
-            let private = stage.slot(at + index).get(omitted..frame.staged).unwrap_or_default();
+            let on_stage = if index == 0 { stage.slot(at) } else { &[] };
+            let private = on_stage.get(device.omitted()..frame.staged).unwrap_or_default();
             Part { private, pieces: frame.pieces.clone(), skip: frame.staged }
         });
         if frames.iter().map(|frame| 1 + frame.pieces.len()).sum::<usize>() <= IOV_MAX {
@@ -433,19 +429,6 @@ impl Tx {
             len += private.len() + iovecs.copy_to(pieces, skip, rest);
         }
         rustix::io::write(device, bounce.get(..len).unwrap_or_default())
-    }
-}
-
-impl Frame {
-    /// A frame alone, of which nothing is on the stage yet.
-    #[inline]
-    fn new(head: Head, len: usize, fate: Fate) -> Frame {
-        Frame { head, len, staged: 0, pieces: 0..0, run: 1, omitted: 0, fate }
-    }
-
-    /// Whether not all of what is to be sent is on the stage, in one slot.
-    fn is_gathered(&self) -> bool {
-        self.staged < self.len || self.run > 1
     }
 }
 

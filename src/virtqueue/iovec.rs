@@ -241,7 +241,9 @@ impl GuestIovecs {
     pub fn writev<'a>(&mut self, fd: BorrowedFd<'_>, parts: impl IntoIterator<Item = Part<'a>>) -> io::Result<usize> {
         self.call.clear();
         for Part { private, pieces, skip } in parts {
-            self.call.push(libc::iovec { iov_base: private.as_ptr().cast_mut().cast(), iov_len: private.len() });
+            if !private.is_empty() {
+                self.call.push(libc::iovec { iov_base: private.as_ptr().cast_mut().cast(), iov_len: private.len() });
+            }
             gather(&mut self.call, &self.list, pieces, skip);
         }
         // SAFETY: an iovec is a part's `private`, borrowed for longer than this call and only read, or it lies in a region

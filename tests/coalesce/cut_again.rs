@@ -173,6 +173,10 @@ proptest! {
                 run.join(&first_start, next, &start);
                 run.join(&start, next, &start);
             }
+            for [first, next] in [[&first_start, &next_start], [&start, &next_start], [&start, &start]] {
+                run.join_alike(first, next, len);
+                run.join_alike(first, next, next.len());
+            }
             let mut short = first_start.clone();
             let merged = run.merge(&mut short);
             prop_assert!(run.frames() == 1 || short.len() >= first.headers_len() || merged.is_none());

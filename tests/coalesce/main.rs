@@ -252,7 +252,9 @@ fn theirs(header: VnetHeader) -> VnetHdr {
 /// A run as its caller has it.
 struct Open {
     run: Run,
+    header: VnetHdr,
     start: Vec<u8>,
+    first_payload: usize,
     payload: Vec<u8>,
 }
 
@@ -260,12 +262,29 @@ impl Open {
     fn new(segment: Segment, frame: &Rendered) -> Self {
         let payload = frame.bytes[segment.headers_len()..].to_vec();
         assert_eq!(payload.len(), segment.payload_len());
-        Self { run: Run::begin(segment), start: frame.start().to_vec(), payload }
+        Self {
+            run: Run::begin(segment),
+            header: frame.header,
+            start: frame.start().to_vec(),
+            first_payload: payload.len(),
+            payload,
+        }
     }
 
-    fn join(&mut self, segment: Segment, frame: &Rendered) -> bool {
-        let joins = self.run.join(&self.start, segment, frame.start());
-        if joins {
+    /// Joins in both ways that there are, which have to agree.
+    fn join(&mut self, segment: Option<Segment>, frame: &Rendered) -> bool {
+        let mut alike = self.run;
+        let joins_alike = alike.join_alike(
+            &[&self.header.to_bytes()[..], &self.start].concat(),
+            &[&frame.header.to_bytes()[..], frame.start()].concat(),
+            frame.bytes.len(),
+        );
+        let first_len = segment.map_or(0, |segment| segment.headers_len()) + self.first_payload;
+        let joins = segment.is_some_and(|segment| self.run.join(&self.start, segment, frame.start()));
+        let looks_alike = self.header == frame.header && first_len == frame.bytes.len();
+        assert_eq!(joins_alike, joins && looks_alike, "{frame:?}");
+        assert!(!joins_alike || alike == self.run, "{alike:?}, {:?}", self.run);
+        if let Some(segment) = segment.filter(|_| joins) {
             assert_eq!(flow_hint(&self.start), flow_hint(frame.start()), "seen wrongly at first sight");
             self.payload.extend(&frame.bytes[segment.headers_len()..]);
         }
@@ -285,9 +304,7 @@ fn coalesce_with(allowed: Coalesce, frames: &[Rendered]) -> Vec<Sent> {
     let mut open: Option<(Open, usize)> = None;
     for frame in frames {
         let segment = frame.segment(allowed);
-        if let (Some((open, _)), Some(segment)) = (&mut open, segment)
-            && open.join(segment, frame)
-        {
+        if open.as_mut().is_some_and(|(open, _)| open.join(segment, frame)) {
             continue;
         }
         sent.extend(open.take().map(|(open, headers)| open.send(headers)));

@@ -1,11 +1,39 @@
-//! What becomes of a frame from the guest, and what follows from the kernel's answer to it.
+//! A frame from the guest: what there is of it, what becomes of it, and what follows from the kernel's answer.
 
 use std::io;
+use std::ops::Range;
 
 use rustix::io::Errno;
 
 use super::Pump;
 use crate::metrics::{Counter, PairCounters};
+use crate::virtqueue::Head;
+
+/// One popped chain.
+pub(super) struct Frame {
+    pub(super) head: Head,
+    /// Bytes, virtio-net header included.
+    pub(super) len: usize,
+    /// How many of them are on the stage.
+    pub(super) staged: usize,
+    pub(super) pieces: Range<usize>,
+    /// How many frames, from this one on, go as one; none where it goes with one before it.
+    pub(super) run: usize,
+    pub(super) fate: Fate,
+}
+
+impl Frame {
+    /// A frame alone, of which nothing is on the stage yet.
+    #[inline]
+    pub(super) fn new(head: Head, len: usize, fate: Fate) -> Frame {
+        Frame { head, len, staged: 0, pieces: 0..0, run: 1, fate }
+    }
+
+    /// Whether not all of what is to be sent is on the stage, in one slot.
+    pub(super) fn is_gathered(&self) -> bool {
+        self.staged < self.len || self.run > 1
+    }
+}
 
 /// What became of one chain, or will.
 #[derive(Clone, Copy)]
