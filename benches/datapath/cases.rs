@@ -9,7 +9,7 @@ use crate::common::netns::PacketSocket;
 use crate::common::virtio::{VnetHdr, feature, gso, net_flag};
 use crate::floor::{self, Frame, HEADERS, Receiver, Sender, TOGETHER, timed};
 use crate::guest::{FEATURES, Guest, RING_SIZE, Ring, rest};
-use crate::place::{Contender, OURS, PATIENCE, Place, TAP, on_backend_cpu, set_option, thread_cpu};
+use crate::place::{Contender, PATIENCE, Place, TAP, on_backend_cpu, set_option, thread_cpu};
 
 /// Payload of a frame that asks to be segmented.
 const LARGE: usize = 64_000;
@@ -113,7 +113,7 @@ fn together(ends: &Ends, len: usize) -> Frame {
 }
 
 /// Frames of flows in turn that no one takes.
-fn mixed(len: usize) -> Vec<Frame> {
+pub fn mixed(len: usize) -> Vec<Frame> {
     mixed_to(NOBODY, len)
 }
 
@@ -449,39 +449,4 @@ fn ping_pong(contender: &Contender, count: u64) -> Sample {
         pair.tx.take();
     }
     Sample::of_trips(trips)
-}
-
-/// What an idle back-end costs.
-#[derive(Clone, Copy, Debug)]
-pub struct Idle {
-    pub wakeups_per_s: f64,
-    pub memory_kib: [u64; 2],
-    pub until_listening: Duration,
-    pub until_first_frame: Duration,
-}
-
-pub fn idle(seconds: u64) -> Idle {
-    let run = |pairs: usize| {
-        let place = Place::new(pairs > 1);
-        let mut guest = Guest::new(pairs, &mixed(64), FEATURES);
-        let begun = Instant::now();
-        let process = place.launch(&OURS, pairs, &[]);
-        let listening = process.until_listening;
-        guest.connect(&place.socket());
-        guest.pairs[0].tx.pass(1);
-        let first = begun.elapsed();
-        // The second after the start is for what is put off.
-        std::thread::sleep(Duration::from_millis(1500));
-        let before = process.wakeups();
-        std::thread::sleep(Duration::from_secs(seconds));
-        let wakeups = (process.wakeups() - before) as f64 / seconds as f64;
-        (wakeups, process.memory_kib(), listening, first)
-    };
-    let (one, two) = (run(1), run(2));
-    Idle {
-        wakeups_per_s: one.0.max(two.0),
-        memory_kib: [one.1, two.1],
-        until_listening: one.2,
-        until_first_frame: one.3,
-    }
 }

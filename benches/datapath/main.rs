@@ -18,6 +18,7 @@ mod cases;
 mod common;
 mod floor;
 mod guest;
+mod idle;
 mod place;
 mod report;
 mod testpmd;
@@ -153,7 +154,7 @@ fn main() -> ExitCode {
         report::print(&measured);
         all.push(measured);
     }
-    let idle = args.only.as_ref().is_none_or(|text| "idle".contains(text.as_str())).then(|| cases::idle(3));
+    let idle = args.only.as_ref().is_none_or(|text| "idle".contains(text.as_str())).then(|| idle::measure(3));
     if let Some(idle) = &idle {
         report::print_idle(idle);
     }

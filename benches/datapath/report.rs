@@ -3,7 +3,8 @@
 use std::fmt::Write;
 
 use crate::Measured;
-use crate::cases::{Idle, Kind, Sample};
+use crate::cases::{Kind, Sample};
+use crate::idle::Idle;
 use crate::place::{Contender, Means, OURS, On};
 
 /// The least, the middle and the largest of some numbers.
@@ -105,8 +106,8 @@ pub fn print_idle(idle: &Idle) {
     println!("  wake-ups in a second             {:>9.1}", idle.wakeups_per_s);
     println!("  memory, 1 pair                   {one:>9} KiB, without what is shared with the guest");
     println!("  memory, 2 pairs                  {two:>9} KiB");
-    println!("  until it listens                 {:>9.1} ms", idle.until_listening.as_secs_f64() * 1e3);
-    println!("  until the first frame            {:>9.1} ms", idle.until_first_frame.as_secs_f64() * 1e3);
+    println!("  until it listens                 {:>9.1} ms, median", idle.until_listening.as_secs_f64() * 1e3);
+    println!("  until the first frame            {:>9.1} ms, median", idle.until_first_frame.as_secs_f64() * 1e3);
 }
 
 /// All figures. Names have nothing in them that JSON would have escaped.

@@ -14,7 +14,8 @@ pub(super) struct Frame {
     pub(super) head: Head,
     /// Bytes, virtio-net header included.
     pub(super) len: usize,
-    /// How many of them are on the stage.
+    /// How many of them are on the stage, or, behind the first frame of a run, are headers that do not go out; the others
+    /// are taken from guest memory.
     pub(super) staged: usize,
     pub(super) pieces: Range<usize>,
     /// How many frames, from this one on, go as one; none where it goes with one before it.
