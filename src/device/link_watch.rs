@@ -7,11 +7,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::AddressFamily;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use super::netlink;
+use super::netlink::{self, AboutLink};
 
 /// What an interface is like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +71,7 @@ impl LinkWatch {
     pub fn ask(&self) -> io::Result<()> {
         let mut message = LinkMessage::default();
         message.header.index = self.index;
-        let bytes = netlink::serialized(RouteNetlinkMessage::GetLink(message), NLM_F_REQUEST);
+        let bytes = netlink::serialized(AboutLink::Get(message), NLM_F_REQUEST);
         self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0).map(drop)
     }
 
@@ -82,8 +82,8 @@ impl LinkWatch {
     pub fn statistics(&self) -> io::Result<LinkStatistics> {
         let mut message = LinkMessage::default();
         message.header.index = self.index;
-        let answer = netlink::request_on(&self.questions, RouteNetlinkMessage::GetLink(message), NLM_F_REQUEST)?;
-        let Some(RouteNetlinkMessage::NewLink(link)) = answer else { return Err(io::ErrorKind::NotFound.into()) };
+        let answer = netlink::request_on(&self.questions, AboutLink::Get(message), NLM_F_REQUEST)?;
+        let Some(AboutLink::New(link)) = answer else { return Err(io::ErrorKind::NotFound.into()) };
         let told = link.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::Stats64(stats) => {
                 Some(LinkStatistics { rx_dropped: stats.rx_dropped, tx_dropped: stats.tx_dropped })
@@ -104,28 +104,22 @@ impl LinkWatch {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(e) => return Err(e),
             };
-            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&bytes).map(|message| message.payload);
+            let message = NetlinkMessage::<AboutLink>::deserialize(&bytes).map(|message| message.payload);
             if let Some(event) = message.ok().and_then(|payload| self.event(payload)) {
                 return Ok(Some(event));
             }
         }
     }
 
-    fn event(&self, payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<LinkEvent> {
+    fn event(&self, payload: NetlinkPayload<AboutLink>) -> Option<LinkEvent> {
         // A bridge says of a port that joins or leaves it the same, in a family of its own.
         let is_ours = |link: &LinkMessage| {
             link.header.index == self.index && link.header.interface_family == AddressFamily::Unspec
         };
         match payload {
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) if is_ours(&link) => {
-                Some(LinkEvent::Is(state(&link)))
-            }
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
-                self.awaits(&link).then_some(LinkEvent::Appeared)
-            }
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) => {
-                is_ours(&link).then_some(LinkEvent::Gone)
-            }
+            NetlinkPayload::InnerMessage(AboutLink::New(link)) if is_ours(&link) => Some(LinkEvent::Is(state(&link))),
+            NetlinkPayload::InnerMessage(AboutLink::New(link)) => self.awaits(&link).then_some(LinkEvent::Appeared),
+            NetlinkPayload::InnerMessage(AboutLink::Del(link)) => is_ours(&link).then_some(LinkEvent::Gone),
             // It was asked for, and is gone.
             NetlinkPayload::Error(_) => Some(LinkEvent::Gone),
             _ => None,

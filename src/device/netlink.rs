@@ -5,9 +5,9 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
+    DecodeError, Emitable, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable, Nla, Parseable,
 };
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoMacVlan, InfoMacVtap, InfoTun, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
     LinkMessage,
@@ -48,6 +48,59 @@ pub(crate) struct TunInfo {
     pub(crate) open_queues: u32,
 }
 
+/// What is asked of, or told about, an interface. The library's own type for it knows routes, rules and filters, too, whose
+/// parsers would be a tenth of this program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum AboutLink {
+    /// It is so, or is to be made.
+    New(LinkMessage),
+    /// It is no more, or is to go.
+    Del(LinkMessage),
+    /// It is to be told.
+    Get(LinkMessage),
+    /// It is to be changed.
+    Set(LinkMessage),
+}
+
+impl AboutLink {
+    fn message(&self) -> &LinkMessage {
+        let (AboutLink::New(message) | AboutLink::Del(message) | AboutLink::Get(message) | AboutLink::Set(message)) =
+            self;
+        message
+    }
+}
+
+impl NetlinkSerializable for AboutLink {
+    fn message_type(&self) -> u16 {
+        match self {
+            AboutLink::New(_) => libc::RTM_NEWLINK,
+            AboutLink::Del(_) => libc::RTM_DELLINK,
+            AboutLink::Get(_) => libc::RTM_GETLINK,
+            AboutLink::Set(_) => libc::RTM_SETLINK,
+        }
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.message().buffer_len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        self.message().emit(buffer);
+    }
+}
+
+impl NetlinkDeserializable for AboutLink {
+    type Error = DecodeError;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<AboutLink, DecodeError> {
+        match header.message_type {
+            libc::RTM_NEWLINK => LinkMessage::parse(payload).map(AboutLink::New),
+            libc::RTM_DELLINK => LinkMessage::parse(payload).map(AboutLink::Del),
+            other => Err(format!("message of type {other}, which is not about a link").into()),
+        }
+    }
+}
+
 // Numbers of `enum` in linux/if_link.h, "tun attributes".
 const IFLA_TUN_OWNER: u16 = 1;
 const IFLA_TUN_GROUP: u16 = 2;
@@ -61,8 +114,8 @@ const IFLA_TUN_NUM_DISABLED_QUEUES: u16 = 9;
 pub(crate) fn link_by_name(name: &str) -> io::Result<Option<Link>> {
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-    match request(RouteNetlinkMessage::GetLink(message), NLM_F_REQUEST) {
-        Ok(Some(RouteNetlinkMessage::NewLink(link))) => Ok(Some(read_link(&link))),
+    match request(AboutLink::Get(message), NLM_F_REQUEST) {
+        Ok(Some(AboutLink::New(link))) => Ok(Some(read_link(&link))),
         Ok(_) => Ok(None),
         Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(None),
         Err(e) => Err(e),
@@ -94,7 +147,7 @@ impl Drop for CreatedLink {
     fn drop(&mut self) {
         let mut message = LinkMessage::default();
         message.header.index = self.index;
-        match request_on(&self.socket, RouteNetlinkMessage::DelLink(message), NLM_F_REQUEST | NLM_F_ACK) {
+        match request_on(&self.socket, AboutLink::Del(message), NLM_F_REQUEST | NLM_F_ACK) {
             Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
                 log::warn!("Cannot take {:?} away again: {error}", self.name);
             }
@@ -125,7 +178,7 @@ pub(super) fn make_on_card(
     message.attributes.extend(mac.map(|mac| LinkAttribute::Address(mac.to_vec())));
     let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
     let socket = connected_socket()?;
-    request_on(&socket, RouteNetlinkMessage::NewLink(message), flags)?;
+    request_on(&socket, AboutLink::New(message), flags)?;
     let link = link_by_name(name)?.ok_or(io::ErrorKind::NotFound)?;
     Ok(CreatedLink { socket, index: link.index, name: name.to_owned(), parent: (parent.0.to_owned(), parent.1) })
 }
@@ -146,7 +199,7 @@ pub(crate) fn set_up(index: u32) -> io::Result<()> {
     message.header.index = index;
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
-    request(RouteNetlinkMessage::SetLink(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
+    request(AboutLink::Set(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
 
 /// Has the interface let in frames to all groups, not only to those that somebody on the host joined.
@@ -155,7 +208,7 @@ pub(crate) fn let_groups_in(index: u32) -> io::Result<()> {
     message.header.index = index;
     message.header.flags = LinkFlags::Allmulti;
     message.header.change_mask = LinkFlags::Allmulti;
-    request(RouteNetlinkMessage::SetLink(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
+    request(AboutLink::Set(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
 
 /// Makes the interface a port of the bridge with index `bridge`.
@@ -163,7 +216,7 @@ pub(crate) fn set_master(index: u32, bridge: u32) -> io::Result<()> {
     let mut message = LinkMessage::default();
     message.header.index = index;
     message.attributes.push(LinkAttribute::Controller(bridge));
-    request(RouteNetlinkMessage::SetLink(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
+    request(AboutLink::Set(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
 
 /// Sets the interface's MTU.
@@ -171,11 +224,11 @@ pub(crate) fn set_mtu(index: u32, mtu: u16) -> io::Result<()> {
     let mut message = LinkMessage::default();
     message.header.index = index;
     message.attributes.push(LinkAttribute::Mtu(u32::from(mtu)));
-    request(RouteNetlinkMessage::SetLink(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
+    request(AboutLink::Set(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
 
 /// Sends one request to the kernel and takes its one answer; an acknowledgement is `None`.
-fn request(payload: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
+fn request(payload: AboutLink, flags: u16) -> io::Result<Option<AboutLink>> {
     request_on(&connected_socket()?, payload, flags)
 }
 
@@ -186,14 +239,10 @@ pub(super) fn connected_socket() -> io::Result<Socket> {
     Ok(socket)
 }
 
-pub(super) fn request_on(
-    socket: &Socket,
-    payload: RouteNetlinkMessage,
-    flags: u16,
-) -> io::Result<Option<RouteNetlinkMessage>> {
+pub(super) fn request_on(socket: &Socket, payload: AboutLink, flags: u16) -> io::Result<Option<AboutLink>> {
     socket.send(&serialized(payload, flags), 0)?;
     let (answer, _) = socket.recv_from_full()?;
-    let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
+    let answer = NetlinkMessage::<AboutLink>::deserialize(&answer).map_err(io::Error::other)?;
     match answer.payload {
         NetlinkPayload::InnerMessage(inner) => Ok(Some(inner)),
         NetlinkPayload::Error(e) if e.code.is_some() => Err(e.to_io()),
@@ -201,11 +250,11 @@ pub(super) fn request_on(
     }
 }
 
-pub(super) fn serialized(payload: RouteNetlinkMessage, flags: u16) -> Vec<u8> {
+pub(super) fn serialized(payload: AboutLink, flags: u16) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
     header.flags = flags;
     header.sequence_number = 1;
-    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(payload));
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(payload));
     message.finalize();
     let mut bytes = vec![0; message.buffer_len()];
     message.serialize(&mut bytes);
