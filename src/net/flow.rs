@@ -152,7 +152,7 @@ fn words<const N: usize>(bytes: &[u8; N]) -> impl Iterator<Item = u32> {
 }
 
 /// A number that is equal for all frames of one flow, made of some bytes of a frame's `start` that are equal in all of them.
-/// Frames of different flows mostly have different ones, which is sooner seen than what [`Segment::of`] sees.
+/// Frames of different flows mostly have different ones, which is sooner seen than all that makes a segment of a run.
 #[inline]
 pub fn flow_hint(start: &[u8]) -> u64 {
     let Some(start) = start.first_chunk::<38>() else { return 0 };
