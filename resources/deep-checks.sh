@@ -145,11 +145,12 @@ part_mutants() {
     for group in "${MUTATED[@]}"; do
         # shellcheck disable=SC2086 # words
         options="$(printf -- '--file %s ' ${group%%:*}) -C=--lib $(printf -- '-C=--test=%s ' ${group#*:})"
-        # Tests that fail wait for what does not come: all of them at a time.
+        # Tests that fail wait for what does not come: all of them at a time. Two jobs in one target directory would run each
+    # other's tests.
         # 2 is that some were missed, 3 that some took too long: both are judged below.
         # shellcheck disable=SC2086 # words
         CARGO_PROFILE_DEV_DEBUG=none RUST_TEST_THREADS=16 \
-            run_rust_as_root cargo mutants --jobs 2 --timeout 30 --output "$out" $options >&2 || status=$?
+            run_rust_as_root env -u CARGO_TARGET_DIR cargo mutants --jobs 2 --timeout 30 --output "$out" $options >&2 || status=$?
         [[ $status =~ ^[023]$ ]] || return $status
         cat "$out/mutants.out/missed.txt"
         cat "$out"/mutants.out/{caught,timeout}.txt >>"$out/found"
