@@ -146,7 +146,7 @@ part_mutants() {
         # shellcheck disable=SC2086 # words
         options="$(printf -- '--file %s ' ${group%%:*}) -C=--lib $(printf -- '-C=--test=%s ' ${group#*:})"
         # Tests that fail wait for what does not come: all of them at a time. Two jobs in one target directory would run each
-    # other's tests.
+        # other's tests.
         # 2 is that some were missed, 3 that some took too long: both are judged below.
         # shellcheck disable=SC2086 # words
         CARGO_PROFILE_DEV_DEBUG=none RUST_TEST_THREADS=16 \
