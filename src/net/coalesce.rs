@@ -2,7 +2,8 @@
 //! Device", "Packet Transmission"), so that the kernel's stack is walked once for all of them.
 //!
 //! `tx` calls this with private copies of the frames' first bytes. [`Segment::of`] judges a frame alone, [`Run::join`]
-//! a frame behind others, [`Run::merge`] writes the headers of the whole. The caller sends
+//! a frame behind others, [`Run::join_alike`] both at once where it is like the run's first, [`Run::merge`] writes the
+//! headers of the whole. The caller sends
 //! `[virtio-net header][merged headers][payload of frame 1][payload of frame 2]…`. Nothing here does I/O or allocates.
 //!
 //! **The rule.** A frame joins only if cutting the whole again gives the guest's frames, byte for byte with completed
@@ -315,7 +316,9 @@ impl Run {
     #[inline]
     pub fn join_alike(&mut self, first: &[u8], next: &[u8], len: usize) -> bool {
         let alike = self.first.of_alike(first, next, len).filter(|next| self.may_precede(*next));
-        alike.map(|next| self.add(next)).is_some()
+        let Some(next) = alike else { return false };
+        self.add(next);
+        true
     }
 
     #[inline]

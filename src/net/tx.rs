@@ -7,7 +7,8 @@
 //! * **arrange**: frames of one flow become a run, which is sent as one frame (`coalesce`); any other small frame is copied
 //!   as a whole;
 //! * **send**: frames that are wholly on the stage go together, in one batch where that is better; of a large frame, or
-//!   of a run, what is on the stage and the rest of the chains go in one `writev`, straight from guest memory;
+//!   of a run, what is on the stage and the rest of the chains go in one `writev`, straight from guest memory; of a run the
+//!   first frame's headers go, which are those of the whole, and the payload of all;
 //! * **settle**: complete the chains in their order, or put back those that the device does not take now.
 //!
 //! What the kernel acts on is our checked copy. Nothing is reordered and nothing is skipped silently: a frame is sent, or

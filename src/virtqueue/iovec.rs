@@ -159,15 +159,6 @@ impl GuestIovecs {
         if self.list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
     }
 
-    /// Appends the guest range `addr .. addr + len` as one piece, if it is in the region where the last one was found, and
-    /// not empty; tells whether it is.
-    #[inline(always)]
-    pub(crate) fn push_near(&mut self, addr: u64, len: u32) -> bool {
-        let Some(base) = self.near.find(addr, len).filter(|_| len > 0) else { return false };
-        self.list.push(libc::iovec { iov_base: base.cast(), iov_len: len as usize });
-        true
-    }
-
     /// The same where it is in another region than the last, or in several.
     #[inline(never)]
     fn push_from_afar(&mut self, addr: u64, len: u32, part: usize) -> Result<(), PushError> {
@@ -176,6 +167,15 @@ impl GuestIovecs {
         mem.pieces(addr, u64::from(len), |piece| append(list, part, piece.ptr_guard_mut().as_ptr(), piece.len()))
             .map_err(PushError::Unmapped)?;
         if list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
+    }
+
+    /// Appends the guest range `addr .. addr + len` as one piece, if it is in the region where the last one was found, and
+    /// not empty; tells whether it is.
+    #[inline(always)]
+    pub(crate) fn push_near(&mut self, addr: u64, len: u32) -> bool {
+        let Some(base) = self.near.find(addr, len).filter(|_| len > 0) else { return false };
+        self.list.push(libc::iovec { iov_base: base.cast(), iov_len: len as usize });
+        true
     }
 
     /// Copies the pieces of `range`, without their first `skip` bytes, into `out`; tells how many bytes that were.

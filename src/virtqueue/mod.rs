@@ -3,6 +3,7 @@
 //! Theory of operation. A [`Queue`] exists only while its ring is started, and one worker owns it. [`Queue::pop`] takes
 //! the next head from the avail ring; [`chain`] walks its descriptors, the only walker there is, and checks the whole
 //! chain before a byte of it is used: the buffers come out as pieces of guest memory in an [`iovec::GuestIovecs`].
+//! Chains of one buffer, as most are, [`Queue::pop_single`] takes at less cost, and leaves all others to `pop`.
 //! What was popped is a [`Head`], which ends exactly once: [`Queue::push_used`] completes it, [`Queue::rewind`] puts it
 //! back. Used entries gather until [`Queue::publish`] makes them visible together and tells whether the driver wants a
 //! call. Completion is in order, always: the used index in guest memory is then a complete record of what is done, and

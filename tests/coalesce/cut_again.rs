@@ -131,7 +131,7 @@ fn advance(flow: &mut Frame, step: &Step) -> Rendered {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn frames_that_are_cut_again_are_the_guests(frames in streams()) {
