@@ -8,7 +8,7 @@ use crate::common::frames::{self, Ends, L4Csum, Stamp, payload};
 use crate::common::netns::PacketSocket;
 use crate::common::virtio::{VnetHdr, feature, gso, net_flag};
 use crate::floor::{self, Frame, HEADERS, Receiver, Sender, TOGETHER, timed};
-use crate::guest::{FEATURES, Guest, RING_SIZE, Ring, rest};
+use crate::guest::{FEATURES, Guest, RING_SIZE, RX_BUFFER, Ring, rest};
 use crate::place::{Contender, PATIENCE, Place, TAP, on_backend_cpu, set_option, thread_cpu};
 
 /// Payload of a frame that asks to be segmented.
@@ -143,8 +143,11 @@ pub fn measure(kind: Kind, contender: &Contender, scale: u64) -> Sample {
     }
 }
 
+/// Bytes of an Ethernet header, which not every device counts.
+const ETHERNET: usize = 14;
+
 /// Frames that are sent before it is measured.
-const WARM_UP: u64 = 2000;
+const WARM_UP: u64 = 45 * TOGETHER;
 
 fn transmit(contender: &Contender, pairs: usize, frames: &[Frame], count: u64) -> Sample {
     transmit_in(&Place::new(pairs > 1), contender, pairs, frames, count)
@@ -152,7 +155,7 @@ fn transmit(contender: &Contender, pairs: usize, frames: &[Frame], count: u64) -
 
 fn transmit_in(place: &Place, contender: &Contender, pairs: usize, frames: &[Frame], count: u64) -> Sample {
     if contender.is_floor() {
-        return floor_transmit(&mut Sender::new(place, contender, frames, None), count);
+        return floor_transmit(place, contender, frames, None, count);
     }
     let features = contender.features();
     let plain: Vec<_> = frames.iter().map(|(_, frame)| (VnetHdr::default(), frame.clone())).collect();
@@ -169,13 +172,34 @@ fn transmit_in(place: &Place, contender: &Contender, pairs: usize, frames: &[Fra
     let (cpu, begun) = (process.cpu(), Instant::now());
     pass(&mut guest, count);
     let wall = begun.elapsed();
-    Sample::new(count, process.cpu() - cpu, wall)
+    let cpu = process.cpu() - cpu;
+    assert_arrived(place, contender, frames, count);
+    Sample::new(count, cpu, wall)
 }
 
-fn floor_transmit(sender: &mut Sender, count: u64) -> Sample {
-    on_backend_cpu(|| sender.send(WARM_UP.min(count)));
-    let (cpu, wall) = timed(|| sender.send(count));
+fn floor_transmit(
+    place: &Place,
+    contender: &Contender,
+    frames: &[Frame],
+    together: Option<Frame>,
+    count: u64,
+) -> Sample {
+    let mut sender = Sender::new(place, contender, frames, together);
+    // As many as go together, so that none is left out.
+    let count = count.next_multiple_of(TOGETHER);
+    on_backend_cpu(|| sender.send(WARM_UP));
+    let (cpu, wall) = timed(contender, || sender.send(count));
+    assert_arrived(place, contender, frames, count);
     Sample::new(count, cpu, wall)
+}
+
+/// What is lost costs less: nothing may be. Of a stream that goes on as one only the payload is sure to arrive.
+fn assert_arrived(place: &Place, contender: &Contender, frames: &[Frame], count: u64) {
+    let headers = if frames.len() == 1 { HEADERS } else { ETHERNET };
+    let least = (WARM_UP + count) * (frames[0].1.len() - headers) as u64;
+    let [bytes, packets] = place.received(contender.host_side());
+    let name = contender.name();
+    assert!(bytes >= least, "{name}: of {count} frames {packets} packets arrived with {bytes} bytes, not {least}");
 }
 
 fn to_full(contender: &Contender, len: usize, count: u64) -> Sample {
@@ -223,7 +247,7 @@ fn to_socket(contender: &Contender, len: usize, count: u64) -> Sample {
     };
     if contender.is_floor() {
         let mut sender = Sender::new(&place, contender, &frames, Some(together(&Ends::TX, len)));
-        (0..times).for_each(|_| add(timed(|| sender.send(AT_ONCE))));
+        (0..times).for_each(|_| add(timed(contender, || sender.send(AT_ONCE))));
     } else {
         let mut guest = Guest::new(1, &frames, FEATURES);
         let process = place.start(contender, &mut guest, &[]);
@@ -242,7 +266,7 @@ fn to_veth(contender: &Contender, len: usize, count: u64) -> Sample {
     let frames = [datagram(&NEIGHBOUR, len + HEADERS)];
     if contender.is_floor() {
         let together = Some(together(&NEIGHBOUR, len));
-        return floor_transmit(&mut Sender::new(&place, contender, &frames, together), count);
+        return floor_transmit(&place, contender, &frames, together, count);
     }
     transmit_in(&place, contender, 1, &frames, count)
 }
@@ -253,13 +277,7 @@ fn to_be_cut(contender: &Contender, segment: u16, count: u64) -> Sample {
     let bytes = payload(Stamp { stream: 1, seq: 0 }, LARGE);
     let header = VnetHdr { gso_size: segment, ..large_header() };
     let frame = frames::tcp4(&NEIGHBOUR, 1, &bytes, L4Csum::Partial);
-    let arrived = || {
-        // A line of headings, and below it the bytes, then the packets.
-        let shown = place.namespace.ip("-s link show dev veth1");
-        let numbers = shown.lines().skip_while(|line| !line.contains("RX:")).nth(1);
-        let packets = numbers.and_then(|line| line.split_whitespace().nth(1));
-        packets.and_then(|packets| packets.parse::<u64>().ok()).expect("statistics")
-    };
+    let arrived = || place.received("veth1")[1];
     let before = arrived();
     let sample = transmit_in(&place, contender, 1, &[(header, frame)], count);
     let each = (arrived() - before) / (count + WARM_UP);
@@ -305,7 +323,7 @@ fn sender(place: &Place, contender: &Contender, vnet_hdr: bool) -> PacketSocket 
 fn receive(contender: &Contender, len: usize, count: u64) -> Sample {
     let (_, frame) = datagram(&Ends::RX, len);
     let frame = &frame[contender.on().omitted()..];
-    receive_with(contender, count.div_ceil(AT_ONCE), AT_ONCE, 1, |place| {
+    receive_with(contender, count.div_ceil(AT_ONCE), AT_ONCE, len, |place| {
         let socket = sender(place, contender, false);
         (0..AT_ONCE).for_each(|_| socket.send(frame));
     })
@@ -317,15 +335,16 @@ const AT_ONCE: u64 = 3000;
 fn receive_large(contender: &Contender, count: u64) -> Sample {
     let frame = frames::tcp4(&Ends::RX, 1, &payload(Stamp { stream: 2, seq: 0 }, LARGE), L4Csum::Partial);
     let header = large_header();
-    receive_with(contender, 1, count, LARGE.div_ceil(1500) as u64, |place| {
+    receive_with(contender, 1, count, frame.len(), |place| {
         let socket = sender(place, contender, true);
         (0..count).for_each(|_| socket.send_vnet(&header, &frame).expect("the TAP's queue has room"));
     })
 }
 
-/// Fills the TAP with `count` frames, then gives the guest's buffers and times how they come back, `times` over. Where
+/// Fills the TAP with `count` frames of `len` bytes, then gives the guest's buffers and times how they come back, `times` over. Where
 /// frames are small, it does so once before that: memory that is used the first time would count as much as the rest.
-fn receive_with(contender: &Contender, times: u64, count: u64, chains: u64, fill: impl Fn(&Place)) -> Sample {
+fn receive_with(contender: &Contender, times: u64, count: u64, len: usize, fill: impl Fn(&Place)) -> Sample {
+    let chains = chains_of(len);
     let place = Place::new(false);
     let (mut cpu, mut wall) = (Duration::ZERO, Duration::ZERO);
     let warm_up = u64::from(chains == 1);
@@ -338,13 +357,15 @@ fn receive_with(contender: &Contender, times: u64, count: u64, chains: u64, fill
         let mut receiver = Receiver::new(&place, contender);
         for time in 0..times + warm_up {
             fill(&place);
-            let (spent, took) = timed(|| receiver.receive(count, chains as usize));
+            let (spent, took) = timed(contender, || receiver.receive(count, chains as usize));
             add(time, spent, took);
         }
         return Sample::new(times * count, cpu, wall);
     }
-    let mut guest = Guest::new(1, &[datagram(&Ends::TX, 64)], FEATURES);
+    let mut guest = Guest::new(1, &[datagram(&NOBODY, 64)], FEATURES);
     let process = place.start(contender, &mut guest, &[(CHAINS, chains.to_string())]);
+    // On a TUN a guest that has said nothing is asked for its address, again and again.
+    guest.pairs[0].tx.pass(1);
     for time in 0..times + warm_up {
         fill(&place);
         std::thread::sleep(Duration::from_millis(20));
@@ -352,17 +373,25 @@ fn receive_with(contender: &Contender, times: u64, count: u64, chains: u64, fill
         if chains == 1 {
             drain(&mut guest, count, count);
         } else {
-            drain(&mut guest, count * chains_of_large(), u64::MAX);
+            drain(&mut guest, count * chains, u64::MAX);
         }
         let took = begun.elapsed();
         add(time, process.cpu() - before, took);
+        assert_received(&guest, contender, len);
     }
     Sample::new(times * count, cpu, wall)
 }
 
-/// Buffers that a super-frame takes.
-fn chains_of_large() -> u64 {
-    (12 + 54 + LARGE).div_ceil(1536) as u64
+/// Buffers that a frame of so many bytes takes.
+fn chains_of(len: usize) -> u64 {
+    (VnetHdr::LEN + len).div_ceil(RX_BUFFER) as u64
+}
+
+/// The last buffers that came back hold whole frames of so many bytes.
+fn assert_received(guest: &Guest, contender: &Contender, len: usize) {
+    let frames = u64::from(RING_SIZE) / chains_of(len);
+    let came = guest.pairs[0].rx.last_bytes((frames * chains_of(len)) as u16);
+    assert_eq!(came, frames * (VnetHdr::LEN + len) as u64, "{}: {frames} frames of {len} bytes", contender.name());
 }
 
 /// Gives buffers, `most` at most, until `count` came back.
@@ -416,6 +445,7 @@ fn from_socket(contender: &Contender, count: u64) -> Sample {
         });
     } else {
         drain(&mut guest, sends * TOGETHER, u64::MAX);
+        assert_received(&guest, contender, HEADERS + DATAGRAM);
     }
     let wall = begun.elapsed();
     if let (Some(process), Some(before)) = (process, backend) {

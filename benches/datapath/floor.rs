@@ -1,9 +1,12 @@
 //! The bare loops: what the same frames cost where there is no virtqueue.
 //!
-//! One takes a system call for each frame, as most back-ends do. The other ([`Means::Batches`]) goes about it by the best
-//! means that the kernel has: what it needs more than that is what a back-end's own work costs.
+//! One takes a system call for each frame, as most back-ends do. Another ([`Means::Batches`]) goes about it by the best
+//! means that the kernel has. The third ([`Means::Copies`]) does that under the conditions of a back-end: the frames are in
+//! memory that the kernel does not know, and a driver wakes now and then on the other CPU. What a back-end needs more than
+//! that is for its rings and its care.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
@@ -13,11 +16,11 @@ use crate::common::memory::GuestMemory;
 use crate::common::netns::PacketSocket;
 use crate::common::virtio::VnetHdr;
 use crate::common::{fd_of, wait_readable};
-use crate::guest::RING_SIZE;
-use crate::place::{BACKEND_CPU, Contender, Means, PATIENCE, Place, TAP, bind_to, on_backend_cpu, thread_cpu};
+use crate::guest::{RING_SIZE, RX_BUFFER, rest};
+use crate::place::{
+    BACKEND_CPU, Contender, DRIVER_CPU, Means, PATIENCE, Place, TAP, bind_to, on_backend_cpu, thread_cpu,
+};
 
-/// Bytes of a receive buffer.
-const BUFFER: usize = 1536;
 /// Frames that go as one batch.
 const BATCH: u32 = 64;
 /// Datagrams that go as one frame: as many of 1,400 bytes as it holds.
@@ -39,11 +42,30 @@ fn vectored(fd: &impl AsFd, iovecs: &[libc::iovec], call: Vectored) {
 }
 
 /// Processor time of this thread, and time, that `act` takes on the back-ends' CPU.
-pub fn timed(act: impl FnOnce()) -> (Duration, Duration) {
-    on_backend_cpu(|| {
-        let (cpu, begun) = (thread_cpu(), Instant::now());
-        act();
-        (thread_cpu() - cpu, begun.elapsed())
+pub fn timed(contender: &Contender, act: impl FnOnce()) -> (Duration, Duration) {
+    let act = || {
+        on_backend_cpu(|| {
+            let (cpu, begun) = (thread_cpu(), Instant::now());
+            act();
+            (thread_cpu() - cpu, begun.elapsed())
+        })
+    };
+    if contender.means() == Some(Means::Copies) { beside_a_driver(act) } else { act() }
+}
+
+/// Does `act` while another thread rests and wakes on the driver's CPU, as a driver does.
+fn beside_a_driver<R>(act: impl FnOnce() -> R) -> R {
+    let has_ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            bind_to(DRIVER_CPU);
+            while !has_ended.load(Ordering::Relaxed) {
+                rest();
+            }
+        });
+        let result = act();
+        has_ended.store(true, Ordering::Relaxed);
+        result
     })
 }
 
@@ -57,43 +79,49 @@ pub struct Sender {
 enum Way {
     /// The iovecs of each call, and how many frames those are; and the memory that they are in.
     Calls(Vec<Vec<libc::iovec>>, u64, #[expect(dead_code, reason = "kept mapped")] GuestMemory),
-    /// A batch in whose slots the frames are, and their lengths.
-    Batches(Box<Batch>, Vec<usize>),
+    /// Frames, each in a slot of the batch.
+    Batches(Box<Batch>, Vec<Vec<u8>>),
+    /// Frames that are copied to the next slot.
+    Copies(Box<Batch>, Vec<Vec<u8>>),
 }
 
 impl Sender {
-    /// As many frames as the rings have, in such memory as a guest's: as many pages are gone through. `together` is
-    /// [`TOGETHER`] of them as one, where that is possible.
+    /// As many frames as the rings have, each in one piece of such memory as a guest's: as many pages are gone through.
+    /// `together` is [`TOGETHER`] of them as one, where that is possible.
     pub fn new(place: &Place, contender: &Contender, frames: &[Frame], together: Option<Frame>) -> Sender {
         let on = contender.on();
         let queue = place.floor(on);
+        let means = contender.means();
         let frames = frames.iter().cycle().take(RING_SIZE.into());
-        let frames = frames.map(|(header, frame)| (on.header(header), &frame[on.omitted()..]));
+        let frames: Vec<_> =
+            frames.map(|(header, frame)| [&on.header(header), &frame[on.omitted()..]].concat()).collect();
         let mem = GuestMemory::single(256 << 20);
-        let way = match (contender, together) {
-            (Contender::Floor(_, Means::Batches), Some((header, frame))) => {
+        let way = match (means, together) {
+            (Some(Means::Batches), Some((header, frame))) => {
+                let frame = [&header.to_bytes()[..], &frame].concat();
+                // As a guest has it: the first with the headers, the others' payloads apart.
+                let headers = VnetHdr::LEN + HEADERS;
+                let size = (frame.len() - headers) / TOGETHER as usize;
+                let start = |at| if at == 0 { 0 } else { headers + at * size };
                 let calls = (0..u64::from(RING_SIZE) / TOGETHER).map(|_| {
-                    let [header, frame] = in_two(&mem, &header.to_bytes(), &frame);
-                    // As a guest has it: the first with the headers, the others' payloads apart.
-                    let size = (frame.iov_len - HEADERS) / TOGETHER as usize;
-                    let start = |at| if at == 0 { 0 } else { HEADERS + at * size };
-                    let pieces = (0..TOGETHER as usize).map(|at| libc::iovec {
-                        iov_base: frame.iov_base.cast::<u8>().wrapping_add(start(at)).cast(),
-                        iov_len: start(at + 1) - start(at),
-                    });
-                    std::iter::once(header).chain(pieces).collect()
+                    let at = in_memory(&mem, &frame);
+                    let piece = |index| mem.iovec(at + start(index) as u64, start(index + 1) - start(index));
+                    (0..TOGETHER as usize).map(piece).collect()
                 });
                 Way::Calls(calls.collect(), TOGETHER, mem)
             }
-            (Contender::Floor(_, Means::Batches), None) => {
-                let frames: Vec<_> = frames.map(|(header, frame)| [&header, frame].concat()).collect();
+            (Some(Means::Batches), None) => {
                 let mut batch = Box::new(Batch::new(&queue, frames.len()));
                 for (slot, frame) in frames.iter().enumerate() {
                     batch.slot(slot)[..frame.len()].copy_from_slice(frame);
                 }
-                Way::Batches(batch, frames.iter().map(Vec::len).collect())
+                Way::Batches(batch, frames)
             }
-            _ => Way::Calls(frames.map(|(header, frame)| in_two(&mem, &header, frame).into()).collect(), 1, mem),
+            (Some(Means::Copies), _) => Way::Copies(Box::new(Batch::new(&queue, BATCH as usize)), frames),
+            _ => {
+                let calls = frames.iter().map(|frame| vec![mem.iovec(in_memory(&mem, frame), frame.len())]).collect();
+                Way::Calls(calls, 1, mem)
+            }
         };
         Sender { queue, way, next: 0 }
     }
@@ -107,62 +135,78 @@ impl Sender {
                     self.next = (self.next + 1) % calls.len();
                 }
             }
-            Way::Batches(batch, lens) => {
+            Way::Batches(batch, frames) => {
                 for at in 0..count {
-                    batch.add(opcode::WriteFixed::CODE, self.next, lens[self.next]);
-                    self.next = (self.next + 1) % lens.len();
-                    if batch.waiting == BATCH as usize || at + 1 == count {
-                        batch.submit();
-                    }
+                    batch.add(opcode::WriteFixed::CODE, self.next, frames[self.next].len());
+                    self.next = (self.next + 1) % frames.len();
+                    batch.submit_if_full(at + 1 == count);
+                }
+            }
+            Way::Copies(batch, frames) => {
+                for at in 0..count {
+                    let (slot, frame) = (batch.waiting, &frames[self.next]);
+                    batch.slot(slot)[..frame.len()].copy_from_slice(frame);
+                    batch.add(opcode::WriteFixed::CODE, slot, frame.len());
+                    self.next = (self.next + 1) % frames.len();
+                    batch.submit_if_full(at + 1 == count);
                 }
             }
         }
     }
 }
 
-/// The header and the frame behind it, each a piece.
-fn in_two(mem: &GuestMemory, header: &[u8], frame: &[u8]) -> [libc::iovec; 2] {
-    let at = mem.alloc(header.len() + frame.len(), 64);
-    mem.write(at, &[header, frame].concat());
-    [mem.iovec(at, header.len()), mem.iovec(at + header.len() as u64, frame.len())]
+/// Where it is.
+fn in_memory(mem: &GuestMemory, frame: &[u8]) -> u64 {
+    let at = mem.alloc(frame.len(), 64);
+    mem.write(at, frame);
+    at
 }
 
 /// Takes frames off a device.
 pub struct Receiver {
     queue: OwnedFd,
-    header: libc::iovec,
-    buffers: Vec<libc::iovec>,
+    means: Means,
     batch: Option<Batch>,
+    /// As a guest's: so many for a super-frame.
+    buffers: Vec<libc::iovec>,
+    /// Where the frames of batches are copied to.
+    copies: Vec<[u8; RX_BUFFER]>,
+    /// The next of these.
+    next: usize,
     _mem: GuestMemory,
 }
 
 impl Receiver {
     pub fn new(place: &Place, contender: &Contender) -> Receiver {
         let queue = place.floor(contender.on());
-        // Buffers as a guest's: the header apart, and so many for a super-frame.
+        let means = contender.means().unwrap_or(Means::Calls);
         let mem = GuestMemory::single(8 << 20);
-        let buffers = (0..RING_SIZE).map(|_| mem.iovec(mem.alloc(BUFFER, 64), BUFFER)).collect();
-        let header = mem.iovec(mem.alloc(VnetHdr::LEN, 64), contender.on().header_len());
-        let batches = matches!(contender, Contender::Floor(_, Means::Batches));
-        let batch = batches.then(|| Batch::new(&queue, BATCH as usize));
-        Receiver { queue, header, buffers, batch, _mem: mem }
+        let buffers = (0..RING_SIZE).map(|_| mem.iovec(mem.alloc(RX_BUFFER, 64), RX_BUFFER)).collect();
+        let batch = (means != Means::Calls).then(|| Batch::new(&queue, BATCH as usize));
+        Receiver { queue, means, batch, buffers, copies: vec![[0; RX_BUFFER]; RING_SIZE.into()], next: 0, _mem: mem }
     }
 
     /// Takes `count` frames, each in so many buffers.
     pub fn receive(&mut self, count: u64, buffers: usize) {
-        if let Some(batch) = &mut self.batch {
-            for at in 0..count {
-                batch.add(opcode::ReadFixed::CODE, batch.waiting, BUFFER);
-                if batch.waiting == BATCH as usize || at + 1 == count {
-                    batch.submit();
-                }
+        let Some(batch) = &mut self.batch else { return self.receive_singly(count, buffers) };
+        for at in 0..count {
+            batch.add(opcode::ReadFixed::CODE, batch.waiting, RX_BUFFER);
+            let came = batch.submit_if_full(at + 1 == count);
+            if self.means == Means::Batches {
+                continue;
             }
-            return;
+            for slot in 0..came {
+                let len = batch.lens[slot];
+                self.copies[self.next][..len].copy_from_slice(&batch.slot(slot)[..len]);
+                self.next = (self.next + 1) % self.copies.len();
+            }
         }
+    }
+
+    fn receive_singly(&self, count: u64, buffers: usize) {
         let mut iovecs = Vec::new();
         for frame in 0..count as usize {
             iovecs.clear();
-            iovecs.push(self.header);
             let first = frame * buffers;
             iovecs.extend((first..first + buffers).map(|at| self.buffers[at % self.buffers.len()]));
             vectored(&self.queue, &iovecs, libc::readv);
@@ -176,6 +220,8 @@ struct Batch {
     ring: IoUring,
     memory: Box<[u8]>,
     waiting: usize,
+    /// Bytes that were moved, of each of the last batch.
+    lens: Vec<usize>,
 }
 
 /// Bytes of a slot, each a frame's.
@@ -189,7 +235,7 @@ impl Batch {
         ring.submitter().register_files(&[device.as_raw_fd()]).expect("a file");
         // SAFETY: the memory lives as long as the ring.
         unsafe { ring.submitter().register_buffers(&[whole]).expect("memory that may be locked") };
-        Batch { ring, memory, waiting: 0 }
+        Batch { ring, memory, waiting: 0, lens: vec![0; BATCH as usize] }
     }
 
     fn slot(&mut self, slot: usize) -> &mut [u8] {
@@ -204,20 +250,26 @@ impl Batch {
         } else {
             opcode::WriteFixed::new(device, start, len as u32, 0).rw_flags(libc::RWF_NOWAIT).build()
         };
+        let entry = entry.user_data(self.waiting as u64);
         // SAFETY: the bytes are of `memory`, which is not touched until `submit` has seen the end.
         unsafe { self.ring.submission().push(&entry).expect("room for a batch") };
         self.waiting += 1;
     }
 
-    /// Does what was added.
-    fn submit(&mut self) {
+    /// Does what was added if it is a batch, or the last. Tells how many that were.
+    fn submit_if_full(&mut self, is_last: bool) -> usize {
+        if self.waiting < BATCH as usize && !is_last {
+            return 0;
+        }
         self.ring.submit_and_wait(self.waiting).expect("a batch is taken");
         let mut ended = 0;
         for completion in self.ring.completion() {
             assert!(completion.result() > 0, "{}", std::io::Error::from_raw_os_error(-completion.result()));
+            self.lens[completion.user_data() as usize] = completion.result() as usize;
             ended += 1;
         }
         assert_eq!(ended, std::mem::take(&mut self.waiting), "all of a batch has ended");
+        ended
     }
 }
 

@@ -12,7 +12,7 @@ use crate::common::virtio::{VnetHdr, desc_flag, feature, protocol};
 /// Descriptors in each ring.
 pub const RING_SIZE: u16 = 256;
 /// Bytes of a receive buffer: a frame of the usual MTU with its header.
-const RX_BUFFER: usize = 1536;
+pub const RX_BUFFER: usize = 1536;
 /// The back-end is stuck if nothing moves for so long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -96,6 +96,13 @@ impl Ring {
         }
     }
 
+    /// How many bytes were written to the `count` entries that came back last.
+    pub fn last_bytes(&self, count: u16) -> u64 {
+        let slots = (1..=count).map(|back| u64::from(self.taken.wrapping_sub(back) % RING_SIZE));
+        // A used element is an id and a length.
+        slots.map(|slot| u64::from(self.mem.load_u32(self.ring.addrs.used + 4 + 8 * slot + 4, Ordering::Relaxed))).sum()
+    }
+
     fn outstanding(&self) -> u16 {
         self.given.wrapping_sub(self.taken)
     }
@@ -134,7 +141,6 @@ pub struct Pair {
 pub struct Guest {
     pub pairs: Vec<Pair>,
     mem: Arc<GuestMemory>,
-    rx_at: u64,
     features: u64,
     _front_end: Option<RawFrontend>,
 }
@@ -143,7 +149,6 @@ impl Guest {
     /// A guest that sends these frames in turn, over and over.
     pub fn new(pairs: usize, frames: &[(VnetHdr, Vec<u8>)], features: u64) -> Guest {
         let mem = Arc::new(GuestMemory::single(256 << 20));
-        let mut rx_at = 0;
         let pairs = (0..pairs)
             .map(|_| {
                 let sent: Vec<_> = (0..usize::from(RING_SIZE))
@@ -155,13 +160,13 @@ impl Guest {
                         (at, bytes.len())
                     })
                     .collect();
-                rx_at = mem.alloc(RX_BUFFER * usize::from(RING_SIZE), 4096);
+                let rx_at = mem.alloc(RX_BUFFER * usize::from(RING_SIZE), 4096);
                 let received: Vec<_> =
                     (0..u64::from(RING_SIZE)).map(|index| (rx_at + index * RX_BUFFER as u64, RX_BUFFER)).collect();
                 Pair { rx: Ring::new(&mem, &received, true), tx: Ring::new(&mem, &sent, false) }
             })
             .collect();
-        Guest { pairs, mem, rx_at, features, _front_end: None }
+        Guest { pairs, mem, features, _front_end: None }
     }
 
     /// Connects to the back-end behind `socket`.
@@ -192,11 +197,5 @@ impl Guest {
         let negotiated = front_end.negotiate_like_cloud_hypervisor(&session).expect("a session");
         assert_eq!(negotiated.features, self.features, "all features are offered");
         self._front_end = Some(front_end);
-    }
-
-    /// The `num_buffers` field of the frame in receive buffer `index`.
-    #[expect(dead_code, reason = "for looking into what was received")]
-    pub fn num_buffers(&self, index: u16) -> u16 {
-        self.mem.load_u16(self.rx_at + u64::from(index) * RX_BUFFER as u64 + 10, Ordering::Relaxed)
     }
 }

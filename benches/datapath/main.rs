@@ -2,8 +2,8 @@
 //!
 //! A driver of our own ([`guest`]) with real rings in a memfd, a real vhost-user session, the real binary, a real TAP in a
 //! namespace of its own ([`place`]). Side by side, round by round, so that what disturbs one disturbs all:
-//! * the floor: a bare loop of `writev` or `readv` on the same TAP, without a virtqueue; and where frames are small, one
-//!   that has them go together, by the best means that the kernel has ([`floor`]);
+//! * the floor: a bare loop of `writev` or `readv` on the same TAP, without a virtqueue; and where frames are small, two
+//!   that have them go together, by the best means that the kernel has ([`floor`]);
 //! * the baseline: a conventional back-end ([`baseline`]) of the crates that most are made of;
 //! * DPDK's `dpdk-testpmd` where it is installed ([`testpmd`]);
 //! * ours, with its options;
@@ -84,6 +84,7 @@ struct Measured {
 fn cases() -> Vec<Case> {
     const FLOOR: Contender = Contender::Floor(On::Tap, Means::Calls);
     const BATCHES: Contender = Contender::Floor(On::Tap, Means::Batches);
+    const COPIES: Contender = Contender::Floor(On::Tap, Means::Copies);
     const SYSCALL: Contender = Contender::Ours(On::Tap, &["--io", "syscall"]);
     const URING: Contender = Contender::Ours(On::Tap, &["--io", "uring"]);
     const ALONE: Contender = Contender::Ours(On::Tap, &["--coalesce", "off"]);
@@ -103,9 +104,9 @@ fn cases() -> Vec<Case> {
         Case { name, kind, contenders: [FLOOR, OURS].into_iter().chain(others).collect() }
     };
     vec![
-        with("tx 64 B, mixed flows", Kind::Tx(64), &[BATCHES, SYSCALL, URING, UNCONFINED, Contender::Testpmd]),
-        with("tx 512 B, mixed flows", Kind::Tx(512), &[BATCHES]),
-        with("tx 1500 B, mixed flows", Kind::Tx(1500), &[BATCHES, SYSCALL, URING, Contender::Testpmd]),
+        with("tx 64 B, mixed flows", Kind::Tx(64), &[BATCHES, COPIES, SYSCALL, URING, UNCONFINED, Contender::Testpmd]),
+        with("tx 512 B, mixed flows", Kind::Tx(512), &[BATCHES, COPIES]),
+        with("tx 1500 B, mixed flows", Kind::Tx(1500), &[BATCHES, COPIES, SYSCALL, URING, Contender::Testpmd]),
         Case { name: "tx 64 B, mixed flows, 2 pairs", kind: Kind::TxPairs(64), contenders: vec![FLOOR, OURS] },
         with("tx 64 KiB super-frames", Kind::TxLarge, &[]),
         alone("tx super-frames cut by the host, 45 segments", Kind::TxCut(1448)),
@@ -114,9 +115,9 @@ fn cases() -> Vec<Case> {
         with("udp 1400 B to a socket", Kind::UdpToSocket(1400), &[BATCHES, ALONE]),
         with("udp 200 B to a socket", Kind::UdpToSocket(200), &[BATCHES, ALONE]),
         with("udp 1400 B to a veth", Kind::UdpToVeth(1400), &[BATCHES, ALONE]),
-        with("rx 64 B", Kind::Rx(64), &[BATCHES, SYSCALL, URING, UNCONFINED]),
-        with("rx 512 B", Kind::Rx(512), &[BATCHES]),
-        with("rx 1500 B", Kind::Rx(1500), &[BATCHES, SYSCALL, URING]),
+        with("rx 64 B", Kind::Rx(64), &[BATCHES, COPIES, SYSCALL, URING, UNCONFINED]),
+        with("rx 512 B", Kind::Rx(512), &[BATCHES, COPIES]),
+        with("rx 1500 B", Kind::Rx(1500), &[BATCHES, COPIES, SYSCALL, URING]),
         with("rx 64 KiB super-frames", Kind::RxLarge, &[]),
         with("udp 1400 B from a socket, sender's time too", Kind::UdpFromSocket, &[]),
         with("round trip", Kind::PingPong, &[POLLING, ADAPTIVE]),

@@ -139,6 +139,8 @@ pub enum Means {
     Calls,
     /// Batches through io_uring on registered memory; datagrams of one flow together in one frame.
     Batches,
+    /// The same, with each frame copied to or from that memory, while a driver wakes now and then on the other CPU.
+    Copies,
 }
 
 /// A contender: what runs on the device.
@@ -165,6 +167,14 @@ impl Contender {
         matches!(self, Contender::Floor(..))
     }
 
+    /// How, if it is a bare loop.
+    pub fn means(&self) -> Option<Means> {
+        match self {
+            Contender::Floor(_, means) => Some(*means),
+            _ => None,
+        }
+    }
+
     /// What it is on.
     pub fn on(&self) -> On {
         match self {
@@ -186,6 +196,7 @@ impl Contender {
         let name = match self {
             Contender::Floor(_, Means::Calls) => "floor".to_owned(),
             Contender::Floor(_, Means::Batches) => "floor, batches".to_owned(),
+            Contender::Floor(_, Means::Copies) => "floor, batches of copies".to_owned(),
             Contender::Baseline => "baseline".to_owned(),
             Contender::Testpmd => "dpdk-testpmd".to_owned(),
             Contender::Ours(_, []) => "ours".to_owned(),
@@ -308,6 +319,15 @@ impl Place {
                 self.up(TUN);
             }
         }
+    }
+
+    /// How many bytes and packets an interface has received.
+    pub fn received(&self, name: &str) -> [u64; 2] {
+        // A line of headings, and below it the bytes, then the packets.
+        let shown = self.namespace.ip(&format!("-s link show dev {name}"));
+        let numbers = shown.lines().skip_while(|line| !line.contains("RX:")).nth(1).unwrap_or_default();
+        let mut numbers = numbers.split_whitespace().map_while(|number| number.parse().ok());
+        [numbers.next().expect("statistics"), numbers.next().expect("statistics")]
     }
 
     fn up(&self, name: &str) {
