@@ -142,6 +142,16 @@ fn one_zero(header: &VnetHdr, wanted: &[u8], got: &[u8]) -> Vec<u8> {
     got
 }
 
+/// What its IP header has besides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extra {
+    Nothing,
+    /// IPv4 options, or an IPv6 destination options header.
+    Options,
+    /// A source route, or a routing header: the destination is the next of two.
+    Route,
+}
+
 /// A frame to be built.
 #[derive(Clone, Debug)]
 struct Frame {
@@ -154,8 +164,7 @@ struct Frame {
     /// Of TCP.
     flags: u8,
     tcp_options: usize,
-    /// IPv4 options, or an IPv6 destination options header.
-    ip_extra: bool,
+    ip_extra: Extra,
     fragment: u16,
 }
 
@@ -168,7 +177,7 @@ const TCP4: Frame = Frame {
     tags: 0,
     flags: ACK,
     tcp_options: 0,
-    ip_extra: false,
+    ip_extra: Extra::Nothing,
     fragment: 0x4000,
 };
 const TCP6: Frame = Frame { gso_type: gso::TCPV6, is_ipv4: false, ..TCP4 };
@@ -183,7 +192,7 @@ impl Frame {
         let protocol = if self.is_tcp { 6 } else { 17 };
         let (mut ip, addresses) = self.network(protocol, l4_len);
         let csum_offset = if self.is_tcp { 16 } else { 6 };
-        let sum = frames::checksum_add(0, &ip[addresses]);
+        let sum = frames::checksum_add(0, &addresses);
         let sum = frames::checksum_add(sum, &[0, protocol, (l4_len >> 8) as u8, l4_len as u8]);
         l4[csum_offset..csum_offset + 2].copy_from_slice(&sum.to_be_bytes());
         ip.extend(l4);
@@ -222,32 +231,43 @@ impl Frame {
         l4
     }
 
-    /// The network header, and where its addresses are.
-    fn network(&self, protocol: u8, l4_len: usize) -> (Vec<u8>, std::ops::Range<usize>) {
-        let extra = 8 * usize::from(self.ip_extra);
+    /// The network header, and the addresses of the pseudo-header.
+    fn network(&self, protocol: u8, l4_len: usize) -> (Vec<u8>, Vec<u8>) {
         if self.is_ipv4 {
-            let mut ip = vec![0x45 + extra as u8 / 4, 3];
-            ip.extend(((20 + extra + l4_len) as u16).to_be_bytes());
+            // No operation; or a loose source route of one more address, which is the last.
+            let extra = match self.ip_extra {
+                Extra::Nothing => vec![],
+                Extra::Options => vec![1; 8],
+                Extra::Route => vec![131, 7, 4, 10, 99, 0, 7, 1],
+            };
+            let mut ip = vec![0x45 + extra.len() as u8 / 4, 3];
+            ip.extend(((20 + extra.len() + l4_len) as u16).to_be_bytes());
             ip.extend([0xff, 0xfe]);
             ip.extend(self.fragment.to_be_bytes());
             ip.extend([64, protocol, 0, 0, 10, 99, 0, 1, 10, 99, 0, 2]);
-            ip.resize(20 + extra, 1);
+            ip.extend(extra);
             let sum = !frames::checksum_add(0, &ip);
             ip[10..12].copy_from_slice(&sum.to_be_bytes());
-            return (ip, 12..20);
+            let last = if self.ip_extra == Extra::Route { [10, 99, 0, 7] } else { [10, 99, 0, 2] };
+            let addresses = [&ip[12..16], &last].concat();
+            return (ip, addresses);
         }
         const DESTINATION_OPTIONS: u8 = 60;
-        let mut ip = vec![0x60, 0x30, 0, 7];
-        ip.extend(((extra + l4_len) as u16).to_be_bytes());
-        ip.extend([if self.ip_extra { DESTINATION_OPTIONS } else { protocol }, 64]);
-        for end in [1, 2] {
-            ip.extend([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 10, 99, 0, end]);
-        }
-        if self.ip_extra {
+        const ROUTING: u8 = 43;
+        let address = |end| [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 10, 99, 0, end];
+        let (next, extra, last) = match self.ip_extra {
+            Extra::Nothing => (protocol, vec![], 2),
             // Six bytes of padding.
-            ip.extend([protocol, 0, 1, 4, 0, 0, 0, 0]);
-        }
-        (ip, 8..40)
+            Extra::Options => (DESTINATION_OPTIONS, vec![protocol, 0, 1, 4, 0, 0, 0, 0], 2),
+            // Of the type for mobile hosts, with one address left (RFC 6275, "Type 2 Routing Header").
+            Extra::Route => (ROUTING, [&[protocol, 2, 2, 1, 0, 0, 0, 0][..], &address(7)].concat(), 7),
+        };
+        let mut ip = vec![0x60, 0x30, 0, 7];
+        ip.extend(((extra.len() + l4_len) as u16).to_be_bytes());
+        ip.extend([next, 64]);
+        [1, 2].into_iter().for_each(|end| ip.extend(address(end)));
+        ip.extend(extra);
+        (ip, [address(1), address(last)].concat())
     }
 }
 
@@ -290,7 +310,11 @@ fn vlan_tags_and_ip_options_are_kept_as_the_kernel_does() {
     let frames = KINDS.into_iter().flat_map(|kind| {
         let one =
             move |(tags, ip_extra)| [0, 0x4000].map(|fragment| Frame { tags, ip_extra, fragment, ..kind.clone() });
-        [(0, true), (1, false), (1, true), (2, false), (2, true)].into_iter().flat_map(one).collect::<Vec<_>>()
+        use Extra::{Nothing, Options, Route};
+        [(0, Options), (1, Nothing), (1, Options), (2, Nothing), (2, Options), (0, Route), (1, Route)]
+            .into_iter()
+            .flat_map(one)
+            .collect::<Vec<_>>()
     });
     check_all("vlan_tags_and_ip_options_are_kept_as_the_kernel_does", frames);
 }
@@ -303,6 +327,23 @@ fn checksum_of_a_whole_frame_is_completed_as_the_kernel_does() {
         [16, 17, 1000, 1399].into_iter().flat_map(one).collect::<Vec<_>>()
     });
     check_all("checksum_of_a_whole_frame_is_completed_as_the_kernel_does", frames);
+}
+
+/// A card that puts frames together leaves nothing to be completed in what it made of them.
+#[test]
+fn frame_whose_checksum_was_checked_is_cut_as_the_kernel_does() {
+    if !require_root("frame_whose_checksum_was_checked_is_cut_as_the_kernel_does") {
+        return;
+    }
+    let taps = Taps::new();
+    for kind in [TCP4, TCP6] {
+        let (header, bytes) = kind.build();
+        let bytes = split::complete(&header, &bytes);
+        let header = VnetHdr { flags: 0, csum_start: 0, csum_offset: 0, ..header };
+        assert_eq!(taps.check_given(&header, &bytes), 4);
+        let checked = VnetHdr { flags: net_flag::DATA_VALID, ..header };
+        assert_eq!(finish(&checked, &bytes, 0), finish(&header, &bytes, 0));
+    }
 }
 
 /// Has the first datagram's checksum come out as 0, by its first two bytes.

@@ -1,4 +1,5 @@
-//! The Internet checksum (RFC 1071): sums that `coalesce` checks and `segment` writes. Pure arithmetic on private bytes.
+//! The Internet checksum (RFC 1071): sums that `coalesce` checks and `segment` writes; and SCTP's. Pure arithmetic on
+//! private bytes.
 //!
 //! A sum is kept in 64 bits, unfolded, until somebody needs the 16 bits of it. Byte order does not matter to the sum
 //! (RFC 1071, section 2 (B)): words are added as the machine reads them, and only the 16 bits that come out are in the
@@ -66,6 +67,14 @@ pub fn pseudo_header(addresses: &[u8], protocol: u8) -> Sum {
     Sum::of(addresses).plus_word(u16::from(protocol))
 }
 
+/// CRC32c (RFC 9260, "Appendix A. CRC32c Checksum Calculation"), bit by bit: it is rarely needed.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    /// Castagnoli's polynomial, its bits in reverse.
+    const POLYNOMIAL: u32 = 0x82f6_3b78;
+    let bit = |crc: u32| (crc >> 1) ^ if crc & 1 == 1 { POLYNOMIAL } else { 0 };
+    !bytes.iter().fold(u32::MAX, |crc, byte| (0..u8::BITS).fold(crc ^ u32::from(*byte), |crc, _| bit(crc)))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -93,5 +102,12 @@ mod tests {
         let sum = Sum::of(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]);
         assert_eq!(sum.fold(), 0xddf2);
         assert_eq!(sum.complement(), 0x220d);
+    }
+
+    /// RFC 3720, "CRC Examples".
+    #[test]
+    fn crc32c_of_known_bytes_comes_out() {
+        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
     }
 }

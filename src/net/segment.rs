@@ -9,13 +9,15 @@
 
 use std::ops::Range;
 
-use super::checksum::{Sum, pseudo_header};
+use super::checksum::{Sum, crc32c, pseudo_header};
 use super::features::{GUEST_CSUM, GuestOffloads};
 use super::header::{
-    ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IPPROTO_TCP,
-    IPPROTO_UDP, NotNegotiated, PROTOCOL_HEADERS_MAX, SEGMENTS_MAX, VnetHeader, check_rx, find_l3, find_l4,
+    ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, Found, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4,
+    IPPROTO_TCP, IPPROTO_UDP, NotNegotiated, PROTOCOL_HEADERS_MAX, SEGMENTS_MAX, VnetHeader, check_rx, find_l3,
+    find_l4,
 };
 
+const IPPROTO_SCTP: u8 = 132;
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 const UDP_HEADER: usize = 8;
@@ -47,6 +49,8 @@ pub struct Plan {
     payload: usize,
     is_ipv4: bool,
     is_tcp: bool,
+    /// Whether the addresses in the IP header may not be those of the checksum.
+    is_routed: bool,
     /// Whether the segments' checksums are left to the guest.
     leaves_checksum: bool,
 }
@@ -78,12 +82,16 @@ pub fn plan(header: VnetHeader, frame: &[u8], guest: GuestOffloads) -> Result<Ne
     if header.flags & F_NEEDS_CSUM == 0 || field + 2 > frame.len() { Err(NotNegotiated) } else { Ok(Need::Checksum) }
 }
 
-/// Completes the checksum of a frame that is not to be cut; returns its header for the guest.
+/// Completes the checksum of a frame that is not to be cut; returns its header for the guest. SCTP's is another
+/// one, and where it stands another protocol has none of its own.
 ///
 /// # Errors
 /// [`NotNegotiated`] where the checksum's field is not in the frame.
 pub fn complete_checksum(header: VnetHeader, frame: &mut [u8]) -> Result<VnetHeader, NotNegotiated> {
     let start = usize::from(header.csum_start);
+    if header.csum_offset == SCTP_CHECKSUM && find_l4(frame).is_some_and(|found| found.protocol == IPPROTO_SCTP) {
+        return complete_crc(frame.get_mut(start..).ok_or(NotNegotiated)?);
+    }
     let summed = frame.get_mut(start..).ok_or(NotNegotiated)?;
     let sum = Sum::of(summed).complement();
     let at = usize::from(header.csum_offset);
@@ -92,9 +100,21 @@ pub fn complete_checksum(header: VnetHeader, frame: &mut [u8]) -> Result<VnetHea
     Ok(VnetHeader::default())
 }
 
-/// Where the checksum stands in a UDP header, and in a TCP one.
+/// The same for an SCTP packet (RFC 9260, "CRC32c Checksum Calculation").
+fn complete_crc(packet: &mut [u8]) -> Result<VnetHeader, NotNegotiated> {
+    let field = |packet: &mut [u8], crc: u32| {
+        let field = packet.get_mut(usize::from(SCTP_CHECKSUM)..).and_then(<[u8]>::first_chunk_mut);
+        field.map(|field| *field = crc.to_le_bytes()).ok_or(NotNegotiated)
+    };
+    field(packet, 0)?;
+    field(packet, crc32c(packet))?;
+    Ok(VnetHeader::default())
+}
+
+/// Where the checksum stands in a UDP header, in a TCP one, and in an SCTP one.
 const UDP_CHECKSUM: u16 = 6;
 const TCP_CHECKSUM: u16 = 16;
+const SCTP_CHECKSUM: u16 = 8;
 
 /// To UDP a checksum of 0 means that there is none (RFC 768).
 fn transmitted(sum: u16, is_udp: bool) -> u16 {
@@ -104,7 +124,6 @@ fn transmitted(sum: u16, is_udp: bool) -> u16 {
 impl Plan {
     fn of(header: VnetHeader, frame: &[u8], guest: GuestOffloads) -> Option<Plan> {
         let (ethertype, l3) = find_l3(frame)?;
-        let l4 = usize::from(header.csum_start);
         let (is_ipv4, is_tcp) = match (header.gso_type & !GSO_ECN, ethertype) {
             (GSO_TCPV4, ETHERTYPE_IPV4) => (true, true),
             (GSO_TCPV6, ETHERTYPE_IPV6) => (false, true),
@@ -112,13 +131,17 @@ impl Plan {
             (GSO_UDP_L4, ETHERTYPE_IPV6) => (false, false),
             _ => return None,
         };
-        let found = find_l4(frame)?;
-        let protocol = if is_tcp { IPPROTO_TCP } else { IPPROTO_UDP };
-        let checksum = if is_tcp { TCP_CHECKSUM } else { UDP_CHECKSUM };
-        if found.offset != l4 || found.protocol != protocol || header.csum_offset != checksum {
+        let Found { protocol, offset: l4, .. } = find_l4(frame)?;
+        let (wanted, checksum) = if is_tcp { (IPPROTO_TCP, TCP_CHECKSUM) } else { (IPPROTO_UDP, UDP_CHECKSUM) };
+        // A card that puts frames together has checked their sums, and says so instead.
+        let is_checked = header.flags & F_NEEDS_CSUM == 0;
+        let is_there = usize::from(header.csum_start) == l4 && header.csum_offset == checksum;
+        if protocol != wanted || !(is_checked || is_there) {
             return None;
         }
-        if header.flags & F_NEEDS_CSUM == 0 {
+        // Of a source route or a routing header the sum is over the last destination (RFC 8200, "Upper-Layer Checksums").
+        let is_routed = l4 - l3 > if is_ipv4 { IPV4_HEADER } else { IPV6_HEADER };
+        if is_routed && is_checked {
             return None;
         }
         let transport = frame.get(l4..)?;
@@ -131,7 +154,7 @@ impl Plan {
             return None;
         }
         let leaves_checksum = guest.has(GUEST_CSUM);
-        Some(Plan { l3, l4, end, size, payload, is_ipv4, is_tcp, leaves_checksum })
+        Some(Plan { l3, l4, end, size, payload, is_ipv4, is_tcp, is_routed, leaves_checksum })
     }
 
     /// How many segments it makes.
@@ -157,6 +180,7 @@ impl Plan {
         }
         let at = usize::from(if self.is_tcp { TCP_CHECKSUM } else { UDP_CHECKSUM });
         let field: &mut [u8; 2] = l4.get_mut(at..)?.first_chunk_mut()?;
+        let pseudo = if self.is_routed { self.pseudo_of(*field, len) } else { pseudo };
         *field = pseudo.fold().to_be_bytes();
         let header = if self.leaves_checksum {
             let (csum_start, csum_offset) = (self.l4 as u16, at as u16);
@@ -168,6 +192,12 @@ impl Plan {
             VnetHeader::default()
         };
         Some(Piece { header, headers_len: self.end, payload })
+    }
+
+    /// The pseudo-header's sum for so many bytes of payload, from that of the whole frame.
+    fn pseudo_of(&self, of_whole: [u8; 2], payload: usize) -> Sum {
+        let headers = self.end - self.l4;
+        Sum::of(&of_whole).plus_word(!((headers + self.payload) as u16)).plus_word((headers + payload) as u16)
     }
 
     /// Writes lengths, identification and checksum of the IP header; returns the pseudo-header's sum.
