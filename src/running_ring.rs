@@ -227,9 +227,11 @@ impl RunningRing {
         Ok(())
     }
 
-    /// There is nothing to do, but it is looked at again soon ([`RunningRing::look`]): no kicks are needed.
+    /// There is nothing to do, but it is looked at again soon ([`RunningRing::look`]): no kicks are needed. What the driver
+    /// was told before holds no more: entries were taken since, perhaps without its kick.
     pub(crate) fn rest(&mut self) {
         self.can_run = false;
+        self.asleep = false;
     }
 
     /// Whether nothing was there, and no kick will tell when something is.

@@ -6,8 +6,9 @@ mod common;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use common::backend::InProcess;
 use common::driver::NetDriverSpec;
 use common::fd_of;
 use common::frames::Checker;
@@ -17,6 +18,9 @@ use common::path_bench::{Bench, FEATURE_SETS, RX, TX, rx_frame, tx_frame};
 use common::split_ring::{Buf, RingAddrs, SplitRing};
 use common::virtio::{VnetHdr, feature};
 use common::{PATIENCE, QUIET, wait_readable};
+use vhost_user_net::nic::NicSetup;
+use vhost_user_net::polling::Polling;
+use vhost_user_net::tuning::Tuning;
 
 /// E-01: the last of these is one back.
 #[test]
@@ -94,6 +98,34 @@ fn ring_without_kick_descriptor_is_polled() {
         assert!(bench.driver.rx.wait_used(PATIENCE).is_some(), "rx is looked at without a kick");
     }
     assert_eq!((bench.counter("tx_kicks"), bench.counter("rx_kicks")), (0, 0));
+}
+
+/// While it had no kick its entries were found by looking, whatever the driver had been told before that: it is asked for
+/// kicks anew.
+#[test]
+fn ring_that_was_polled_is_asked_for_kicks_again() {
+    let tuning = Tuning { polling: Polling::Fixed(Duration::from_micros(50)), ..Tuning::default() };
+    let backend = InProcess::start_as(1, NicSetup { tuning, ..NicSetup::default() });
+    let spec = NetDriverSpec { features: feature::EVENT_IDX, ..NetDriverSpec::default() };
+    let mut bench = Bench::before(backend, Arc::new(GuestMemory::single(64 << 20)), spec);
+    let wait_asked = |bench: &Bench| {
+        let (tx, deadline) = (&bench.driver.tx, Instant::now() + PATIENCE);
+        while tx.avail_event() != tx.avail_idx() {
+            assert!(Instant::now() < deadline, "the driver is not asked to kick");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    bench.pass_tx(0, 60);
+    wait_asked(&bench);
+    bench.tell(&Message::set_vring_no_fd(request::SET_VRING_KICK, TX.into()));
+    bench.driver.queue(&VnetHdr::default(), &tx_frame(1, 60));
+    bench.driver.tx.publish();
+    assert!(bench.tap().recv(PATIENCE).is_some());
+
+    bench.tell(&Message::set_vring_kick(TX.into(), fd_of(&bench.driver.tx.kick)));
+
+    wait_asked(&bench);
+    bench.pass_tx(2, 60);
 }
 
 /// U-54
