@@ -187,6 +187,7 @@ impl QueuePair {
 
     /// How to wait; rings that no kick would tell of are looked at soon, or asked for kicks.
     fn next_wait(&mut self) -> Wait {
+        self.attach_if_used();
         if self.tx_ready() || self.rx_ready() {
             self.poller.found_work();
             return Wait::No;
@@ -195,6 +196,8 @@ impl QueuePair {
             return Wait::No;
         }
         self.for_resting(RunningRing::sleep);
+        // That was a last look at the rings: of buffers that it found no kick tells.
+        self.attach_if_used();
         self.wait()
     }
 
@@ -244,7 +247,6 @@ impl QueuePair {
             Event::RxKick => {
                 self.counters.rx_kicks.add(1);
                 self.kicked(Direction::Rx);
-                self.attach_if_used();
             }
             Event::TxKick => {
                 self.counters.tx_kicks.add(1);
@@ -265,7 +267,6 @@ impl QueuePair {
         for direction in [Direction::Rx, Direction::Tx] {
             if let Some(ring) = self.ring(direction).filter(|ring| ring.is_polled()) {
                 ring.can_run = true;
-                self.attach_if_used();
             }
         }
     }
@@ -386,14 +387,8 @@ impl QueuePair {
         let _ = self.alarm.write(1);
     }
 
-    /// Something changed by which the device may have become of interest.
-    fn look_again(&mut self) {
-        self.readable = true;
-        self.attach_if_used();
-    }
-
     /// Attaches the device's queue once the pair runs and its rx ring has buffers: a flow that the kernel steers to a
-    /// queue that the guest never fills would be lost.
+    /// queue that the guest never fills would be lost. However the buffers were found: by a kick, or by looking.
     fn attach_if_used(&mut self) {
         let (Some((ring, rx)), Some(_)) = (&mut self.rx, &self.tx) else { return };
         if self.device.is_attached() || self.lost || !self.allowed || !ring.passes() {
@@ -405,8 +400,8 @@ impl QueuePair {
             Err(broken) => return self.park(Direction::Rx, &broken),
         }
         let attached = self.device.attach();
+        self.readable |= attached.is_ok();
         self.log_steering("attach to", attached);
-        self.readable = true;
     }
 
     fn log_steering(&mut self, what: &str, done: io::Result<bool>) {

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 
 use crate::common::PATIENCE;
 use crate::common::bench::Guest;
+use crate::common::driver::NetDriver;
 use crate::common::frames::{Ends, L4Csum, Stamp, payload, test_frame, udp4};
 use crate::common::frontend::{Answer, RawFrontend};
 use crate::common::message::Message;
@@ -149,6 +150,32 @@ fn tap_queue_of_a_pair_without_buffers_is_not_attached() {
 
     wait_until("the second is attached", || place.namespace.tap_queues(TAP) == (2, 0));
     assert_flows_arrive(&mut guest, &place.host(), 2);
+}
+
+/// While a worker polls it asks for no kicks: buffers are found by looking.
+#[test]
+fn tap_queue_is_attached_for_buffers_that_no_kick_told_of() {
+    if !require_root("tap_queue_is_attached_for_buffers_that_no_kick_told_of") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec { multi_queue: true, ..TapSpec::new(TAP) });
+    let _backend = place.start(&["--queue-pairs", "2", "--poll-us", "1000"]);
+    let mut guest = Guest::new(2, 0);
+    guest.pairs[0].post_rx(128, 2048);
+    let _front_end = place.connect(&guest);
+    let pair = &mut guest.pairs[1];
+    let mut seq = 0..;
+    let mut keep_awake = |pair: &mut NetDriver| {
+        for seq in seq.by_ref().take(20) {
+            pair.send(&VnetHdr::default(), &test_frame(&Ends::TX, Stamp { stream: 1, seq }, 60));
+            assert!(pair.wait_tx_done(PATIENCE));
+        }
+    };
+    keep_awake(pair);
+    pair.post_rx(128, 2048);
+    keep_awake(pair);
+    wait_until("the second is attached", || place.namespace.tap_queues(TAP) == (2, 0));
 }
 
 /// I-09. Frames wait for the guest to come back: with no session nothing is detached further.
