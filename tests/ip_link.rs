@@ -93,6 +93,21 @@ fn packets_of_all_sizes_pass_both_ways() {
     }
 }
 
+/// What is read first is private, so there is more room than the guest gave.
+#[test]
+fn packet_that_does_not_fit_a_short_buffer_waits_for_another() {
+    let mut bench = bench(feature::MRG_RXBUF, None, Some(GUEST_MAC));
+    bench.driver.post_rx(1, 40);
+    let inn = frames::ethernet(&Ends::RX, frames::ETHERTYPE_IPV4, &[0x45; 30]);
+    bench.tap().send(&VnetHdr::default(), packet(&inn));
+    bench.wait_counter("rx_held", 1);
+    assert!(bench.driver.rx.take_used().is_none());
+    bench.driver.post_rx(1, 40);
+    let got = bench.driver.recv_detailed(PATIENCE).unwrap();
+    assert_eq!((got.lens, got.header.num_buffers), (vec![40, 16], 2));
+    assert!(got.frame == enclosed(GUEST_MAC, frames::ETHERTYPE_IPV4, packet(&inn)));
+}
+
 #[test]
 fn packets_find_their_place_in_buffers_of_any_size() {
     let mut bench = bench(feature::MRG_RXBUF, None, Some(GUEST_MAC));

@@ -21,7 +21,8 @@
 //! the backlog (`segment`): completed in place, or delivered segment by segment. While such frames come, all are staged.
 //!
 //! A malformed chain is returned unused. In the middle of buffers that one frame needs it cannot be: a frame's used
-//! entries follow each other. Then the buffers before it are returned unused too, before anything is written.
+//! entries follow each other. Then the buffers before it are returned unused too, before anything is written. With that a
+//! pass ends: those buffers may have been thousands of descriptors, and the next ones may end so, too.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -202,7 +203,7 @@ impl Rx {
         let room = match self.window.fill(queue, need, 0, counters)? {
             Filled::Bytes(0) => return Ok(Step::End(Pump::NoBuffers)),
             Filled::Bytes(room) => room,
-            Filled::ReturnedUnused => return Ok(Step::Again),
+            Filled::ReturnedUnused => return Ok(Step::End(Pump::BudgetSpent)),
         };
         // No more frames than there seem to be, and than there are buffers for.
         let count = self.ready.min(self.window.chains() + queue.entries_seen()).min(self.backlog.slots());
@@ -224,7 +225,9 @@ impl Rx {
     /// Reads one frame straight into the window.
     fn receive_one(&mut self, queue: &mut Queue, device: &DeviceQueue, counters: &PairCounters) -> Step {
         let (omitted, start_len) = self.framing.private_start();
-        let room = self.window.read_room().max(start_len) - HEADER_LEN;
+        // What fits the guest's buffers, and what of the frame lies before the private memory behind them.
+        let fits = self.window.read_room();
+        let room = fits.max(start_len) - HEADER_LEN;
         let place = self.headers.get_mut(omitted..start_len).unwrap_or_default();
         let mut tag = None;
         let len = match self.window.read(device, (place, start_len), self.backlog.spill(), &mut tag) {
@@ -265,7 +268,7 @@ impl Rx {
             }
             return Step::Again;
         }
-        if len > room {
+        if HEADER_LEN + len > fits {
             put_together(backlog, place);
             self.held = true;
             self.expect.note(HEADER_LEN + len);
@@ -328,7 +331,7 @@ impl Rx {
                     self.forget_front();
                     return Ok(Step::Delivered);
                 }
-                Room::LookAgain => return Ok(Step::Again),
+                Room::LookAgain => return Ok(Step::End(Pump::BudgetSpent)),
                 Room::NotYet => return Ok(self.wait_for_buffers(counters)),
                 Room::Never => |c| &c.rx_drop_too_large,
             },
@@ -350,7 +353,7 @@ impl Rx {
         };
         let headers_len = HEADER_LEN + piece.headers_len;
         let step = match self.window.make_room(queue, headers_len + piece.payload.len(), 0, counters)? {
-            Room::LookAgain => return Ok(Step::Again),
+            Room::LookAgain => return Ok(Step::End(Pump::BudgetSpent)),
             Room::NotYet => return Ok(self.wait_for_buffers(counters)),
             Room::Never => Step::Counted(|c| &c.rx_drop_too_large),
             Room::There => Step::Delivered,
