@@ -161,10 +161,13 @@ impl Uring {
         Ok(ring)
     }
 
-    /// Does without the ring from now on, and with other memory where the kernel failed us and may still use this.
+    /// Does without the ring from now on, and with a copy of the memory where the kernel failed us and may still use this:
+    /// frames that were not submitted are there, too.
     pub(super) fn renounce(&mut self) {
         if self.outstanding > 0 {
-            *self = Uring::new(self.memory.len(), &self.rings);
+            let mut other = Uring::new(self.memory.len(), &self.rings);
+            other.memory.copy_from_slice(&self.memory);
+            *self = other;
         }
     }
 
@@ -256,5 +259,19 @@ impl Drop for Uring {
             // The kernel may still use it: better lost than given to somebody else.
             std::mem::forget(std::mem::take(&mut self.memory));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_on_the_memory_outlive_a_ring_that_the_kernel_failed() {
+        let mut uring = Uring::new(6, &Rings::default());
+        uring.bytes_mut().copy_from_slice(b"frames");
+        uring.outstanding = 1;
+        uring.renounce();
+        assert_eq!((uring.bytes(), uring.outstanding), (&b"frames"[..], 0));
     }
 }
