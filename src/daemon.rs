@@ -342,10 +342,9 @@ impl Daemon {
         }
     }
 
-    /// Sees to what is due.
+    /// Sees to what is due, if anything still is: what came before in the same round of events may have seen to it, and armed
+    /// the timer anew. So it is not read, which would wait then; arming it also ends its event.
     fn tick(&mut self, ops: &mut EventOps) {
-        // What it counts is of no interest.
-        let _ = self.timer.wait();
         let now = Instant::now();
         if self.listen_at.take_if(|at| *at <= now).is_some() {
             self.watch_listener(ops);

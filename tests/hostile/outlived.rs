@@ -18,7 +18,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use crate::common::backend::{Spawned, arg, inherit};
 use crate::common::bench::Guest;
 use crate::common::frames::{Ends, Stamp, test_frame};
-use crate::common::frontend::{Answer, RawFrontend};
+use crate::common::frontend::{Answer, Event, RawFrontend};
 use crate::common::memory::{RegionInfo, memfd};
 use crate::common::message::Message;
 use crate::common::netns::{PacketSocket, TapSpec, require_root};
@@ -128,6 +128,12 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+fn stop(backend: &Spawned) {
+    backend.signal(Signal::SIGSTOP);
+    // It takes each thread a moment to hear of it.
+    wait_until("all threads are stopped", || thread_states(backend).iter().all(|state| *state == 'T'));
+}
+
 /// P-21
 #[test]
 fn process_that_was_stopped_for_a_while_goes_on_with_nothing_lost() {
@@ -135,15 +141,31 @@ fn process_that_was_stopped_for_a_while_goes_on_with_nothing_lost() {
         return;
     }
     let mut bench = Bench::new(1);
-    assert_sleep_loses_nothing(
-        &mut bench,
-        |backend| {
-            backend.signal(Signal::SIGSTOP);
-            // It takes each thread a moment to hear of it.
-            wait_until("all threads are stopped", || thread_states(backend).iter().all(|state| *state == 'T'));
-        },
-        |backend| backend.signal(Signal::SIGCONT),
-    );
+    assert_sleep_loses_nothing(&mut bench, stop, |backend| backend.signal(Signal::SIGCONT));
+}
+
+/// U-02, P-21. The rest of a message comes, and then it is too late for it, all while the process is stopped: both are
+/// known to it at once when it goes on.
+#[test]
+fn message_whose_rest_came_in_time_to_a_stopped_process_is_answered() {
+    if !require_root("message_whose_rest_came_in_time_to_a_stopped_process_is_answered") {
+        return;
+    }
+    let mut bench = Bench::new(1);
+    let front_end = RawFrontend::connect(bench.place.socket()).unwrap();
+    assert!(front_end.is_alive());
+    let message = Message::get_features().to_bytes();
+    front_end.send_bytes(&message[..5], &[]).unwrap();
+    thread::sleep(QUIET);
+    stop(&bench.backend);
+    front_end.send_bytes(&message[5..], &[]).unwrap();
+    // A message is given five seconds.
+    thread::sleep(Duration::from_secs(6));
+    bench.backend.signal(Signal::SIGCONT);
+    assert!(matches!(front_end.receive(PATIENCE), Event::Reply(_)));
+    assert!(front_end.is_alive());
+    front_end.disconnect();
+    bench.assert_serves_anew();
 }
 
 /// A control group of this test, removed with it.
