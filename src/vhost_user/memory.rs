@@ -57,6 +57,15 @@ pub(super) fn has(view: &MemView, setup: RegionSetup) -> bool {
     view.regions().iter().any(|region| *region.setup() == setup)
 }
 
+/// Whether `view` has not a byte of this region, in the guest or in the front-end.
+pub(super) fn has_nothing_of(view: &MemView, setup: RegionSetup) -> bool {
+    let meet = |a: u64, b: u64, b_size: u64| a < b.saturating_add(b_size) && b < a.saturating_add(setup.size);
+    view.regions()
+        .iter()
+        .map(|region| region.setup())
+        .all(|other| !meet(setup.guest, other.guest, other.size) && !meet(setup.user, other.user, other.size))
+}
+
 /// The regions of `view` and one more.
 pub(super) fn with(view: &MemView, setup: RegionSetup, fds: Vec<OwnedFd>) -> Result<MemView, MemoryError> {
     if view.regions().len() >= MEMORY_SLOTS {

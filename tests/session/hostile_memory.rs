@@ -194,11 +194,13 @@ fn region_without_its_descriptor_is_refused() {
 }
 
 #[test]
-fn removal_of_a_region_that_is_not_there_is_refused() {
+fn removal_of_a_region_that_is_another_there_is_refused() {
     let mut bench = Bench::running(1);
     let own = bench.guest.mem.regions()[0].info;
+    assert_eq!(bench.ask(Message::rem_mem_reg(&region(GUEST, MIB))), Answer::Ack, "nothing of it is there");
     let others = [
-        region(GUEST, MIB),
+        RegionInfo { guest: GUEST, ..own },
+        RegionInfo { user: own.user + own.size, ..own },
         RegionInfo { size: own.size - 4096, ..own },
         RegionInfo { user: own.user + 4096, ..own },
         RegionInfo { guest: own.guest + 4096, ..own },
