@@ -7,6 +7,7 @@
 mod host;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
@@ -20,7 +21,7 @@ use crate::memory::MemView;
 use crate::metrics::{CardCounters, PairCounters};
 use crate::net::coalesce::Coalesce;
 use crate::net::config_space::{ConfigSpace, LinkShown, MTU_MIN};
-use crate::net::features::{self, Circumstances, GuestOffloads, MQ};
+use crate::net::features::{self, Circumstances, GuestOffloads, MQ, VERSION_1};
 use crate::net::filter::Mac;
 use crate::net::framing::Framing;
 use crate::net::header::HEADER_LEN;
@@ -114,6 +115,8 @@ pub struct Nic {
     counters: Vec<Arc<PairCounters>>,
     control: Mailbox<ControlQueue>,
     control_counters: Arc<PairCounters>,
+    /// Whether the driver uses one pair alone, whatever there is, and has its control queue behind that.
+    has_one_pair: AtomicBool,
     config: Arc<Mutex<ConfigSpace>>,
     initial_config: Mutex<ConfigSpace>,
     card_counters: CardCounters,
@@ -166,6 +169,7 @@ impl Nic {
             counters,
             control,
             control_counters,
+            has_one_pair: AtomicBool::new(false),
             config,
             initial_config: Mutex::new(initial_config),
             card_counters: CardCounters::default(),
@@ -202,7 +206,7 @@ impl Nic {
 
     /// Why nothing here runs ring `index`, if that is so.
     pub fn why_idle(&self, index: usize) -> Option<&'static str> {
-        let may_be_control = index == 2 * self.pairs.len();
+        let may_be_control = index == 2 * self.pairs_in_use();
         match self.place(index) {
             Place::Pair(..) | Place::Control => None,
             Place::Nowhere if may_be_control => Some(
@@ -213,12 +217,18 @@ impl Nic {
     }
 
     fn place(&self, index: usize) -> Place {
+        let pairs = self.pairs_in_use();
         let direction = if index.is_multiple_of(2) { Direction::Rx } else { Direction::Tx };
         match index / 2 {
-            pair if pair < self.pairs.len() => Place::Pair(pair, direction),
-            _ if self.setup.is_generic && index == 2 * self.pairs.len() => Place::Control,
+            pair if pair < pairs => Place::Pair(pair, direction),
+            _ if self.setup.is_generic && index == 2 * pairs => Place::Control,
             _ => Place::Nowhere,
         }
+    }
+
+    /// How many pairs have rings.
+    fn pairs_in_use(&self) -> usize {
+        if self.has_one_pair.load(Ordering::Relaxed) { 1 } else { self.pairs.len() }
     }
 
     /// The lock is held for this alone: the control queue's thread takes it too.
@@ -280,6 +290,10 @@ impl Nic {
         // With the control queue here, the driver says how many pairs it uses, and begins with one (VIRTIO 1.3,
         // "Automatic receive steering"). Else the front-end says it, by enabling rings.
         let starts_with_one = self.setup.is_generic && acked & MQ != 0;
+        // Without that feature it has one pair, and the control queue behind it (VIRTIO 1.3, "Network Device", "Virtqueues").
+        // The rings' indices are the driver's then.
+        let is_driver = acked & VERSION_1 != 0;
+        self.has_one_pair.store(self.setup.is_generic && is_driver && acked & MQ == 0, Ordering::Relaxed);
         for (index, pair) in self.pairs.iter().enumerate() {
             let filter = Arc::clone(&filter);
             pair.call(move |pair| {

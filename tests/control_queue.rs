@@ -45,7 +45,7 @@ const MAC_ADDR_SET: u8 = 1;
 const VLAN_ADD: u8 = 0;
 const VLAN_DEL: u8 = 1;
 
-/// Two queue pairs and the control queue, all handed over.
+/// Two queue pairs, or one where the driver cannot use more, and the control queue behind them, all handed over.
 struct Bench {
     front_end: RawFrontend,
     ctrl: CtrlDriver,
@@ -61,7 +61,7 @@ impl Bench {
         let mem = Arc::new(GuestMemory::single(32 << 20));
         let features = features | feature::VERSION_1 | feature::PROTOCOL_FEATURES;
         let driver = || NetDriver::new(&mem, &NetDriverSpec { features, ..NetDriverSpec::default() });
-        let mut pairs = vec![driver(), driver()];
+        let mut pairs = if features & feature::MQ == 0 { vec![driver()] } else { vec![driver(), driver()] };
         let ctrl = CtrlDriver::new(&mem, 64, features);
         let front_end = RawFrontend::connect(backend.socket()).unwrap();
         let rings = pairs.iter().flat_map(NetDriver::rings).chain([&ctrl.ring]).collect();
@@ -366,7 +366,7 @@ fn chain_without_room_for_a_status_or_malformed_is_returned_without_effect() {
 /// C-12
 #[test]
 fn broken_control_ring_is_reported_and_frames_go_on() {
-    let mut bench = Bench::new(COMMANDS);
+    let mut bench = Bench::new(COMMANDS | feature::MQ);
     bench.front_end.tell(&Message::set_vring_err(4, fd_of(&bench.ctrl.ring.err)));
     assert!(bench.front_end.is_alive());
     bench.ctrl.ring.write_avail_idx(9999);
@@ -384,7 +384,7 @@ fn control_ring_with_an_impossible_head_or_index_is_parked_and_heals() {
         ("index back", |ring| ring.write_avail_idx(ring.used_idx().wrapping_sub(1))),
         ("index too large", |ring| ring.write_avail_idx(ring.used_idx().wrapping_add(65))),
     ] {
-        let mut bench = Bench::new(COMMANDS);
+        let mut bench = Bench::new(COMMANDS | feature::MQ);
         let err = Message::set_vring_err(4, fd_of(&bench.ctrl.ring.err));
         assert!(bench.front_end.tell(&err) && bench.front_end.is_alive());
         bench.mode(PROMISCUOUS, false);
