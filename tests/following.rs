@@ -44,7 +44,10 @@ impl Informed {
         assert_eq!(front_end.ask(Message::set_owner()), Answer::Ack);
         let (channel, theirs) = UnixStream::pair().unwrap();
         assert_eq!(front_end.ask(Message::set_backend_req_fd(theirs.as_fd())), Answer::Ack);
-        Informed { front_end, channel }
+        let mut informed = Informed { front_end, channel };
+        // The guest may have been told otherwise by a process before.
+        informed.expect_news();
+        informed
     }
 
     fn number(&self, offset: u32) -> u16 {

@@ -42,6 +42,8 @@ impl Session {
         let [channel] =
             <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
         self.backend_channel = Some(channel);
+        // What the guest was told before, by a process that is gone or while there was no channel, may not be so any more.
+        self.tell_config_change();
         Ok(Answer::Done)
     }
 }
