@@ -42,6 +42,9 @@ struct Args {
     /// Only cases whose name contains this
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Only this contender, as the table names it; may be given several times
+    #[arg(long, value_name = "NAME")]
+    contender: Vec<String>,
     /// Where the figures go as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -151,6 +154,7 @@ fn main() -> ExitCode {
         if let Some(ours) = case.contenders.iter().position(|contender| *contender == OURS) {
             case.contenders.splice(ours + 1..ours + 1, args.beside.clone().map(Contender::Beside));
         }
+        case.contenders.retain(|contender| args.contender.is_empty() || args.contender.contains(&contender.name()));
         let measured = run(case, rounds, scale);
         report::print(&measured);
         all.push(measured);
