@@ -119,11 +119,13 @@ pub struct Cli {
     #[arg(long, value_name = "BR", requires = "tap", conflicts_with_all = NOT_TAP)]
     pub bridge: Option<InterfaceName>,
 
-    /// Let USER (a name or number) attach to a TAP or TUN that is created
+    /// User (a name or number) who may attach to a TAP or TUN that is created [default: who creates it, without --group]
+    ///
+    /// Root may always. With --group too, USER may only as a member of GROUP.
     #[arg(long, value_name = "USER", requires = "tuntap", conflicts_with_all = NOT_TUNTAP)]
     pub owner: Option<String>,
 
-    /// Let members of GROUP (a name or number) attach to a TAP or TUN that is created
+    /// Group (a name or number) whose members may attach to a TAP or TUN that is created
     #[arg(long, value_name = "GROUP", requires = "tuntap", conflicts_with_all = NOT_TUNTAP)]
     pub group: Option<String>,
 

@@ -44,9 +44,9 @@ pub struct TapByName {
 pub struct Extras {
     /// The bridge that it becomes a port of.
     pub bridge: Option<InterfaceName>,
-    /// The user who may attach to it, besides root.
+    /// The user who may attach to it, besides root; if no group is given either, who creates it.
     pub owner: Option<u32>,
-    /// The group whose members may.
+    /// The group whose members may; with an owner, that one and only as a member.
     pub group: Option<u32>,
     /// Whether it stays when its last queue is closed.
     pub persists: bool,
@@ -374,14 +374,9 @@ fn find_bridge(bridge: &str) -> Result<u32, TapError> {
 /// Gives an interface that was just created what was asked for, and sets it up.
 fn complete(name: &str, link: &Link, how: &TapByName, bridge: Option<u32>, queue: &OwnedFd) -> Result<(), TapError> {
     let set = |what| move |cause| CannotSet { what, name: name.to_owned(), cause };
+    close_to_others(name, how, queue)?;
     if let Some(mtu) = how.mtu {
         netlink::set_mtu(link.index, mtu).map_err(set("the MTU"))?;
-    }
-    if let Some(owner) = how.extras.owner {
-        ioctl::tun_set_owner(queue.as_fd(), owner).map_err(set("the owner"))?;
-    }
-    if let Some(group) = how.extras.group {
-        ioctl::tun_set_group(queue.as_fd(), group).map_err(set("the group"))?;
     }
     if let Some(bridge) = bridge {
         netlink::set_master(link.index, bridge).map_err(set("the bridge"))?;
@@ -389,6 +384,27 @@ fn complete(name: &str, link: &Link, how: &TapByName, bridge: Option<u32>, queue
     netlink::set_up(link.index).map_err(set("the link up"))?;
     if how.extras.persists {
         ioctl::tun_set_persistent(queue.as_fd()).map_err(set("that it stays"))?;
+    }
+    Ok(())
+}
+
+/// Says whose an interface that was just created is. One that is nobody's is open to every user of this host, by
+/// `TUNSETIFF` without a privilege: so it is who created it whose it is, if nobody is named.
+fn close_to_others(name: &str, how: &TapByName, queue: &OwnedFd) -> Result<(), TapError> {
+    let set = |what| move |cause| CannotSet { what, name: name.to_owned(), cause };
+    let Extras { owner, group, .. } = how.extras;
+    let creator = || rustix::process::geteuid().as_raw();
+    if let Some(owner) = owner.or_else(|| group.is_none().then(creator)) {
+        ioctl::tun_set_owner(queue.as_fd(), owner).map_err(set("the owner"))?;
+    }
+    if let Some(group) = group {
+        ioctl::tun_set_group(queue.as_fd(), group).map_err(set("the group"))?;
+    }
+    // Until now somebody else could add a queue to a multi-queue one.
+    let lookup = |cause| TapError::Lookup { name: name.to_owned(), cause };
+    let open_queues = netlink::link_by_name(name).map_err(lookup)?.map_or(0, |link| link.tun.open_queues);
+    if open_queues > u32::from(how.queue_pairs) && !how.shared {
+        return Err(TapError::InUse { layer: how.layer, name: name.to_owned(), open_queues });
     }
     Ok(())
 }

@@ -1,10 +1,8 @@
 //! Attaching to a TAP by name, creating one, and each way in which that cannot be.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use crate::common::backend::{Spawned, arg};
+use crate::common::backend::{Spawned, arg, for_any_user};
 use crate::common::bench::Guest;
 use crate::common::netns::{TapSpec, require_root};
 use crate::{BINARY, Place, TAP, assert_frames_pass, wait_until};
@@ -189,29 +187,29 @@ fn name_that_the_kernel_would_change_is_refused_as_typed() {
     assert!(!place.namespace.ip("link show").contains("tap"), "Nothing was created");
 }
 
-/// F-12: as a user without privileges, who cannot see the build folder, and with a /dev/net/tun of known permissions.
+/// The binary in the place's namespace as a user without privileges, who cannot see the build folder, and with a
+/// /dev/net/tun of these permissions.
+fn as_nobody(place: &Place, tun_mode: &str, args: &[&str]) -> Command {
+    let binary = for_any_user(&place.socket());
+    let node = place.dir.path().join(format!("tun-{tun_mode}"));
+    let made = Command::new("mknod").args(["-m", tun_mode, arg(&node), "c", "10", "200"]).output().unwrap();
+    assert!(made.status.success() || node.exists());
+    // `ip netns exec` gives its program a mount namespace too.
+    let script = "mount --bind \"$0\" /dev/net/tun && exec setpriv --reuid=65534 --regid=65534 --clear-groups \
+                  --inh-caps=-all \"$@\"";
+    let mut command = place.namespace.command("sh");
+    command.args(["-c", script, arg(&node), arg(&binary)]).args(args);
+    command
+}
+
+/// F-12
 #[test]
 fn user_without_privileges_needs_a_tap_of_its_own() {
     if !require_root("user_without_privileges_needs_a_tap_of_its_own") {
         return;
     }
     let place = Place::new();
-    let binary = place.dir.path().join("binary");
-    fs::copy(BINARY, &binary).unwrap();
-    for path in [place.dir.path(), &binary] {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
-    }
-    let as_nobody = |tun_mode: &str, tap: &str| {
-        let node = place.dir.path().join(format!("tun-{tun_mode}"));
-        let made = Command::new("mknod").args(["-m", tun_mode, arg(&node), "c", "10", "200"]).output().unwrap();
-        assert!(made.status.success() || node.exists());
-        // `ip netns exec` gives its program a mount namespace too.
-        let script = "mount --bind \"$0\" /dev/net/tun && exec setpriv --reuid=65534 --regid=65534 --clear-groups \
-                      --inh-caps=-all \"$@\"";
-        let mut command = place.namespace.command("sh");
-        command.args(["-c", script, arg(&node), arg(&binary), "--socket-path", arg(&place.socket()), "--tap", tap]);
-        command
-    };
+    let as_nobody = |tun_mode, tap| as_nobody(&place, tun_mode, &["--socket-path", arg(&place.socket()), "--tap", tap]);
     place.namespace.ip("tuntap add dev roots mode tap vnet_hdr user 0");
     place.namespace.ip("tuntap add dev tap0 mode tap vnet_hdr user 65534");
     place.namespace.ip("link set tap0 up");
@@ -231,4 +229,36 @@ fn user_without_privileges_needs_a_tap_of_its_own() {
     let mut guest = Guest::new(1, 0);
     let _front_end = place.connect(&guest);
     assert_frames_pass(&mut guest, &place.host());
+}
+
+/// A multi-queue one takes queues of whoever may attach, and a share of the guest's frames goes there.
+#[test]
+fn created_tap_is_open_to_its_creator_and_whom_the_options_name_alone() {
+    if !require_root("created_tap_is_open_to_its_creator_and_whom_the_options_name_alone") {
+        return;
+    }
+    for (more, owner, may) in [
+        (&[][..], "user 0", false),
+        (&["--owner", "65534"], "user 65534", true),
+        (&["--group", "65534"], "group 65534", true),
+        (&["--group", "65533"], "group 65533", false),
+        (&["--owner", "65534", "--group", "65533"], "user 65534 group 65533", false),
+    ] {
+        let (place, other) = (Place::new(), Place::new());
+        let _backend = place.start(&[&["--queue-pairs", "2", "--persist"], more].concat());
+        let shown = place.namespace.ip("tuntap show");
+        assert!(shown.contains(owner), "{more:?}: {shown}");
+        let second = other.dir.path().join("socket");
+        let args = ["--socket-path", arg(&second), "--tap", TAP, "--queue-pairs", "2", "--shared"];
+        let mut command = as_nobody(&place, "666", &args);
+        std::fs::set_permissions(other.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+
+        if may {
+            Spawned::run(&mut command).wait_line("Listening on");
+        } else {
+            let (code, log) = Spawned::refusal(&mut command);
+            assert_eq!(code, Some(1), "{more:?}: {log}");
+            assert!(log.contains("this user is not its owner"), "{more:?}: {log}");
+        }
+    }
 }
