@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use vhost_user_net::cli::Cli;
-use vhost_user_net::config::{Config, FrontEnds};
+use vhost_user_net::config::{Config, ConfigError, FrontEnds};
 use vhost_user_net::daemon::{self, Daemon, DaemonError, Source};
 use vhost_user_net::host_side::Opened;
 use vhost_user_net::nic::Nic;
@@ -17,6 +17,9 @@ use vhost_user_net::{device, error_chain, log_lines, memory};
 
 /// For management software (QEMU, "Backend program conventions"); network back-ends have no features to list there.
 const CAPABILITIES: &str = r#"{"type": "net", "features": []}"#;
+
+/// The command line is wrong, which trying again does not mend: as clap has it, and what is found after its parsing too.
+const EX_WRONG_COMMAND_LINE: u8 = 2;
 
 /// Trying again later may succeed (sysexits.h).
 const EX_TEMPFAIL: u8 = 75;
@@ -28,6 +31,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-user-net: {}", error_chain(&*error));
+            if error.is::<ConfigError>() {
+                return ExitCode::from(EX_WRONG_COMMAND_LINE);
+            }
             match error.downcast_ref() {
                 Some(DaemonError::DeviceLost { .. }) => ExitCode::from(EX_TEMPFAIL),
                 _ => ExitCode::FAILURE,

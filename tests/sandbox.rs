@@ -302,7 +302,7 @@ fn what_needs_rights_later_does_not_go_with_a_level_that_takes_them() {
     ] {
         let mut command = Command::new(BINARY);
         let (code, log) = Spawned::refusal(command.args(["--socket-path", "s", "--sandbox", level]).args(device));
-        assert_eq!(code, Some(1), "{log}");
+        assert_eq!(code, Some(2), "{log}");
         assert!(log.contains(why) && log.contains("--sandbox auto"), "{log}");
     }
 }
