@@ -106,7 +106,7 @@ pub struct Cli {
     ///
     /// Those of a TAP or TUN must have been opened with IFF_NO_PI and IFF_VNET_HDR, several of them with
     /// IFF_MULTI_QUEUE; those of a MACVTAP are its open /dev/tapN. All of one interface. With --tap or --tun they may be
-    /// open /dev/net/tun that are no queues yet: they become queues of that interface, wherever it is.
+    /// open /dev/net/tun that are no queues yet: they become queues of that interface, which must exist, wherever it is.
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(3..))]
     pub tap_fd: Vec<i32>,
 

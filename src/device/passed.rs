@@ -61,7 +61,7 @@ pub fn open(how: &Passed) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
         if let Some((layer, name)) = &how.of
             && ioctl::tun_get_iff(fd.as_fd()).is_err_and(|e| e.raw_os_error() == Some(libc::EBADFD))
         {
-            tap::attach_passed(fd.as_fd(), (*layer, name), (queue, numbers.len() > 1))?;
+            tap::attach_passed(fd.as_fd(), (*layer, name), (number, queue, numbers.len() > 1))?;
         }
         if driver == Driver::Macvtap {
             macvtap::prepare(&fd, numbers.len() > 1).map_err(|e| bad(number, format!("is no TAP queue: {e}")))?;

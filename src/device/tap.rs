@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR, c_int};
+use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_TUN_EXCL, IFF_VNET_HDR, c_int};
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 
@@ -92,6 +92,22 @@ pub enum TapError {
         layer: Layer,
         /// The interface.
         name: String,
+    },
+    /// It is not where a descriptor that was passed was opened.
+    #[error(
+        "There is no {} {name:?} in the network namespace where descriptor {fd} of --tap-fd was opened, and none is \
+         created for it; as root, there: '{}'",
+        layer.name(), command_to_make(*layer, name, *multi_queue)
+    )]
+    NotThere {
+        /// What it should be.
+        layer: Layer,
+        /// The interface.
+        name: String,
+        /// The descriptor's number.
+        fd: i32,
+        /// Whether it needs several queues.
+        multi_queue: bool,
     },
     /// Several queue pairs on a TAP that has one queue.
     #[error(
@@ -190,22 +206,25 @@ fn hint_tun(cause: &io::Error) -> &'static str {
     }
 }
 
-fn hint_attach((layer, name): (Layer, &str), queue: u16, exists: bool, multi_queue: bool, cause: &io::Error) -> String {
+/// The commands that make an interface that serves, and of which nothing is warned.
+fn command_to_make(layer: Layer, name: &str, multi_queue: bool) -> String {
     let multi = if multi_queue { " multi_queue" } else { "" };
-    let mode = layer.mode();
+    format!("ip tuntap add dev {name} mode {} vnet_hdr{multi} user USER && ip link set {name} up", layer.mode())
+}
+
+fn hint_attach((layer, name): (Layer, &str), queue: u16, exists: bool, multi_queue: bool, cause: &io::Error) -> String {
+    let make = command_to_make(layer, name, multi_queue);
     match cause.raw_os_error() {
-        Some(libc::EPERM) if exists => format!(
-            ": this user is not its owner; as root: 'ip link delete {name} && ip tuntap add dev {name} mode {mode} \
-             vnet_hdr{multi} user USER'"
-        ),
-        Some(libc::EPERM) => format!(
-            ": it does not exist, and this user may not create it; as root: 'ip tuntap add dev {name} mode {mode} \
-             vnet_hdr{multi} user USER && ip link set {name} up'"
-        ),
-        Some(libc::EBUSY) => ": another process has it open (another back-end for the same guest?)".to_owned(),
-        Some(libc::EINVAL) => {
-            format!(": it was made {} multi_queue, which does not fit", if multi_queue { "without" } else { "with" })
+        Some(libc::EPERM) if exists => {
+            format!(": this user is not its owner; as root: 'ip link delete {name} && {make}'")
         }
+        Some(libc::EPERM) => format!(": it does not exist, and this user may not create it; as root: '{make}'"),
+        Some(libc::EBUSY) => ": another process has it open (another back-end for the same guest?)".to_owned(),
+        Some(libc::EINVAL) => format!(
+            ": it is no {}, or was made {} multi_queue, which does not fit",
+            layer.name(),
+            if multi_queue { "without" } else { "with" }
+        ),
         Some(libc::E2BIG) => format!(": it takes no more than {queue} queues"),
         _ => String::new(),
     }
@@ -337,8 +356,11 @@ fn open_queue(how: &TapByName, queue: u16, exists: bool, multi_queue: bool) -> R
 pub(super) fn attach_passed(
     fd: BorrowedFd<'_>,
     of: (Layer, &InterfaceName),
-    (queue, multi_queue): (u16, bool),
+    (number, queue, multi_queue): (i32, u16, bool),
 ) -> Result<(), TapError> {
+    if !is_there(fd, of.1) {
+        return Err(TapError::NotThere { layer: of.0, name: of.1.as_str().to_owned(), fd: number, multi_queue });
+    }
     let mut attached = attach_queue(fd, of, multi_queue);
     if !multi_queue && attached.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {
         // One queue of several.
@@ -346,6 +368,13 @@ pub(super) fn attach_passed(
     }
     let (layer, name) = (of.0, of.1.as_str().to_owned());
     attached.map_err(|cause| TapError::Attach { layer, name, queue, exists: true, multi_queue, cause })
+}
+
+/// Whether there is an interface of that name in the network namespace where `fd` was opened, which netlink here may not
+/// see: asked to create one of no kind, the kernel says `EBUSY` if there is one, and creates nothing if there is none.
+fn is_there(fd: BorrowedFd<'_>, name: &InterfaceName) -> bool {
+    let made = ioctl::tun_set_iff(fd, name.as_str(), IFF_TUN_EXCL);
+    made.is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
 }
 
 fn attach_queue(fd: BorrowedFd<'_>, (layer, name): (Layer, &InterfaceName), multi_queue: bool) -> io::Result<()> {

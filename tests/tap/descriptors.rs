@@ -112,6 +112,36 @@ fn descriptor_that_cannot_become_a_queue_of_what_is_named_is_refused() {
     }
 }
 
+/// Root could create it by the same call, which nobody asked for; another user is told the true cause.
+#[test]
+fn open_device_does_not_create_the_interface_that_is_named() {
+    if !require_root("open_device_does_not_create_the_interface_that_is_named") {
+        return;
+    }
+    let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"];
+    for (user, made, wanted) in [
+        (&[][..], "", "There is no TAP \"tap0\" in the network namespace where descriptor 20 of --tap-fd was opened"),
+        (&nobody, "", "as root, there: 'ip tuntap add dev tap0 mode tap vnet_hdr user USER && ip link set tap0 up'"),
+        (&nobody, "user 0", "(queue 0): this user is not its owner; as root: 'ip link delete tap0 && ip tuntap add"),
+    ] {
+        let place = Place::new();
+        if !made.is_empty() {
+            place.namespace.ip(&format!("tuntap add dev tap0 mode tap vnet_hdr {made}"));
+        }
+        let open = || OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
+        let device = OwnedFd::from(place.namespace.within(open));
+        let mut command = Command::new("setpriv");
+        command.args(user).arg(for_any_user(&place.socket()));
+        let mut command = with_tap_fds(command, &place, &[device.as_fd()]);
+
+        let (code, log) = Spawned::refusal(command.args(["--tap", TAP]));
+
+        assert_eq!(code, Some(1), "{user:?}: {log}");
+        assert!(log.contains(wanted), "{user:?}: {log}");
+        assert_eq!(place.namespace.try_ip("link show tap0"), !made.is_empty(), "{user:?}");
+    }
+}
+
 /// F-06
 #[test]
 fn descriptor_that_is_no_tap_queue_as_needed_is_refused() {
