@@ -19,7 +19,7 @@ use crate::polling::Polling;
 /// after another, and ends on SIGTERM, SIGINT or SIGHUP with status 0. SIGUSR1 logs the counters.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
-#[command(group = needed("front-end-socket", &["socket_path", "fd", "print_capabilities"]))]
+#[command(group = needed("front-end-socket", &["socket_path", "fd"]))]
 #[command(group = needed("device", &DEVICES))]
 #[command(group = ArgGroup::new("tuntap").args(["tap", "tun"]))]
 #[command(group = ArgGroup::new("existing").multiple(true).args(["interface", "macvlan_parent"]))]
@@ -37,6 +37,7 @@ pub struct Cli {
     pub fd: Option<i32>,
 
     /// Print what this back-end can do as JSON, as management software asks for it, and exit, whatever else is asked for
+    // `main` looks for it before anything is parsed; here it is for the help.
     #[arg(long)]
     pub print_capabilities: bool,
 
@@ -317,8 +318,7 @@ pub enum SandboxChoice {
 }
 
 /// What names the host's side.
-const DEVICES: [&str; 8] =
-    ["tap", "tun", "tap_fd", "macvtap", "macvtap_parent", "interface", "macvlan_parent", "print_capabilities"];
+const DEVICES: [&str; 7] = ["tap", "tun", "tap_fd", "macvtap", "macvtap_parent", "interface", "macvlan_parent"];
 /// What an option that is of the TUN driver's interfaces alone does not go with; one of TAPs alone; one of packet sockets.
 const NOT_TUNTAP: [&str; 4] = ["tap_fd", "macvtap", "macvtap_parent", "existing"];
 const NOT_TAP: [&str; 5] = ["tap_fd", "tun", "macvtap", "macvtap_parent", "existing"];
@@ -337,8 +337,7 @@ Examples:
 
 The guest's memory must be shared (share=on), or there is nothing that can be handed over.";
 
-/// One of these must be there. Which exclude each other is said where they are declared: the question for capabilities
-/// goes with everything (QEMU, "Backend program conventions").
+/// One of these must be there. Which exclude each other is said where they are declared.
 fn needed(name: &'static str, one_of: &[&'static str]) -> ArgGroup {
     ArgGroup::new(name).required(true).multiple(true).args(one_of)
 }

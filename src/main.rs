@@ -27,7 +27,10 @@ const EX_TEMPFAIL: u8 = 75;
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    // Whatever else is there, and before any of it is judged (QEMU, "Backend program conventions").
+    let is_asked = std::env::args_os().any(|word| word == "--print-capabilities");
+    let result = if is_asked { print_capabilities() } else { run(Cli::parse()) };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-user-net: {}", error_chain(&*error));
@@ -42,10 +45,11 @@ fn main() -> ExitCode {
     }
 }
 
+fn print_capabilities() -> Result<(), BoxError> {
+    Ok(writeln!(io::stdout(), "{CAPABILITIES}")?)
+}
+
 fn run(cli: Cli) -> Result<(), BoxError> {
-    if cli.print_capabilities {
-        return Ok(writeln!(io::stdout(), "{CAPABILITIES}")?);
-    }
     let mut config = Config::try_from(cli)?;
     log_lines::start(config.log_level);
     device::close_inherited(&config.inherited());

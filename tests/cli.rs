@@ -49,11 +49,18 @@ fn capabilities_are_printed_whatever_else_is_asked_for() {
         &["--mtu", "9000", "--no-config"],
         &["--socket-path", "s", "--tap", "t"],
         &["--fd", "50", "--tap-fd", "51"],
+        // Which without it would be refused.
+        &["--socket-path", "s", "--fd", "50"],
+        &["--tap", "t", "--tap", "u", "--queue-size", "many"],
+        &["--frobnicate", "surplus"],
+        &["--help"],
     ] {
-        let output = run(&[&["--print-capabilities"], more].concat());
-        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-        assert!(text(&output.stdout).starts_with('{'));
-        assert!(!Path::new("s").exists());
+        for args in [[&["--print-capabilities"], more].concat(), [more, &["--print-capabilities"]].concat()] {
+            let output = run(&args);
+            assert_eq!(output.status.code(), Some(0), "{args:?}: {}", text(&output.stderr));
+            assert!(text(&output.stdout).starts_with('{'));
+            assert!(!Path::new("s").exists());
+        }
     }
 }
 
