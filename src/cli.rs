@@ -1,15 +1,18 @@
 //! What was typed. What it means is `config`'s business.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Parser, ValueEnum};
+use rustix::thread::CpuSet;
 
 use crate::device::name::InterfaceName;
 use crate::net::filter::Mac;
 use crate::net::header::SegmentLimit;
 use crate::net::ip_link::Gateway;
 use crate::polling::Polling;
+use crate::virtqueue::QueueSize;
 
 /// End a virtual machine's network card on an interface of the host, in a process of its own.
 ///
@@ -158,8 +161,8 @@ pub struct Cli {
     pub queue_pairs: Option<u16>,
 
     /// Largest queue that a front-end may set up: a power of two up to 32768
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    pub queue_size: u32,
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = parse_queue_size)]
+    pub queue_size: QueueSize,
 
     /// MAC address of the card, for front-ends that take it from the back-end [default: a MACVTAP's or interface's own]
     ///
@@ -173,7 +176,7 @@ pub struct Cli {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
     pub mtu: Option<u16>,
 
-    /// Permissions of the socket, in octal
+    /// Permissions of the socket, three or four octal digits
     #[arg(long, value_name = "MODE", default_value = "0600", value_parser = parse_mode)]
     #[arg(requires = "socket_path", conflicts_with = "fd")]
     pub socket_mode: u32,
@@ -211,9 +214,9 @@ pub struct Cli {
     #[arg(long, value_name = "N|auto", default_value = "0", value_parser = parse_polling)]
     pub poll_us: Polling,
 
-    /// Bind the worker threads of the queue pairs to these CPUs, in turn
-    #[arg(long, value_name = "CPU,…", value_delimiter = ',')]
-    pub cpu_affinity: Vec<usize>,
+    /// Bind the worker threads of the queue pairs to these CPUs, in turn: numbers, or ranges such as 0-3
+    #[arg(long, value_name = "CPU,…", value_delimiter = ',', value_parser = parse_cpus)]
+    pub cpu_affinity: Vec<RangeInclusive<usize>>,
 
     /// Do not offer the configuration space: QEMU warns about it once for each queue pair
     #[arg(long)]
@@ -373,8 +376,23 @@ fn parse_segments(text: &str) -> Result<SegmentLimit, String> {
     limit.ok_or_else(|| format!("a number from 1 to {} is expected", SegmentLimit::MOST))
 }
 
+fn parse_queue_size(text: &str) -> Result<QueueSize, String> {
+    let number: u32 = text.parse().map_err(|_| "a power of two from 1 to 32768 is expected".to_owned())?;
+    QueueSize::try_from(number).map_err(|error| error.to_string())
+}
+
+fn parse_cpus(text: &str) -> Result<RangeInclusive<usize>, String> {
+    const LAST: usize = CpuSet::MAX_CPU - 1;
+    let number = |text: &str| text.parse().ok().filter(|cpu| *cpu <= LAST);
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let cpus = number(first).zip(number(last)).map(|(first, last)| first..=last).filter(|cpus| !cpus.is_empty());
+    cpus.ok_or_else(|| format!("numbers of CPUs up to {LAST}, or ranges of them, are expected, such as 0,2 or 0-3"))
+}
+
 fn parse_mode(text: &str) -> Result<u32, String> {
-    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    // One digit alone would be what everybody else may do, which is hardly meant.
+    let is_whole = matches!(text.len(), 3 | 4) && text.bytes().all(|digit| digit.is_ascii_digit());
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| is_whole && *mode <= 0o777);
     mode.ok_or_else(|| "three or four octal digits are expected, such as 0660".to_owned())
 }
 
@@ -386,6 +404,22 @@ mod tests {
     fn declaration_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn socket_mode_is_three_or_four_octal_digits() {
+        assert_eq!((parse_mode("660"), parse_mode("0600")), (Ok(0o660), Ok(0o600)));
+        for bad in ["", "7", "60", "00660", "1777", "+660", "0o60", "888", "rw-"] {
+            assert!(parse_mode(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn cpus_are_numbers_and_ranges() {
+        assert_eq!((parse_cpus("3"), parse_cpus("0-3"), parse_cpus("2-2")), (Ok(3..=3), Ok(0..=3), Ok(2..=2)));
+        for bad in ["", "-", "1-", "-1", "3-1", "0-99999999999", "1024", "a", "1-2-3"] {
+            assert!(parse_cpus(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

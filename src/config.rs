@@ -20,7 +20,6 @@ use crate::sandbox::Wanted as WantedSandbox;
 use crate::tuning::{Coalescing, Tuning};
 use crate::vhost_user::listener::SocketAccess;
 use crate::vhost_user::session::SessionOptions;
-use crate::virtqueue::{QueueSize, RingError};
 
 /// Where front-ends come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,9 +70,6 @@ impl Config {
 /// What does not fit together.
 #[derive(Debug, Error)]
 pub enum ConfigError {
-    /// The queue size is impossible.
-    #[error("--queue-size cannot be used")]
-    QueueSize(#[source] RingError),
     /// One descriptor for each queue pair.
     #[error("--queue-pairs {queue_pairs} does not fit --tap-fd, which has {fds} descriptor(s): one is needed for each")]
     TapFdCount {
@@ -124,13 +120,12 @@ impl TryFrom<Cli> for Config {
     fn try_from(cli: Cli) -> Result<Config, ConfigError> {
         check_fds(&cli)?;
         let queue_pairs = queue_pairs(&cli)?;
-        let queue_size_max = QueueSize::try_from(cli.queue_size).map_err(ConfigError::QueueSize)?;
         let tuning = Tuning {
             io: io(cli.io),
             coalescing: coalescing(cli.coalesce),
             segment_limit: cli.max_segments,
             polling: cli.poll_us,
-            cpus: cli.cpu_affinity,
+            cpus: cli.cpu_affinity.into_iter().flatten().collect(),
         };
         let nic = NicSetup {
             mac: cli.mac,
@@ -188,7 +183,7 @@ impl TryFrom<Cli> for Config {
             front_ends,
             host,
             nic,
-            session: SessionOptions { offers_config: !cli.no_config, queue_size_max },
+            session: SessionOptions { offers_config: !cli.no_config, queue_size_max: cli.queue_size },
             sandbox,
             log_level: level_filter(cli.log_level),
         })
@@ -308,6 +303,12 @@ mod tests {
     }
 
     #[test]
+    fn cpus_and_ranges_of_them_are_one_list() {
+        let config = config("--socket-path s --tap t --cpu-affinity 6,0-2").expect("valid");
+        assert_eq!(config.nic.tuning.cpus, [6, 0, 1, 2]);
+    }
+
+    #[test]
     fn descriptor_named_twice_is_refused() {
         for args in ["--fd 5 --tap-fd 5", "--fd 3 --tap-fd 4,4"] {
             assert!(config(args).expect_err("refused").contains("named twice"));
@@ -319,6 +320,9 @@ mod tests {
         for (args, wanted) in [
             ("--socket-path s --tap t --queue-size 1000", "1000 is not a power of two"),
             ("--socket-path s --tap t --queue-size 65536", "65536"),
+            ("--socket-path s --tap t --queue-size 1k", "a power of two from 1 to 32768 is expected"),
+            ("--socket-path s --tap t --cpu-affinity 0,x", "such as 0,2 or 0-3"),
+            ("--socket-path s --tap t --socket-mode 7", "three or four octal digits"),
             ("--socket-path s --tap t --queue-pairs 128", "1..=127"),
             ("--socket-path s --tap t --mtu 67", "68..=65535"),
             ("--socket-path s --tap sixteen-bytes-xx", "16 bytes"),

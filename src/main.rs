@@ -12,7 +12,7 @@ use vhost_user_net::daemon::{self, Daemon, DaemonError, Source};
 use vhost_user_net::host_side::Opened;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::sandbox::{self, Later};
-use vhost_user_net::vhost_user::listener::SocketListener;
+use vhost_user_net::vhost_user::listener::{self, SocketListener};
 use vhost_user_net::{device, error_chain, log_lines, memory};
 
 /// For management software (QEMU, "Backend program conventions"); network back-ends have no features to list there.
@@ -58,7 +58,8 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     config.nic.tuning.io = config.nic.tuning.io.usable()?;
     let connected = match &config.front_ends {
         FrontEnds::Descriptor(fd) => Some(UnixStream::from(device::connected_socket(*fd)?)),
-        FrontEnds::Socket { .. } => None,
+        // It is made once the device is there, but a path that will not do must not leave a device behind.
+        FrontEnds::Socket { path, .. } => listener::check(path).map(|()| None)?,
     };
     let Opened { device, queues, watch } = config.host.open()?;
     let source = match (config.front_ends, connected) {

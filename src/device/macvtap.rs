@@ -120,7 +120,7 @@ pub fn open(how: &Macvtap) -> Result<(Device, Vec<DeviceQueue>), MacvtapError> {
     let Found { name, link, created } = on_card::find_or_make(OnCardKind::Macvtap, &how.interface)?;
     let link = link.ok_or_else(|| MacvtapError::Missing { name: name.clone() })?;
     if link.kind.as_deref() != Some("macvtap") {
-        let kind = link.kind.as_deref().unwrap_or("physical").to_owned();
+        let kind = link.kind_name().to_owned();
         return Err(MacvtapError::NotAMacvtap { name, kind });
     }
     if !link.is_up {

@@ -22,8 +22,9 @@ pub(crate) struct Link {
     pub(crate) index: u32,
     pub(crate) is_up: bool,
     pub(crate) mtu: Option<u16>,
-    /// `tun`, `veth`, `bridge` …; nothing for a physical card.
+    /// `tun`, `veth`, `bridge` …; nothing for a physical card and the loopback interface.
     pub(crate) kind: Option<String>,
+    pub(crate) is_loopback: bool,
     /// The index of the bridge that it is a port of, or of another master.
     pub(crate) master: Option<u32>,
     /// Its hardware address.
@@ -33,6 +34,13 @@ pub(crate) struct Link {
     /// Whether it carries Ethernet frames.
     pub(crate) is_ethernet: bool,
     pub(crate) tun: TunInfo,
+}
+
+impl Link {
+    /// What it is, for messages.
+    pub(crate) fn kind_name(&self) -> &str {
+        self.kind.as_deref().unwrap_or(if self.is_loopback { "loopback" } else { "physical" })
+    }
 }
 
 /// What a TUN or TAP interface says of itself (`IFLA_TUN_*`).
@@ -262,8 +270,9 @@ pub(super) fn serialized(payload: AboutLink, flags: u16) -> Vec<u8> {
 }
 
 fn read_link(message: &LinkMessage) -> Link {
-    let mut link =
-        Link { index: message.header.index, is_up: message.header.flags.contains(LinkFlags::Up), ..Link::default() };
+    let is = |flag| message.header.flags.contains(flag);
+    let mut link = Link { index: message.header.index, is_up: is(LinkFlags::Up), ..Link::default() };
+    link.is_loopback = is(LinkFlags::Loopback);
     link.is_ethernet = message.header.link_layer_type == LinkLayerType::Ether;
     for attribute in &message.attributes {
         match attribute {

@@ -71,6 +71,20 @@ pub enum OnCardError {
         /// The interface that is not there.
         parent: String,
     },
+    /// What it is to be made on has no Ethernet.
+    #[error(
+        "--{}-parent {parent:?}: this is a {parent_kind} interface, and a {} is made on one with Ethernet frames; 'ip link' \
+         lists them (link/ether)",
+        kind.type_name(), kind.name()
+    )]
+    NoEthernet {
+        /// What was to be made.
+        kind: OnCardKind,
+        /// What it was to be made on.
+        parent: String,
+        /// What that is.
+        parent_kind: String,
+    },
     /// It cannot be made.
     #[error("Cannot make {} {name:?} on {parent:?}{}", kind.name(), hint_make(*kind, parent, cause))]
     Make {
@@ -169,6 +183,13 @@ fn make(
     wanted: &Wanted,
 ) -> Result<CreatedLink, OnCardError> {
     let on = lookup(parent)?.ok_or_else(|| OnCardError::NoParent { kind, parent: parent.to_owned() })?;
+    if !on.is_ethernet {
+        return Err(OnCardError::NoEthernet {
+            kind,
+            parent: parent.to_owned(),
+            parent_kind: on.kind_name().to_owned(),
+        });
+    }
     let fault = |cause| OnCardError::Make { kind, name: name.to_owned(), parent: parent.to_owned(), cause };
     let created = netlink::make_on_card(kind, name, (parent, on.index), mode, wanted.mac).map_err(fault)?;
     if let Some(mtu) = wanted.mtu {

@@ -311,7 +311,7 @@ fn check_existing(how: &TapByName, link: &Link) -> Result<bool, TapError> {
     let found = match (link.kind.as_deref(), c_int::from(link.tun.mode)) {
         (Some("tun"), IFF_TAP) => Ok(Layer::Ethernet),
         (Some("tun"), _) => Ok(Layer::Ip),
-        (kind, _) => Err(kind.unwrap_or("physical")),
+        _ => Err(link.kind_name()),
     };
     if found != Ok(layer) {
         let kind = match found {
@@ -391,7 +391,7 @@ fn find_bridge(bridge: &str) -> Result<u32, TapError> {
     let found = netlink::link_by_name(bridge).map_err(|cause| TapError::Lookup { name: bridge.to_owned(), cause })?;
     let link = found.ok_or_else(|| TapError::NoBridge { bridge: bridge.to_owned() })?;
     if link.kind.as_deref() != Some("bridge") {
-        let kind = link.kind.unwrap_or_else(|| "physical".to_owned());
+        let kind = link.kind_name().to_owned();
         return Err(TapError::NotABridge { bridge: bridge.to_owned(), kind });
     }
     if !link.is_up {

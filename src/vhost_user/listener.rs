@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 use thiserror::Error;
@@ -38,7 +38,7 @@ pub enum ListenError {
         len: usize,
     },
     /// There is something else.
-    #[error("Socket path {path:?} is a {what}; remove it, or use another path")]
+    #[error("Socket path {path:?} is a {what}, which is left alone; use another path")]
     Occupied {
         /// The path.
         path: PathBuf,
@@ -65,7 +65,7 @@ pub enum ListenError {
 }
 
 fn hint(path: &Path, cause: &io::Error) -> String {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = directory_of(path);
     match cause.kind() {
         io::ErrorKind::NotFound => format!(": its directory is not there; 'mkdir -p {}'", directory.display()),
         io::ErrorKind::PermissionDenied => {
@@ -73,6 +73,21 @@ fn hint(path: &Path, cause: &io::Error) -> String {
         }
         _ => String::new(),
     }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Whether a socket may be made at `path`, which changes nothing: to be asked before something is made that would be left
+/// behind if it may not.
+///
+/// # Errors
+/// As [`SocketListener::bind`].
+pub fn check(path: &Path) -> Result<(), ListenError> {
+    examine(path)?;
+    rustix::fs::accessat(CWD, directory_of(path), Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)
+        .map_err(|errno| ListenError::Io { what: "listen on", path: path.to_owned(), cause: errno.into() })
 }
 
 /// A listening socket, whose file is removed with it.
@@ -92,17 +107,15 @@ impl SocketListener {
     /// [`ListenError`], which says what to do about it.
     pub fn bind(path: &Path, access: SocketAccess) -> Result<SocketListener, ListenError> {
         let failed = |what| move |cause| ListenError::Io { what, path: path.to_owned(), cause };
-        let len = path.as_os_str().len();
-        if len > PATH_MAX {
-            return Err(ListenError::TooLong { path: path.to_owned(), len });
+        if let Found::SocketOfNobody = examine(path)? {
+            log::info!("Replacing socket {path:?} of a process that is gone");
+            fs::remove_file(path).map_err(failed("remove"))?;
         }
-        remove_stale(path)?;
         let listener = listen_for_owner(path).map_err(|errno| failed("listen on")(errno.into()))?;
         let inode = fs::symlink_metadata(path).map_err(failed("examine"))?.ino();
-        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory =
-            rustix::fs::open(directory, flags, Mode::empty()).map_err(|e| failed("find the directory of")(e.into()))?;
+        let directory = rustix::fs::open(directory_of(path), flags, Mode::empty())
+            .map_err(|e| failed("find the directory of")(e.into()))?;
         let this = SocketListener { listener, path: path.to_owned(), inode, directory };
         if let Some(group) = access.group {
             std::os::unix::fs::chown(path, None, Some(group)).map_err(failed("change the group of"))?;
@@ -167,16 +180,26 @@ fn listen_for_owner(path: &Path) -> Result<UnixListener, Errno> {
     Ok(UnixListener::from(socket))
 }
 
-/// Removes the socket of a process that is gone.
-fn remove_stale(path: &Path) -> Result<(), ListenError> {
+/// What is at a path that can be had.
+enum Found {
+    Nothing,
+    /// Of a process that is gone.
+    SocketOfNobody,
+}
+
+fn examine(path: &Path) -> Result<Found, ListenError> {
     let failed = |what| move |cause| ListenError::Io { what, path: path.to_owned(), cause };
+    let len = path.as_os_str().len();
+    if len > PATH_MAX {
+        return Err(ListenError::TooLong { path: path.to_owned(), len });
+    }
     let kind = match fs::symlink_metadata(path) {
         Ok(found) => found.file_type(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
         Err(error) => return Err(failed("examine")(error)),
     };
     let what = match kind {
-        kind if kind.is_socket() => return remove_socket_if_dead(path),
+        kind if kind.is_socket() => return examine_socket(path),
         kind if kind.is_symlink() => "symbolic link",
         kind if kind.is_dir() => "directory",
         _ => "file",
@@ -184,19 +207,15 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
     Err(ListenError::Occupied { path: path.to_owned(), what })
 }
 
-fn remove_socket_if_dead(path: &Path) -> Result<(), ListenError> {
-    let failed = |what| move |cause| ListenError::Io { what, path: path.to_owned(), cause };
+fn examine_socket(path: &Path) -> Result<Found, ListenError> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     let connected = SocketAddrUnix::new(path).and_then(|address| connect(probe?, &address));
     match connected {
-        Err(Errno::CONNREFUSED) => {
-            log::info!("Replacing socket {path:?} of a process that is gone");
-            fs::remove_file(path).map_err(failed("remove"))
-        }
+        Err(Errno::CONNREFUSED) => Ok(Found::SocketOfNobody),
         // A full backlog is somebody's too.
         Ok(()) | Err(Errno::AGAIN) => Err(ListenError::InUse { path: path.to_owned() }),
-        Err(errno) => Err(failed("probe")(errno.into())),
+        Err(errno) => Err(ListenError::Io { what: "probe", path: path.to_owned(), cause: errno.into() }),
     }
 }
 

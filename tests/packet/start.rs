@@ -155,6 +155,10 @@ fn what_cannot_be_is_refused_with_the_way_out_and_leaves_nothing() {
             "Interface \"away\" is down, and several queue pairs need it up: 'ip link set away up'",
         ),
         (&["--macvlan-parent", "none"], "--macvlan-parent \"none\": there is no such interface; 'ip link' lists them"),
+        (
+            &["--macvlan-parent", "lo"],
+            "--macvlan-parent \"lo\": this is a loopback interface, and a MACVLAN is made on one with Ethernet frames",
+        ),
         (&["--macvlan-parent", "away1"], "\"away1\" is in use another way (a bridge's port, or"),
         (&["--macvlan-parent", "card", "--macvlan-mode", "passthru"], "\"card\" is in use another way"),
         (

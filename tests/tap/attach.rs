@@ -89,7 +89,7 @@ fn interface_of_another_kind_is_refused_by_its_kind() {
     for (name, wanted) in [
         ("br0", "Interface \"br0\" is a bridge interface, not a TAP"),
         ("veth0", "Interface \"veth0\" is a veth interface, not a TAP"),
-        ("lo", "Interface \"lo\" is a physical interface, not a TAP"),
+        ("lo", "Interface \"lo\" is a loopback interface, not a TAP"),
         ("tun0", "Interface \"tun0\" is a TUN interface, not a TAP"),
     ] {
         let log = place.refusal(&["--tap", name]);

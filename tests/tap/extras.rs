@@ -76,6 +76,7 @@ fn bridge_that_is_none_is_refused_and_nothing_is_created() {
     let place = place_with_bridge();
     for (bridge, wanted) in [
         ("br1", "--bridge \"br1\": there is no such interface; 'ip link add br1 type bridge"),
+        ("lo", "--bridge \"lo\" is a loopback interface, not a bridge"),
         ("far", "--bridge \"far\" is a veth interface, not a bridge"),
     ] {
         let log = place.refusal(&["--tap", TAP, "--bridge", bridge]);

@@ -145,17 +145,17 @@ fn socket_path_that_cannot_be_used_is_refused_and_left_alone() {
     fs::remove_file(&path).unwrap();
 
     fs::create_dir(&path).unwrap();
-    refused("is a directory; remove it, or use another path");
+    refused("is a directory, which is left alone; use another path");
     fs::remove_dir(&path).unwrap();
 
     fs::write(&path, "precious").unwrap();
-    refused("is a file; remove it, or use another path");
+    refused("is a file, which is left alone; use another path");
     assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
     fs::remove_file(&path).unwrap();
 
     for to in [&target, &place.dir.path().to_owned()] {
         symlink(to, &path).unwrap();
-        refused("is a symbolic link; remove it, or use another path");
+        refused("is a symbolic link, which is left alone; use another path");
         assert!(!target.exists());
         fs::remove_file(&path).unwrap();
     }
@@ -186,6 +186,34 @@ fn socket_path_that_is_too_long_or_nowhere_is_refused() {
     let args = ["--socket-path", arg(&path), "--tap", TAP];
     let _backend = crate::common::backend::Spawned::start_in(&place.namespace, &args);
     assert!(RawFrontend::connect(&path).unwrap().is_alive(), "107 bytes will do");
+}
+
+/// The path is looked at first: what is created and persists would stay.
+#[test]
+fn socket_path_that_cannot_be_used_leaves_no_created_tap() {
+    if !require_root("socket_path_that_cannot_be_used_leaves_no_created_tap") {
+        return;
+    }
+    let place = Place::new();
+    let as_nobody = ["--reuid=65534", "--inh-caps=+net_admin", "--ambient-caps=+net_admin"];
+    let not_nobodys = place.dir.path().join("not-nobodys");
+    fs::create_dir(&not_nobodys).unwrap();
+    fs::set_permissions(&not_nobodys, fs::Permissions::from_mode(0o755)).unwrap();
+    let binary = crate::common::backend::for_any_user(&place.socket());
+    for (user, path, wanted) in [
+        (&[][..], place.dir.path().to_owned(), "is a directory, which is left alone; use another path"),
+        (&[], place.dir.path().join("absent/socket"), "its directory is not there; 'mkdir -p "),
+        (&as_nobody, not_nobodys.join("socket"), "this user may not write to "),
+    ] {
+        let mut command = place.namespace.command("setpriv");
+        command.args(user).args([arg(&binary), "--socket-path", arg(&path), "--tap", TAP, "--persist"]);
+
+        let (code, log) = crate::common::backend::Spawned::refusal(&mut command);
+
+        assert_eq!(code, Some(1), "{log}");
+        assert!(log.contains(wanted), "{log}");
+        assert!(!place.namespace.try_ip("link show tap0"), "{log}");
+    }
 }
 
 /// P-11
