@@ -46,15 +46,17 @@ pub struct Cli {
 
     /// Use TAP interface NAME; it is created if it does not exist
     ///
-    /// An existing one must have been made with 'ip tuntap add dev NAME mode tap vnet_hdr', and with 'multi_queue' for
-    /// more than one queue pair. One that is created is set up, and goes away when this process ends.
+    /// An existing one must have been made with 'ip tuntap add dev NAME mode tap vnet_hdr user USER', and with
+    /// 'multi_queue' for more than one queue pair, and set up with 'ip link set NAME up'. One that is created here is set
+    /// up, and goes away when this process ends.
     #[arg(long, value_name = "NAME")]
     pub tap: Option<InterfaceName>,
 
     /// Use TUN interface NAME, a routed network without Ethernet; it is created if it does not exist
     ///
-    /// An existing one must have been made with 'ip tuntap add dev NAME mode tun vnet_hdr', and with 'multi_queue' for
-    /// more than one queue pair. Addresses and routes are given to it with ip(8), such as 'ip route add GUEST dev NAME'.
+    /// An existing one must have been made with 'ip tuntap add dev NAME mode tun vnet_hdr user USER', and with
+    /// 'multi_queue' for more than one queue pair, and set up with 'ip link set NAME up'. Addresses and routes are given to
+    /// it with ip(8), such as 'ip route add GUEST dev NAME'.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["macvtap", "macvtap_parent"])]
     pub tun: Option<InterfaceName>,
 

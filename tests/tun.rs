@@ -190,10 +190,13 @@ fn each_wrong_interface_has_its_message() {
     place.namespace.ip("tuntap add dev tun0 mode tun vnet_hdr");
     place.namespace.ip("link add veth0 type veth peer name veth1");
     for (args, wanted) in [
-        (&["--tun", "tap0"][..], "\"tap0\" is a TAP interface, not a TUN; make a TUN of another name with 'ip tuntap"),
+        (
+            &["--tun", "tap0"][..],
+            "\"tap0\" is a TAP interface, not a TUN; make a TUN of another name, as root: 'ip tuntap",
+        ),
         (&["--tun", "veth0"], "\"veth0\" is a veth interface, not a TUN"),
         (&["--tap", "tun0"], "\"tun0\" is a TUN interface, not a TAP"),
-        (&["--tun", "tun0", "--queue-pairs", "2"], "mode tun vnet_hdr multi_queue"),
+        (&["--tun", "tun0", "--queue-pairs", "2"], "mode tun vnet_hdr multi_queue user USER && ip link set tun0 up"),
     ] {
         let log = place.refusal(args);
         assert!(log.contains(wanted), "{args:?}: {log}");

@@ -73,9 +73,8 @@ pub enum TapError {
     },
     /// There is an interface of that name, of another kind.
     #[error(
-        "Interface {name:?} is a {kind} interface, not a {0}; make a {0} of another name with \
-         'ip tuntap add dev NAME mode {1} vnet_hdr'",
-        layer.name(), layer.mode()
+        "Interface {name:?} is a {kind} interface, not a {0}; make a {0} of another name, as root: '{1}'",
+        layer.name(), command_to_make(*layer, "NAME", false)
     )]
     OtherKind {
         /// What it should be.
@@ -111,9 +110,9 @@ pub enum TapError {
     },
     /// Several queue pairs on a TAP that has one queue.
     #[error(
-        "{0} {name:?} was made with a single queue, {queue_pairs} queue pairs need a multi-queue one: 'ip link delete \
-         {name} && ip tuntap add dev {name} mode {1} vnet_hdr multi_queue', or use --queue-pairs 1",
-        layer.name(), layer.mode()
+        "{} {name:?} was made with a single queue, {queue_pairs} queue pairs need a multi-queue one, so it has to be made \
+         anew, as root: 'ip link delete {name} && {}', or use --queue-pairs 1",
+        layer.name(), command_to_make(*layer, name, true)
     )]
     SingleQueue {
         /// TAP or TUN.
@@ -330,7 +329,9 @@ fn check_existing(how: &TapByName, link: &Link) -> Result<bool, TapError> {
     if !link.tun.has_owner {
         let what = layer.name();
         log::warn!(
-            "{what} {name:?} has no owner, so any user of this host may attach to it: 'ip tuntap add … user USER'"
+            "{what} {name:?} has no owner, so any user of this host may attach to it; it has to be made anew, as root: \
+             'ip link delete {name} && {}'",
+            command_to_make(layer, &name, link.tun.multi_queue)
         );
     }
     Ok(link.tun.multi_queue)

@@ -93,7 +93,10 @@ fn interface_of_another_kind_is_refused_by_its_kind() {
         ("tun0", "Interface \"tun0\" is a TUN interface, not a TAP"),
     ] {
         let log = place.refusal(&["--tap", name]);
-        assert!(log.contains(wanted) && log.contains("'ip tuntap add dev NAME mode tap vnet_hdr'"), "{log}");
+        assert!(
+            log.contains(wanted) && log.contains("'ip tuntap add dev NAME mode tap vnet_hdr user USER &&"),
+            "{log}"
+        );
         assert!(!place.socket().exists());
     }
 }
@@ -108,7 +111,52 @@ fn single_queue_tap_is_refused_for_two_pairs() {
     place.namespace.add_tap(&TapSpec::new(TAP));
     let log = place.refusal(&["--tap", TAP, "--queue-pairs", "2"]);
     assert!(log.contains("was made with a single queue, 2 queue pairs need a multi-queue one"), "{log}");
-    assert!(log.contains("ip tuntap add dev tap0 mode tap vnet_hdr multi_queue'"), "{log}");
+    assert!(log.contains("'ip link delete tap0 && ip tuntap add dev tap0 mode tap vnet_hdr multi_queue user"), "{log}");
+}
+
+/// The command in a message, with names in the places of its capital words.
+fn cure(log: &str) -> String {
+    let from = log.find("'ip ").expect(log);
+    let command = log[from + 1..].split('\'').next().unwrap();
+    command.replace("USER", "0").replace("NAME", "other0")
+}
+
+/// What a message tells to do is all that there is to do: nothing is warned of then.
+#[test]
+fn command_that_a_message_gives_makes_a_tap_of_which_nothing_is_warned() {
+    if !require_root("command_that_a_message_gives_makes_a_tap_of_which_nothing_is_warned") {
+        return;
+    }
+    let as_root = |place: &Place, options: &[&str]| place.command(options);
+    let nobody = |place: &Place, options: &[&str]| {
+        let socket = place.socket();
+        as_nobody(place, "666", &[&["--socket-path", arg(&socket)], options].concat())
+    };
+    type Start<'a> = &'a dyn Fn(&Place, &[&str]) -> Command;
+    let cases: [(&str, &str, &[&str], Start<'_>); 6] = [
+        ("tuntap add dev tap0 mode tap vnet_hdr", "tap0", &["--tap", TAP, "--queue-pairs", "2"], &as_root),
+        ("link add tap0 type bridge", "other0", &["--tap", TAP], &as_root),
+        ("tuntap add dev tap0 mode tap vnet_hdr", "tap0", &["--tun", TAP], &as_root),
+        ("tuntap add dev tap0 mode tap vnet_hdr user 0", "tap0", &["--tap", TAP], &nobody),
+        ("tuntap add dev other mode tap", "tap0", &["--tap", TAP], &nobody),
+        ("tuntap add dev tap0 mode tap vnet_hdr", "tap0", &["--tap", TAP], &as_root),
+    ];
+    for (made, name, options, start) in cases {
+        let place = Place::new();
+        place.namespace.ip(made);
+        let mut backend = Spawned::run(&mut start(&place, options));
+        let log = backend.wait_line("'ip ");
+        drop(backend);
+
+        place.namespace.run("sh", &["-c", &cure(&log)]);
+
+        let cured = if log.contains("NAME") { "other0" } else { name };
+        let socket = place.socket();
+        let mut args = vec!["--socket-path", arg(&socket)];
+        args.extend(options.iter().map(|word| if *word == TAP { cured } else { word }));
+        let backend = Spawned::start_in(&place.namespace, &args);
+        assert!(!backend.log().contains("warn: "), "{made}, {options:?}: {}", backend.log());
+    }
 }
 
 #[test]
