@@ -28,6 +28,28 @@ fn unit_that_is_passed_its_device_exposes_less() {
     exposes_at_most("unit_that_is_passed_its_device_exposes_less", PASSED, 0.5);
 }
 
+/// Settings that no systemd knows, in a wrong section, or of a wrong form.
+#[test]
+fn units_are_what_systemd_takes() {
+    const TEST: &str = "units_are_what_systemd_takes";
+    // What it runs, and the manual, are not installed where it is built.
+    let dir = tempfile::TempDir::new().unwrap();
+    let paths = [UNIT, PASSED].map(|unit| {
+        let path = dir.path().join(Path::new(unit).file_name().unwrap().to_str().unwrap().replace('@', "@tap0"));
+        let text = text(unit).replace("/usr/local/bin/vhost-user-net", "/bin/true");
+        let lines = text.lines().filter(|line| !line.starts_with("Documentation="));
+        std::fs::write(&path, lines.map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+        path
+    });
+    let Ok(output) = Command::new("systemd-analyze").arg("verify").args(paths).output() else {
+        return skip(TEST, "there is no systemd-analyze (Debian: systemd)");
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    // Of others' units it has its words too.
+    let ours = said.lines().filter(|line| line.contains("vhost-user-net") && !line.contains("OpenFile"));
+    assert_eq!(ours.count(), 0, "{said}");
+}
+
 fn exposes_at_most(test: &str, unit: &str, most: f64) {
     let mut command = Command::new("systemd-analyze");
     command.args(["security", "--offline=true", "--no-pager", unit]).current_dir(env!("CARGO_MANIFEST_DIR"));
@@ -54,6 +76,9 @@ fn units_command_lines_are_some() {
         // Whoever restarts a process is not told of its end by one that waits.
         assert_eq!(config.host.on_loss, vhost_user_net::host_side::OnLoss::Exit);
         assert!(text.contains("Restart=always"));
+        // Nor of a command line that is wrong, for ever; and what it refers to is set.
+        assert!(text.contains("RestartPreventExitStatus=2\n") && text.contains("Environment=ARGS=\n"), "{unit}");
+        assert!(!text.contains("StartLimitIntervalSec=0"), "{unit}");
     }
 }
 
