@@ -7,12 +7,17 @@ use std::path::Path;
 use std::process::Command;
 
 use clap::Parser;
+use common::backend::{Spawned, arg};
+use common::netns::{NetNs, require_root};
 use common::skip;
 use vhost_user_net::cli::Cli;
 use vhost_user_net::config::Config;
 
 const UNIT: &str = "resources/systemd/vhost-user-net@.service";
 const PASSED: &str = "resources/systemd/vhost-user-net-passed@.service";
+const TAP: &str = "resources/systemd/vhost-user-net-tap@.service";
+/// Where the program is installed.
+const PROGRAM: &str = "/usr/local/bin/vhost-user-net";
 
 fn text(unit: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(unit)).unwrap()
@@ -34,9 +39,9 @@ fn units_are_what_systemd_takes() {
     const TEST: &str = "units_are_what_systemd_takes";
     // What it runs, and the manual, are not installed where it is built.
     let dir = tempfile::TempDir::new().unwrap();
-    let paths = [UNIT, PASSED].map(|unit| {
+    let paths = [UNIT, PASSED, TAP].map(|unit| {
         let path = dir.path().join(Path::new(unit).file_name().unwrap().to_str().unwrap().replace('@', "@tap0"));
-        let text = text(unit).replace("/usr/local/bin/vhost-user-net", "/bin/true");
+        let text = text(unit).replace(PROGRAM, "/bin/true");
         let lines = text.lines().filter(|line| !line.starts_with("Documentation="));
         std::fs::write(&path, lines.map(|line| format!("{line}\n")).collect::<String>()).unwrap();
         path
@@ -70,6 +75,7 @@ fn exposes_at_most(test: &str, unit: &str, most: f64) {
 fn units_command_lines_are_some() {
     for unit in [UNIT, PASSED] {
         let text = text(unit);
+        assert!(text.contains(&format!("ExecStart={PROGRAM} ")), "{unit}");
         let line = text.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
         let line = line.replace("%i", "tap0").replace("${QUEUES}", "3,4").replace("$ARGS", "--socket-mode=0660");
         let config = Config::try_from(Cli::try_parse_from(line.split(' ')).unwrap()).unwrap();
@@ -96,4 +102,28 @@ fn units_differ_in_what_is_passed_only() {
         service.lines().filter(|line| !is_of_one(line)).map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(settings(UNIT), settings(PASSED));
+}
+
+/// The TAP that a unit makes is one that the back-end, as the other units' user, takes without a word.
+#[test]
+fn tap_of_the_unit_is_served_without_a_warning() {
+    const TEST: &str = "tap_of_the_unit_is_served_without_a_warning";
+    if !require_root(TEST) {
+        return;
+    }
+    let namespace = NetNs::new();
+    let dir = tempfile::TempDir::new().unwrap();
+    let socket = dir.path().join("socket");
+    for (flags, pairs) in [("", "1"), ("multi_queue", "2")] {
+        let unit = text(TAP).replace("%i", "tap0").replace("$FLAGS", flags).replace("user vhost-user-net", "user 0");
+        let commands =
+            |setting: &str| unit.lines().filter_map(|line| line.strip_prefix(setting)).collect::<Vec<_>>().join(" && ");
+        namespace.run("sh", &["-c", &commands("ExecStart=")]);
+        let args = ["--socket-path", arg(&socket), "--tap", "tap0", "--queue-pairs", pairs];
+        let backend = Spawned::start_in(&namespace, &args);
+        assert!(backend.log().contains("Attached to") && !backend.log().contains("warn: "), "{}", backend.log());
+        drop(backend);
+        namespace.run("sh", &["-c", &commands("ExecStop=")]);
+        assert!(!namespace.try_ip("link show tap0"));
+    }
 }
