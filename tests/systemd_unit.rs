@@ -104,6 +104,18 @@ fn units_differ_in_what_is_passed_only() {
     assert_eq!(settings(UNIT), settings(PASSED));
 }
 
+#[test]
+fn program_is_where_all_that_name_it_say() {
+    let (directory, name) = PROGRAM.rsplit_once('/').unwrap();
+    for (file, wanted) in [
+        ("resources/50-vhost-user-net.json", format!("\"binary\": \"{PROGRAM}\"")),
+        ("README.md", format!("install target/release/{name} {directory}/")),
+        ("docs/service.md", format!("install target/release/{name} {directory}/")),
+    ] {
+        assert!(text(file).contains(&wanted), "{file}: {wanted}");
+    }
+}
+
 /// The TAP that a unit makes is one that the back-end, as the other units' user, takes without a word.
 #[test]
 fn tap_of_the_unit_is_served_without_a_warning() {
