@@ -18,15 +18,15 @@ use crate::virtqueue::QueueSize;
 ///
 /// A vhost-user back-end for QEMU, cloud-hypervisor and other virtual machine monitors: they connect to the socket and
 /// hand over the guest's memory and virtqueues, and frames move straight between those and a TAP, TUN, MACVTAP or packet
-/// socket. One process serves one network card. It does not daemonize, logs to standard error, serves front-ends one
-/// after another, and ends on SIGTERM, SIGINT or SIGHUP with status 0. SIGUSR1 logs the counters.
+/// socket. One process serves one network card. It does not daemonize, logs to standard error, and serves front-ends one
+/// after another.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 #[command(group = needed("front-end-socket", &["socket_path", "fd"]))]
 #[command(group = needed("device", &DEVICES))]
 #[command(group = ArgGroup::new("tuntap").args(["tap", "tun"]))]
 #[command(group = ArgGroup::new("existing").multiple(true).args(["interface", "macvlan_parent"]))]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = MORE, after_long_help = SECTIONS)]
 pub struct Cli {
     /// Listen for front-ends on a Unix socket at PATH
     ///
@@ -330,17 +330,32 @@ const NOT_TAP: [&str; 5] = ["tap_fd", "tun", "macvtap", "macvtap_parent", "exist
 const NO_CARRIER: [&str; 3] = ["macvtap", "macvtap_parent", "existing"];
 const NOT_PACKET: [&str; 5] = ["tap", "tun", "tap_fd", "macvtap", "macvtap_parent"];
 
-const EXAMPLES: &str = "\
+const MORE: &str = "'--help' has examples, exit statuses and signals.";
+/// Lines that are to be pasted are shorter than a terminal, which would break them: tests/cli.rs holds them to it, and makes
+/// sections of the man page of what stands here.
+const SECTIONS: &str = "\
+Exit status:
+  0   it was ended, by a signal or with the front-end of --fd
+  1   it cannot start or go on as the host is; trying again may help
+  2   the command line is wrong; trying again does not help
+  75  the interface was deleted and is not waited for (--on-device-loss)
+
+Signals:
+  SIGTERM, SIGINT, SIGHUP  stop the rings, remove the socket, end with status 0
+  SIGUSR1                  log the counters
+
 Examples:
   ip tuntap add dev tap0 mode tap vnet_hdr user alice
   ip link set tap0 up
   vhost-user-net --socket-path /run/user/1000/net0 --tap tap0
 
-  qemu-system-x86_64 … -object memory-backend-memfd,id=mem0,size=1G,share=on -machine memory-backend=mem0 \\
-    -chardev socket,id=chr0,path=/run/user/1000/net0 -netdev vhost-user,id=net0,chardev=chr0 \\
-    -device virtio-net-pci,netdev=net0
+  qemu-system-x86_64 -machine q35,memory-backend=mem0 -m 1G \\
+    -object memory-backend-memfd,id=mem0,size=1G,share=on \\
+    -chardev socket,id=chr0,path=/run/user/1000/net0 \\
+    -netdev vhost-user,id=net0,chardev=chr0 \\
+    -device virtio-net-pci,netdev=net0 …
 
-The guest's memory must be shared (share=on), or there is nothing that can be handed over.";
+The guest's memory must be shared (share=on), or nothing can be handed over.";
 
 /// One of these must be there. Which exclude each other is said where they are declared.
 fn needed(name: &'static str, one_of: &[&'static str]) -> ArgGroup {

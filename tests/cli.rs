@@ -156,12 +156,89 @@ fn odd_words_on_the_command_line_are_refused_with_one_message() {
     }
 }
 
+/// What is to be pasted comes out of --help in one piece, on any terminal.
+#[test]
+fn examples_in_the_help_are_not_broken() {
+    let printed = text(&run(&["--help"]).stdout);
+    let (_, sections) = printed.split_once("Exit status:").expect(&printed);
+    for line in sections.lines() {
+        assert!(line.chars().count() < 80, "{line}");
+    }
+    let command = sections.lines().skip_while(|line| !line.contains("qemu-system")).take_while(|line| !line.is_empty());
+    let (last, others) =
+        command.collect::<Vec<_>>().split_last().map(|(last, others)| (*last, others.to_vec())).unwrap();
+    assert!(others.len() > 3 && others.iter().all(|line| line.ends_with(" \\")) && !last.ends_with('\\'), "{sections}");
+}
+
+fn roff(text: &str) -> String {
+    text.replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\*(Aq")
+}
+
+/// An option with the name of its value, which are not to be parted at the end of a line.
+fn option_and_value(arg: &clap::Arg) -> String {
+    let option = format!("\\fB{}\\fR", roff(&format!("--{}", arg.get_long().unwrap())));
+    match arg.get_value_names() {
+        Some([value]) if arg.get_action().takes_values() => format!("{option}\\ \\fI{}\\fR", roff(value)),
+        _ => option,
+    }
+}
+
+/// As clap_mangen has it, but with the options' values.
+fn synopsis() -> String {
+    let mut command = Cli::command();
+    command.build();
+    let named = |id: &clap::Id| command.get_arguments().find(|arg| arg.get_id() == id).map(option_and_value).unwrap();
+    let required: Vec<_> = command.get_groups().filter(|group| group.is_required_set()).collect();
+    let mut text = ".SH SYNOPSIS\n.nh\n.ad l\n\\fBvhost\\-user\\-net\\fR".to_owned();
+    for group in &required {
+        text += &format!(" {{{}}}", group.get_args().map(named).collect::<Vec<_>>().join(" | "));
+    }
+    let is_other = |arg: &&clap::Arg| !required.iter().any(|group| group.get_args().any(|id| id == arg.get_id()));
+    for arg in command.get_arguments().filter(is_other).filter(|arg| arg.get_short().is_none()) {
+        text += &format!(" [{}]", option_and_value(arg));
+    }
+    text + "\n.ad b\n.hy\n"
+}
+
+/// What stands below the options in the help: titles, what is indented as it stands, and text.
+fn sections() -> String {
+    let text = Cli::command().get_after_long_help().unwrap().to_string();
+    let mut page = String::new();
+    let mut is_literal = false;
+    for line in text.lines() {
+        let indented = line.strip_prefix("  ");
+        // An empty line between two commands is of them.
+        if !line.is_empty() && indented.is_some() != is_literal {
+            is_literal = !is_literal;
+            page += if is_literal { ".nf\n" } else { ".fi\n" };
+        }
+        match (indented, line.strip_suffix(':')) {
+            (None, Some(title)) => page += &format!(".SH {}\n", roff(&title.to_uppercase())),
+            (None, None) if !is_literal && line.is_empty() => page += ".PP\n",
+            (indented, _) => page += &(roff(indented.unwrap_or(line)) + "\n"),
+        }
+    }
+    page + if is_literal { ".fi\n" } else { "" }
+}
+
+fn man_page() -> Vec<u8> {
+    // Without a date: the page changes with the command line alone.
+    let man = clap_mangen::Man::new(Cli::command());
+    let mut page = Vec::new();
+    man.render_title(&mut page).unwrap();
+    man.render_name_section(&mut page).unwrap();
+    page.extend(synopsis().bytes());
+    man.render_description_section(&mut page).unwrap();
+    man.render_options_section(&mut page).unwrap();
+    page.extend(sections().bytes());
+    man.render_version_section(&mut page).unwrap();
+    page
+}
+
 #[test]
 fn man_page_says_what_the_command_line_takes() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("resources/vhost-user-net.1");
-    let mut page = Vec::new();
-    // Without a date: the page changes with the command line alone.
-    clap_mangen::Man::new(Cli::command()).render(&mut page).unwrap();
+    let page = man_page();
     if std::env::var_os("UPDATE_MAN").is_some_and(|update| update == "1") {
         fs::write(&path, &page).unwrap();
     }
@@ -172,5 +249,9 @@ fn man_page_says_what_the_command_line_takes() {
     for option in options() {
         let escaped = option.replace('-', "\\-");
         assert!(text(&page).contains(&escaped), "The man page does not mention {option}");
+    }
+    let page = text(&page);
+    for wanted in [".SH EXIT STATUS\n", ".SH SIGNALS\n", ".SH EXAMPLES\n.nf\n", "\\fB\\-\\-tap\\fR\\ \\fINAME\\fR"] {
+        assert!(page.contains(wanted), "{wanted}");
     }
 }
