@@ -127,7 +127,7 @@ pub fn enter(wanted: Wanted, later: Later<'_>) -> Result<Sandbox, SandboxError> 
     // It is asked of the kernel once, in a way that no thread may later.
     let _ = rustix::param::page_size();
     if let Some(reason) = later.keeps_rights {
-        log::info!("Sandbox workers: only the threads that touch guest memory are confined: {reason}");
+        say_that_control_is_not_confined(reason);
         return Ok(Sandbox { level: Level::Workers });
     }
     let missing = match wanted {
@@ -153,6 +153,19 @@ pub fn enter(wanted: Wanted, later: Later<'_>) -> Result<Sandbox, SandboxError> 
             Sandbox { level: Level::Seccomp }
         }
     })
+}
+
+/// What a front-end sends is read by a thread with all rights of the user: as root that is more than a guest's keeper should
+/// be able to win.
+fn say_that_control_is_not_confined(reason: &str) {
+    if rustix::process::geteuid().is_root() {
+        log::warn!(
+            "Sandbox workers: only the threads that touch guest memory are confined, and the one that hears the front-end \
+             keeps root's rights: {reason}; an interface that exists and --on-device-loss exit go without"
+        );
+    } else {
+        log::info!("Sandbox workers: only the threads that touch guest memory are confined: {reason}");
+    }
 }
 
 fn leave(directory: Option<BorrowedFd<'_>>) -> Result<(), SandboxError> {
