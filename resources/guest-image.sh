@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC2119 # step_done needs no argument
 # Makes what the test guests boot from: a distribution kernel and a small initramfs with a shell,
-# iperf3, ethtool and iproute2. Nothing of the kernel packages is installed; they are unpacked into
-# the cache. A second run finds everything there and is done at once.
+# iperf3, ethtool and iproute2. Nothing of the kernel's and busybox's packages is installed; they are unpacked
+# in the cache. A second run finds everything there and is done at once.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=resources/lib/common.sh
@@ -32,14 +32,16 @@ DRIVER_MODULES=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev v
 SPARE_MODULES=(pktgen macvlan llc stp garp mrp 8021q)
 
 install_host_packages() {
-    install_missing qemu-system-x86_64=qemu-system-x86 busybox=busybox-static iperf3=iperf3 \
+    install_missing qemu-system-x86_64=qemu-system-x86 iperf3=iperf3 \
         ethtool=ethtool ip=iproute2 cpio=cpio xz=xz-utils zstd=zstd socat=socat
-    # The guest has no C library of busybox's choosing: it must be the static one.
-    if ldd "$(command -v busybox)" >/dev/null 2>&1; then
-        apt_update
-        quietly "${APT[@]}" install -y --no-install-recommends busybox-static ||
-            die "cannot install busybox-static"
-    fi
+}
+
+# Sets BUSYBOX. The guest has no C library of busybox's choosing, so it must be the static one; installed, that
+# package would take the place of the host's own.
+unpack_busybox() {
+    unpack "$WORK/busybox" busybox-static
+    BUSYBOX=$(find "$WORK/busybox" -path '*bin/busybox' -type f)
+    [ -x "$BUSYBOX" ] || die "there is no busybox in package busybox-static"
 }
 
 # The kernel packages (image, and modules where they are apart) behind a meta package: the newest
@@ -109,9 +111,9 @@ make_initramfs() {
     step "Packing ${2#"$NEW/"}"
     rm -rf "$tree"
     mkdir -p "$tree"/{bin,dev,proc,sys,tmp,etc}
-    cp -L "$(command -v busybox)" "$tree/bin/busybox"
+    cp "$BUSYBOX" "$tree/bin/busybox"
     local name
-    for name in $(busybox --list); do
+    for name in $("$BUSYBOX" --list); do
         [ "$name" = busybox ] || ln -s busybox "$tree/bin/$name"
     done
     for name in ip ethtool iperf3; do
@@ -184,6 +186,7 @@ main() {
     mkdir -p "$NEW"
     printf 'Made by resources/guest-image.sh; safe to delete.\nrecipe %s\n' "$(recipe)" >"$NEW/README"
     apt_update
+    unpack_busybox
     make_guest
     [ $uml = no ] || make_uml_guest
     # One rename, so that nobody ever sees half a guest.

@@ -13,8 +13,8 @@ usage() {
 Usage: sudo resources/launch-vm.sh [OPTION]... [-- BACK-END-OPTION...]
 
 Installs what is missing (apt), builds the back-end, boots a small Linux guest on it and gives the
-guest's console. Host 10.99.0.1 and guest 10.99.0.2 are alone in a network namespace; nothing is
-left behind at the end.
+guest's console. Host 10.99.0.1 and guest 10.99.0.2 are alone in a network namespace. At the end that
+is gone with all that is in it; packages, the guest's parts in the cache and target/ stay.
 
   --check             no console: send traffic both ways, show what flowed, exit 0 only if it did
   --queue-pairs N     queue pairs of the network card (1)
