@@ -1,11 +1,41 @@
 #!/usr/bin/env bash
-# compare-throughput.sh [RUNS] [LAUNCH-VM-OPTION...]: TCP through this back-end next to QEMU's own userspace tap, in the same guest on
-# the same machine: RUNS interleaved runs of each (5 unless told), their medians and ratios. About half a minute a run.
+# TCP through this back-end next to QEMU's own userspace tap, in the same guest on the same machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-runs=${1:-5}
-shift || true
+usage() {
+    cat <<'USAGE'
+Usage: sudo resources/compare-throughput.sh [RUNS] [LAUNCH-VM-OPTION...]
+
+TCP through this back-end next to QEMU's own userspace tap, in the same guest on the same machine:
+RUNS interleaved runs of each (5 unless told), their medians and ratios. A run takes about half a
+minute. Options are launch-vm.sh's, but for --check and --backend, which are set here:
+
+  sudo resources/compare-throughput.sh 3 --queue-pairs 2
+USAGE
+}
+
+usage_error() {
+    printf 'compare-throughput.sh: %s\n' "$*" >&2
+    usage >&2
+    exit 2
+}
+
+runs=5
+case ${1:-} in
+    --help | -h) usage && exit 0 ;;
+    '' | -*) ;;
+    *) runs=$1 && shift ;;
+esac
+[[ $runs =~ ^[1-9][0-9]*$ ]] || usage_error "RUNS is a number from 1 up, not $runs"
+for option in "$@"; do
+    case $option in
+        --help | -h) usage && exit 0 ;;
+        --check | --backend) usage_error "$option is set here" ;;
+        --) break ;;
+    esac
+done
+[ "$(id -u)" = 0 ] || usage_error "must be root, as launch-vm.sh: sudo resources/compare-throughput.sh"
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 
