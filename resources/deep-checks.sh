@@ -167,10 +167,15 @@ part_mutants() {
     return $status
 }
 
+# The database is fetched apart: what then fails is an advisory, not the network.
 part_deny() {
     cargo_tool deny cargo-deny || return
     run_rust cargo deny check licenses bans sources || return 1
-    run_rust cargo deny check advisories || say "SKIP: advisories, or there are some: see above"
+    run_rust cargo deny fetch db || {
+        say "SKIP: the advisories cannot be fetched; licences, bans and sources are right"
+        return 77
+    }
+    run_rust cargo deny check --disable-fetch advisories
 }
 
 part_fuzz() { "$ROOT/resources/fuzz.sh" --minutes "$MINUTES"; }
