@@ -15,7 +15,7 @@ use common::memory::GuestMemory;
 use common::message::Message;
 use common::split_ring::{Buf, Desc, SplitRing};
 use common::virtio::{VnetHdr, ctrl, desc_flag, feature, gso, net_flag};
-use common::{PATIENCE, QUIET, fd_of, times, wait_readable};
+use common::{PATIENCE, QUIET, StopOnDrop, fd_of, times, wait_readable};
 use vhost_user_net::nic::NicSetup;
 
 const CTRL_RX_EXTRA: u64 = 1 << 20;
@@ -457,6 +457,7 @@ fn command_rewritten_while_it_is_read_does_no_harm() {
                 mem.write(addr, &command);
             }
         });
+        let _stop = StopOnDrop(&stop);
         let begin = Instant::now();
         while begin.elapsed() < Duration::from_millis(300) || (statuses[0] == 0 && begin.elapsed() < PATIENCE) {
             bench.mem.write(status, &[0xee]);
@@ -467,7 +468,6 @@ fn command_rewritten_while_it_is_read_does_no_harm() {
             }
             statuses[usize::from(bench.mem.read(status, 1)[0])] += 1;
         }
-        stop.store(true, Ordering::Relaxed);
     });
     let [ok, err] = [ctrl::OK, ctrl::ERR].map(|status| statuses[usize::from(status)]);
     common::say(&format!("{ok} commands were carried out, {err} refused"));

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use common::PATIENCE;
 use common::driver::NetDriverSpec;
 use common::frames::Checker;
 use common::memory::{GuestMemory, RegionSpec};
 use common::path_bench::{Bench, FEATURE_SETS, rx_frame, tx_frame};
 use common::split_ring::Buf;
 use common::virtio::{VnetHdr, feature};
+use common::{PATIENCE, StopOnDrop};
 
 /// H-20: a header is 12 bytes with every feature set; what would make it longer is not offered.
 #[test]
@@ -246,6 +246,7 @@ fn both_directions_get_their_turn_when_both_are_always_ready() {
                 while tap.recv_raw(std::time::Duration::ZERO).is_some() {}
             }
         });
+        let _stop = StopOnDrop(&done);
         let begin = Instant::now();
         let frame = tx_frame(0, 60);
         let sent = |name| backend.counter(0, name);
@@ -261,7 +262,6 @@ fn both_directions_get_their_turn_when_both_are_always_ready() {
             }
             driver.reclaim_tx();
         }
-        done.store(true, Ordering::Relaxed);
     });
     let (tx, rx) = (bench.counter("tx_frames"), bench.counter("rx_frames"));
     common::say(&format!("{tx} frames from the guest, {rx} to it"));

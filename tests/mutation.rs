@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::PATIENCE;
 use common::frames::{self, Ends, L4Csum, TCP_CSUM_OFFSET};
 use common::memory::GuestMemory;
 use common::path_bench::{Bench, FEATURE_SETS, RX, TX, rx_frame};
 use common::split_ring::{Buf, Desc};
 use common::virtio::{VnetHdr, feature, gso, net_flag};
+use common::{PATIENCE, StopOnDrop};
 
 const FOR: Duration = Duration::from_millis(150);
 
@@ -69,6 +69,7 @@ fn rings_rewritten_while_they_are_read_do_no_harm() {
                     }
                 }
             });
+            let _stop = StopOnDrop(&stop);
             let begin = Instant::now();
             let frame = [&[0; 12][..], &rx_frame(0, 300)].concat();
             let went_wrong = || bench.counter("tx_drop_bad_chain") > 0 && bench.counter("rx_bad_chains") > 0;
@@ -82,7 +83,6 @@ fn rings_rewritten_while_they_are_read_do_no_harm() {
                 let _ = tap.try_send_raw(&frame);
                 while tap.recv_raw(Duration::ZERO).is_some() {}
             }
-            stop.store(true, Ordering::Relaxed);
         });
         assert_eq!(bench.counter("broken_rings"), 0, "heads and indices were always right");
         let saw_both = bench.counter("tx_drop_bad_chain") > 0 && bench.counter("rx_bad_chains") > 0;

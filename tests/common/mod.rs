@@ -42,7 +42,7 @@ mod waiting;
 
 use std::io::{self, Write};
 
-pub use waiting::{PATIENCE, QUIET, fd_of, wait_for, wait_readable};
+pub use waiting::{PATIENCE, QUIET, StopOnDrop, fd_of, wait_for, wait_readable};
 
 /// How often to do what takes long: `usually`, or as often as it was meant where `VHOST_USER_NET_FULL=1` asks for that
 /// (`resources/run-tests.sh --full`).

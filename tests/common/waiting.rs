@@ -1,6 +1,7 @@
 //! Waiting for events, never without a bound.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,6 +12,16 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long to watch for an event that must not come.
 pub const QUIET: Duration = Duration::from_millis(100);
+
+/// Tells the other threads of a test to end: when it is dropped, so also where the test fails meanwhile. A scope waits for
+/// its threads, and with a flag that nobody sets it would wait for ever.
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 /// Waits until `fd` has one of `events` (or hung up); false when `timeout` passed.
 pub fn wait_for(fd: impl AsFd, events: PollFlags, timeout: Duration) -> bool {

@@ -6,7 +6,7 @@ use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -396,6 +396,15 @@ impl Unheard {
     fn pid(&self) -> Pid {
         Pid::from_raw(self.0.id() as i32)
     }
+
+    fn wait_end(&mut self) -> ExitStatus {
+        let mut ended = None;
+        wait_until("the process has ended", || {
+            ended = self.0.try_wait().unwrap();
+            ended.is_some()
+        });
+        ended.unwrap()
+    }
 }
 
 impl Drop for Unheard {
@@ -457,7 +466,7 @@ fn process_whose_log_is_lost_passes_frames_and_ends_when_told() {
             unread.read_exact(&mut vec![0; 1 << 16]).unwrap();
         }
         kill(backend.pid(), Signal::SIGTERM).unwrap();
-        let status = backend.0.wait().unwrap();
+        let status = backend.wait_end();
         assert_eq!(status.code(), Some(0), "{redirection}");
         assert!(!place.socket().exists());
         if redirection == BLOCKS {

@@ -15,7 +15,7 @@ use crate::common::message::Message;
 use crate::common::path_bench::{Bench, RX, TX};
 use crate::common::split_ring::{Buf, Desc, SplitRing};
 use crate::common::virtio::VnetHdr;
-use crate::common::{PATIENCE, fd_of, say, times, wait_readable};
+use crate::common::{PATIENCE, StopOnDrop, fd_of, say, times, wait_readable};
 
 /// Q-01, E-01: it cannot be returned, so its ring is parked; that ring can be stopped at once, and starts again.
 #[test]
@@ -136,21 +136,18 @@ fn kicks_while_a_ring_is_stopped_and_started_do_no_harm() {
                 kicks.iter().for_each(|kick| _ = kick.write(1));
             }
         });
+        let _stop = StopOnDrop(&stop);
         for round in 0..200 {
             for index in 0..2 {
                 let used = bench.guest.session().rings[index].used_idx();
                 let base = bench.front_end.get_vring_base(index as u32);
-                if base != Ok(used.into()) {
-                    stop.store(true, Ordering::Relaxed);
-                    panic!("round {round}: {base:?}, not {used}");
-                }
+                assert_eq!(base, Ok(used.into()), "round {round}");
                 bench.start_ring(index);
             }
             if round % 20 == 0 {
                 bench.assert_frames_pass();
             }
         }
-        stop.store(true, Ordering::Relaxed);
     });
     bench.assert_frames_pass();
     assert_eq!(bench.backend.counter(0, "broken_rings"), 0);
@@ -218,6 +215,7 @@ fn payload_rewritten_while_it_is_sent_stays_a_frame_of_its_length() {
                 mem.fill(addr + 12, 1500, fill);
             }
         });
+        let _stop = StopOnDrop(&stop);
         let began = Instant::now();
         let mut wrong = None;
         while wrong.is_none() && began.elapsed() < Duration::from_millis(200) {
@@ -228,7 +226,6 @@ fn payload_rewritten_while_it_is_sent_stays_a_frame_of_its_length() {
                 wrong = Some(0);
             }
         }
-        stop.store(true, Ordering::Relaxed);
         assert_eq!(wrong, None);
     });
     bench.pass_tx(1, 100);

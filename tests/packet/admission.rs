@@ -1,7 +1,7 @@
 //! Which frames come to the guest.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::common::PATIENCE;
 use crate::common::bench::Guest;
@@ -96,7 +96,9 @@ fn frames_that_the_host_sends_over_the_interface_do_not_come() {
             outside.send(&frame(3, flow));
         }
         let mut came = 0;
+        let deadline = Instant::now() + PATIENCE;
         while came < FLOWS {
+            assert!(Instant::now() < deadline, "{came} of {FLOWS} frames came");
             for pair in &mut guest.pairs {
                 while let Some((_, frame)) = pair.recv(Duration::from_millis(1)) {
                     assert_eq!(find_stamp(&frame), Some(Ok(Stamp { stream: 3, seq: 0 })));

@@ -21,8 +21,9 @@ use crate::{Place, TAP, assert_frames_pass, wait_until};
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,
     received: Arc<AtomicU64>,
-    guest: JoinHandle<(u64, u64)>,
-    host: JoinHandle<()>,
+    /// None once they were waited for.
+    guest: Option<JoinHandle<(u64, u64)>>,
+    host: Option<JoinHandle<()>>,
 }
 
 impl Load {
@@ -58,7 +59,7 @@ impl Load {
                 let _ = host.send_vnet(&VnetHdr::default(), &frame);
             }
         });
-        Load { stop, received, guest, host }
+        Load { stop, received, guest: Some(guest), host: Some(host) }
     }
 
     /// Waits until frames arrive in the guest.
@@ -72,10 +73,18 @@ impl Load {
     }
 
     /// Ends it; returns how many frames were sent, and how many of them came back used.
-    pub(crate) fn stop(self) -> (u64, u64) {
+    pub(crate) fn stop(mut self) -> (u64, u64) {
         self.stop.store(true, Ordering::Relaxed);
-        self.host.join().unwrap();
-        self.guest.join().unwrap()
+        self.host.take().unwrap().join().unwrap();
+        self.guest.take().unwrap().join().unwrap()
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        // A test that failed: its threads would take the processors from those that come after it.
+        self.stop.store(true, Ordering::Relaxed);
+        _ = (self.host.take().map(JoinHandle::join), self.guest.take().map(JoinHandle::join));
     }
 }
 
