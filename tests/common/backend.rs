@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -26,9 +26,9 @@ use vhost_user_net::vhost_user::session::SessionOptions;
 use vhost_user_net::virtqueue::QueueSize;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::PATIENCE;
 use super::netns::NetNs;
 use super::tap_double::TapDouble;
+use super::{PATIENCE, panics};
 
 /// The tests of the data path hold however the workers go about it: `VHOST_USER_NET_TEST_IO` says how frames are read and
 /// written, `VHOST_USER_NET_TEST_POLL_US` for how long workers poll.
@@ -50,7 +50,8 @@ fn default_options() -> SessionOptions {
 /// A back-end in a thread of this process, with a TAP double for each queue pair.
 pub struct InProcess {
     pub taps: Vec<TapDouble>,
-    pub nic: Arc<Nic>,
+    /// None only while being dropped.
+    nic: Option<Arc<Nic>>,
     stop: EventFd,
     thread: Option<JoinHandle<()>>,
     dir: TempDir,
@@ -79,6 +80,7 @@ impl InProcess {
     }
 
     fn start_over(layer: Layer, queue_pairs: usize, setup: NicSetup, options: SessionOptions) -> InProcess {
+        panics::watch();
         let dir = TempDir::new().unwrap();
         let (taps, fds): (Vec<_>, Vec<_>) = (0..queue_pairs).map(|_| TapDouble::new()).unzip();
         let path = dir.path().join("socket");
@@ -93,7 +95,7 @@ impl InProcess {
             daemon.run().unwrap();
         });
         let (stop, nic) = starting.recv().unwrap();
-        InProcess { taps, nic, stop, thread: Some(thread), dir }
+        InProcess { taps, nic: Some(nic), stop, thread: Some(thread), dir }
     }
 
     /// Where front-ends connect.
@@ -103,7 +105,7 @@ impl InProcess {
 
     /// One queue pair's counters, by name.
     pub fn counters(&self, pair: usize) -> BTreeMap<&'static str, u64> {
-        self.nic.counters()[pair].values().collect()
+        self.nic.as_ref().unwrap().counters()[pair].values().collect()
     }
 
     /// One counter of one queue pair.
@@ -124,18 +126,24 @@ impl InProcess {
 impl Drop for InProcess {
     fn drop(&mut self) {
         self.stop.write(1).unwrap();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-            && !thread::panicking()
-        {
-            panic!("The back-end panicked");
+        let joined = self.thread.take().map(JoinHandle::join);
+        // The workers end with the card, of which this was the last user.
+        self.nic = None;
+        let panics = panics::take();
+        if thread::panicking() {
+            return;
         }
+        assert!(panics.is_empty(), "Threads of the back-end panicked: {panics:?}");
+        assert!(matches!(joined, Some(Ok(()))), "The back-end panicked");
     }
 }
 
-/// The real binary; ended by SIGTERM when dropped.
+/// The real binary; ended by SIGTERM when dropped. A panic of any of its threads then fails the test, and so does an end by
+/// a signal that the test did not send.
 pub struct Spawned {
     child: Child,
+    /// By which signals it may end.
+    deadly: Mutex<Vec<Signal>>,
     log: Arc<Mutex<Vec<String>>>,
     lines: Receiver<String>,
 }
@@ -169,7 +177,7 @@ impl Spawned {
                 let _ = sender.send(line);
             }
         });
-        Spawned { child, log, lines }
+        Spawned { child, deadly: Mutex::new(vec![Signal::SIGTERM]), log, lines }
     }
 
     /// What a command that runs the binary says when it refuses to start, and its exit code; panics if it starts.
@@ -195,7 +203,31 @@ impl Spawned {
     }
 
     pub fn signal(&self, signal: Signal) {
+        self.may_end_by(signal);
         kill(self.pid(), signal).unwrap();
+    }
+
+    /// That it is ended by this signal is no fault.
+    pub fn may_end_by(&self, signal: Signal) {
+        self.deadly.lock().unwrap().push(signal);
+    }
+
+    /// Ends it if it runs; what its end and its log say of a fault.
+    fn end(&mut self) -> Result<(), String> {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = kill(self.pid(), Signal::SIGTERM);
+            let deadline = Instant::now() + PATIENCE;
+            while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        let _ = self.child.kill();
+        let status = self.child.wait().map_err(|error| error.to_string())?;
+        // The reader ends with the pipe.
+        while self.lines.recv_timeout(PATIENCE).is_ok() {}
+        let deadly = self.deadly.get_mut().unwrap();
+        let is_sound = status.signal().is_none_or(|number| deadly.iter().any(|signal| *signal as i32 == number));
+        if is_sound && !self.log().contains("panicked") { Ok(()) } else { Err(format!("{status}\n{}", self.log())) }
     }
 
     /// Waits for a line of the log that contains `what`, of those that were not waited for yet.
@@ -263,14 +295,11 @@ fn parse_counters(line: &str) -> BTreeMap<String, u64> {
 
 impl Drop for Spawned {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            let _ = kill(self.pid(), Signal::SIGTERM);
-            let deadline = Instant::now() + PATIENCE;
-            while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
-                thread::sleep(Duration::from_millis(1));
-            }
-            let _ = self.child.kill();
-            let _ = self.child.wait();
+        let ended = self.end();
+        if !thread::panicking()
+            && let Err(how) = ended
+        {
+            panic!("The back-end did not end in order: {how}");
         }
     }
 }

@@ -7,6 +7,8 @@
 //! [`transfer`]). [`reference`] is a back-end that we did not design, for a second opinion; [`qemu_shim`] lets QEMU
 //! talk to it, and [`recorder`] shows a front-end's message order.
 //!
+//! A back-end's thread that panics fails the test ([`panics`]).
+//!
 //! Nothing but [`backend`], which starts it, and [`device_side`], which runs its rings alone, uses the library under
 //! test; [`bench`] and [`path_bench`] put a guest and a front-end before it. Nothing sleeps, or waits without a bound: [`PATIENCE`] says
 //! how long an event that must come is waited for, and a kit function that gives up says what it waited for.
@@ -27,6 +29,7 @@ pub mod guest;
 pub mod memory;
 pub mod message;
 pub mod netns;
+pub mod panics;
 pub mod path_bench;
 pub mod place;
 pub mod qemu_shim;

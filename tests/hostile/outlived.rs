@@ -318,6 +318,8 @@ fn start_with_too_little_memory_works_or_fails_with_a_message() {
         let script = format!("ulimit -v {}; exec \"$@\"", mib << 10);
         command.args(["-c", &script, "sh", BINARY, "--socket-path", arg(&place.socket()), "--tap", TAP]);
         let mut backend = Spawned::run(&mut command);
+        // The standard library's end where there is no memory.
+        backend.may_end_by(Signal::SIGABRT);
         let deadline = Instant::now() + PATIENCE;
         while !backend.log().contains("Listening on") && !backend.has_ended() {
             assert!(Instant::now() < deadline, "{mib} MiB: neither started nor failed: {}", backend.log());
