@@ -6,6 +6,7 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=resources/lib/common.sh
 . "$ROOT/resources/lib/common.sh"
 
+# What cannot run here is said to be skipped, in the table too, and is never shown as if it had passed.
 STAGES=(fmt clippy docs release guest vm build-tests doctests engines fuzz tests)
 
 usage() {
@@ -45,7 +46,7 @@ stage_docs() { RUSTDOCFLAGS="-D warnings" run_rust cargo doc --no-deps; }
 stage_release() { run_rust cargo build --release; }
 stage_vm() {
     if [ "$(id -u)" != 0 ]; then
-        say "SKIP: not root, so no VM"
+        skip_stage "not root, so no VM"
         return
     fi
     local options status
@@ -53,7 +54,7 @@ stage_vm() {
         status=0
         # shellcheck disable=SC2086 # words
         "$ROOT/resources/launch-vm.sh" --check $options || status=$?
-        [ $status != 77 ] || { say "SKIP: launch-vm.sh --check $options" && continue; }
+        [ $status != 77 ] || { skip_stage "launch-vm.sh --check $options" && continue; }
         [ $status = 0 ] || return $status
     done
 }
@@ -62,8 +63,15 @@ stage_build-tests() { run_rust cargo test --lib --bins --tests --no-run; }
 stage_doctests() { run_rust cargo test --doc; }
 # The default way to read and write frames is the one of the tests themselves.
 stage_engines() {
-    local way
-    for way in IO=uring IO=syscall POLL_US=100; do
+    local way ways=(IO=uring IO=syscall POLL_US=100)
+    # What would go through io_uring may go without.
+    : >"$SKIPPED_TESTS"
+    run_rust cargo test --test engine_choice
+    [ ! -s "$SKIPPED_TESTS" ] || {
+        skip_stage "no io_uring here: $(head -n1 "$SKIPPED_TESTS")"
+        ways=("${ways[@]:1}")
+    }
+    for way in "${ways[@]}"; do
         export "VHOST_USER_NET_TEST_$way"
         run_rust cargo test --test datapath --test differential --test rx_buffers \
             --test tx_faults --test chain_faults --test mutation --test control_queue
@@ -73,8 +81,8 @@ stage_engines() {
 stage_fuzz() {
     local status=0
     "$ROOT/resources/fuzz.sh" --minutes 1 || status=$?
-    # It has said why.
-    [ $status = 77 ] || return $status
+    [ $status != 77 ] || { skip_stage "fuzz targets cannot be built here" && return; }
+    return $status
 }
 stage_tests() {
     local run=run_rust limit=()
@@ -83,6 +91,7 @@ stage_tests() {
     [ -z "${CI:-}" ] || limit=(timeout --kill-after=10 "$TESTS_LIMIT")
     local printed held status=0
     printed=$(mktemp) held=$(mktemp)
+    : >"$SKIPPED_TESTS"
     $run "${limit[@]}" cargo test --lib --bins --tests --no-fail-fast 2>&1 | tee "$printed" | count_skipped "$held" ||
         status=$?
     hostile_table "$printed"
@@ -97,20 +106,20 @@ hostile_table() {
         --exact table::table_of_the_cases --nocapture <"$1" 2>&1 | grep '^| ' || say "There is no table of hostile inputs"
 }
 
-# The harness counts a test that could not run as passed: says how many those were, before its own last line, which is
-# kept in the file $1 for later.
+# The harness counts a test that could not run as passed: says how many those were, which each has written to a file,
+# before the harness's own last line, which is kept in the file $1 for later.
 count_skipped() {
-    awk -v held_file="$1" '
-        /^SKIPPED: / { skipped++ }
+    awk -v held_file="$1" -v skipped_file="$SKIPPED_TESTS" '
         /^test result: / || (held != "" && $0 == "") { held = held $0 "\n"; next }
         { printf "%s", held; held = ""; print; fflush() }
-        END { printf "skipped: %d of the tests counted as passed could not run here (SKIPPED above)\n", skipped
+        END { while ((getline line <skipped_file) > 0) skipped++
+              printf "skipped: %d of the tests counted as passed could not run here (SKIPPED above)\n", skipped
               printf "%s", held >held_file }'
 }
 
 stage_guest() {
     if [ "$(id -u)" != 0 ]; then
-        say "SKIP: not root, so no guests, namespaces or TAPs"
+        skip_stage "not root, so no guests, namespaces or TAPs"
         return
     fi
     VHOST_USER_NET_GUEST=$("$ROOT/resources/guest-image.sh" --uml)
@@ -126,6 +135,16 @@ require_components() {
 }
 
 TABLE=''
+# What the stage that runs did not do, and why.
+SKIPPED=''
+# What tests that cannot run write a line to each.
+SKIPPED_TESTS=''
+
+# `skip_stage WHY` says that a stage, or a part of it, cannot run here.
+skip_stage() {
+    say "SKIP: $*"
+    SKIPPED+="${SKIPPED:+; }$*"
+}
 
 print_table() {
     say
@@ -146,9 +165,10 @@ run_stage() {
     # The table comes before the last stage: that one's own last lines are to be the last.
     [ "$1" != tests ] || print_table
     speaking_step "$1"
+    SKIPPED=''
     "stage_$1"
-    TABLE+=$(printf '  %-12s %7s s' "$1" "$(step_seconds)")$'\n'
-    if [ "$1" = tests ]; then STEP=''; else step_done; fi
+    TABLE+=$(printf '  %-12s %7s s%s' "$1" "$(step_seconds)" "${SKIPPED:+  SKIPPED: $SKIPPED}")$'\n'
+    if [ "$1" = tests ]; then STEP=''; else step_done "${SKIPPED:+SKIPPED}"; fi
 }
 
 main() {
@@ -170,6 +190,10 @@ main() {
         esac
         shift
     done
+    SKIPPED_TESTS=$(mktemp)
+    # Tests of whoever builds write to it too.
+    chmod 666 "$SKIPPED_TESTS"
+    export VHOST_USER_NET_SKIPPED=$SKIPPED_TESTS VHOST_USER_NET_RUN=run$$
     trap at_exit EXIT
     find_rust
     require_components

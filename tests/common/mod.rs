@@ -43,6 +43,7 @@ pub mod transfer;
 pub mod virtio;
 mod waiting;
 
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 
 pub use waiting::{PATIENCE, QUIET, StopOnDrop, fd_of, wait_for, wait_readable};
@@ -53,9 +54,14 @@ pub fn times(usually: u32, full: u32) -> u32 {
     if std::env::var_os("VHOST_USER_NET_FULL").is_some_and(|wanted| wanted == "1") { full } else { usually }
 }
 
-/// Says aloud why a test did nothing: the test harness has no word for it.
+/// Says aloud why a test did nothing: the test harness has no word for it. And writes it to the file that
+/// `VHOST_USER_NET_SKIPPED` names, to be counted: what is printed may stand behind words of the harness on its line.
 pub fn skip(test: &str, why: &str) {
     say(&format!("SKIPPED: {test}: {why}"));
+    if let Some(path) = std::env::var_os("VHOST_USER_NET_SKIPPED") {
+        let mut file = OpenOptions::new().append(true).open(path).unwrap();
+        file.write_all(format!("{test}: {why}\n").as_bytes()).unwrap();
+    }
 }
 
 /// Prints a measurement or the like, past the harness, which shows nothing of a test that passes.
