@@ -159,6 +159,18 @@ at_exit() {
         TABLE+=$(printf '  %-12s %7s s  FAILED, exit status %s' "$STEP" "$(step_seconds)" $status)$'\n'
         print_table
     }
+    rm -f "$SKIPPED_TESTS"
+    remove_namespaces
+}
+
+# Those of tests that were killed, which remove their own otherwise: their names begin with what this run had them called.
+remove_namespaces() {
+    local path
+    for path in /run/netns/vun-"$VHOST_USER_NET_RUN"-*; do
+        [ -e "$path" ] || continue
+        ip netns pids "${path##*/}" | xargs -r kill -KILL || :
+        ip netns delete "${path##*/}" || :
+    done
 }
 
 run_stage() {

@@ -67,11 +67,13 @@ pub struct NetNs {
 }
 
 impl NetNs {
-    /// Makes a namespace with a name that no other process uses.
+    /// Makes a namespace with a name that no other process uses, and that tells what `VHOST_USER_NET_RUN` calls this run:
+    /// whoever kills a run can then remove what it left.
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("vun-{}-{count}", std::process::id());
+        let run = std::env::var("VHOST_USER_NET_RUN").map_or(String::new(), |run| run + "-");
+        let name = format!("vun-{run}{}-{count}", std::process::id());
         must(Command::new("ip").args(["netns", "add", &name]));
         let namespace = Self { name };
         namespace.write_sysctl("net/ipv6/conf/all/disable_ipv6", "1");
