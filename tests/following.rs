@@ -270,13 +270,8 @@ fn send_burst(guest: &mut Guest, seq: u32) {
 }
 
 fn assert_quiet_after_loss(backend: &mut Spawned) {
-    let begun = Instant::now();
     backend.wait_line("Interface \"dev0\" was deleted; waiting for one of that name");
-    assert!(begun.elapsed() < Duration::from_secs(1), "noticed after {:?}", begun.elapsed());
-    let before = backend.cpu_time();
-    std::thread::sleep(Duration::from_millis(300));
-    let spent = backend.cpu_time() - before;
-    assert!(spent < Duration::from_millis(60), "{spent:?} of processor time in 300 ms");
+    backend.wait_at_rest();
 }
 
 /// Takes what came meanwhile.

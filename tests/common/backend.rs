@@ -199,6 +199,46 @@ impl Spawned {
         Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
     }
 
+    /// Waits until it rests: for a while all its threads sleep, and next to none of them is woken. That is looked at, and not
+    /// how much processor time passes in that while, because a busy machine changes the one and not the other.
+    pub fn wait_at_rest(&self) {
+        const WHILE: Duration = Duration::from_millis(300);
+        // What looks again each second, or has a last thing to log.
+        const WAKE_UPS: u64 = 6;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let before = self.threads();
+            thread::sleep(WHILE);
+            let after = self.threads();
+            let sleep = [&before, &after].iter().all(|threads| threads.values().all(|(state, _)| *state == 'S'));
+            let woken = |(thread, (_, times)): (&String, &(char, u64))| {
+                times.saturating_sub(before.get(thread).map_or(0, |(_, before)| *before))
+            };
+            if sleep && after.iter().map(woken).sum::<u64>() <= WAKE_UPS {
+                return;
+            }
+            assert!(Instant::now() < deadline, "It does not rest: {before:?}, after {WHILE:?} {after:?}");
+        }
+    }
+
+    /// What each thread does, as proc(5) has it, and how often it waited for something.
+    fn threads(&self) -> BTreeMap<String, (char, u64)> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let of = |status: &str, field: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+            line.trim().to_owned()
+        };
+        let look = |task: io::Result<fs::DirEntry>| {
+            let task = task.unwrap();
+            // One that has just ended is none.
+            let status = fs::read_to_string(task.path().join("status")).ok()?;
+            let state = of(&status, "State:").chars().next().unwrap();
+            let waits = of(&status, "voluntary_ctxt_switches:").parse().unwrap();
+            Some((format!("{} {}", task.file_name().to_str().unwrap(), of(&status, "Name:")), (state, waits)))
+        };
+        tasks.filter_map(look).collect()
+    }
+
     pub fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
     }

@@ -1,6 +1,6 @@
 //! An interface that goes down and comes up, or is deleted.
 
-use std::time::Duration;
+use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
@@ -11,14 +11,6 @@ use crate::common::netns::NetNs;
 use crate::common::virtio::VnetHdr;
 use crate::spread::assert_flows_arrive;
 use crate::{CSUM, Kind, Place, assert_frames_pass, assert_next_is, fill, guest_with, inward, outward};
-
-/// Nothing is to be done, and nobody does something.
-fn assert_quiet(backend: &Spawned) {
-    let before = backend.cpu_time();
-    std::thread::sleep(Duration::from_millis(300));
-    let spent = backend.cpu_time() - before;
-    assert!(spent < Duration::from_millis(60), "{spent:?} of processor time in 300 ms");
-}
 
 /// The sockets are taken out of their group and put back: some pairs are without buffers, so their order shows.
 #[test]
@@ -48,7 +40,7 @@ fn frames_are_dropped_and_counted_while_the_interface_is_down_and_pass_when_it_i
                 (0..10).for_each(|seq| _ = pair.send(&VnetHdr::default(), &outward(3, seq, 100)));
                 assert!(pair.wait_tx_done(PATIENCE), "The guest has its buffers back");
             }
-            assert_quiet(&backend);
+            backend.wait_at_rest();
             for counters in backend.counters(queue_pairs) {
                 assert_eq!(counters["tx_drop_link_down"], 10 * round);
             }
@@ -73,7 +65,9 @@ fn frames_that_came_before_the_interface_went_down_arrive() {
     let _front_end = place.connect(&guest);
     let outside = place.outside();
     (0..5).for_each(|seq| outside.send(&inward(1, seq, 300)));
+    let deadline = Instant::now() + PATIENCE;
     while place.namespace.statistic("card", "rx_packets") < 5 {
+        assert!(Instant::now() < deadline, "The interface does not have its frames");
         std::thread::yield_now();
     }
     place.namespace.ip("link set card down");
@@ -118,7 +112,7 @@ fn deleted_interface_is_noticed_and_leaves_a_quiet_process_that_ends_when_told()
 
         backend.wait_line(&format!("Interface {name:?} was deleted"));
         (0..10).for_each(|seq| _ = guest.pairs[1].send(&VnetHdr::default(), &outward(3, seq, 100)));
-        assert_quiet(&backend);
+        backend.wait_at_rest();
         assert!(front_end.is_alive(), "The control plane answers");
         backend.signal(Signal::SIGTERM);
         assert_eq!(backend.wait_end(PATIENCE).code(), Some(0));
