@@ -10,6 +10,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
 use libc::c_long;
 use nix::sys::signal::Signal;
@@ -357,8 +358,10 @@ fn own_user_cannot_look_into_the_process() {
         Command::new("setpriv").args(as_nobody).args(["cat", &environment]).output().unwrap().status.success()
     };
     let mut sleeper = Command::new("setpriv").args(as_nobody).args(["sleep", "60"]).spawn().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(100));
-    assert!(can_look(&sleeper.id()), "its own other processes it can look into");
+    let deadline = Instant::now() + PATIENCE;
+    while !can_look(&sleeper.id()) {
+        assert!(Instant::now() < deadline, "its own other processes it can look into");
+    }
     sleeper.kill().unwrap();
     sleeper.wait().unwrap();
 

@@ -1,6 +1,6 @@
 //! Rings and notifications, end to end and in races.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -153,12 +153,15 @@ fn kicks_while_a_ring_is_stopped_and_started_do_no_harm() {
     assert_eq!(bench.backend.counter(0, "broken_rings"), 0);
 }
 
-/// N-05. The middle one of many waits is judged: the machine may take a processor away from either of us.
+/// N-05. A wait is measured in what the flood does meanwhile, and the middle one of many is judged: the machine may be busy,
+/// and may take a processor away from either of us.
 #[test]
-fn queue_beside_a_flooded_one_waits_a_few_milliseconds_at_most() {
-    const WAITS: u32 = 200;
+fn queue_beside_a_flooded_one_does_not_wait_for_the_flood() {
+    const WAITS: usize = 200;
+    /// A few milliseconds of it.
+    const FRAMES_MOST: u32 = 1000;
     let mut bench = bench::Bench::running(2);
-    let done = AtomicBool::new(false);
+    let (done, passed) = (AtomicBool::new(false), AtomicU32::new(0));
     let mut waits = Vec::new();
     let bench::Bench { guest, backend, .. } = &mut bench;
     let Guest { pairs, .. } = guest;
@@ -166,37 +169,40 @@ fn queue_beside_a_flooded_one_waits_a_few_milliseconds_at_most() {
     let [flooded_tap, other_tap] = &backend.taps[..] else { unreachable!() };
     thread::scope(|scope| {
         let (seen, is_flooded) = mpsc::channel();
-        let done = &done;
+        let (done, passed) = (&done, &passed);
         scope.spawn(move || {
             let frame = test_frame(&Ends::TX, Stamp { stream: 1, seq: 0 }, 1000);
-            let (mut count, mut told) = (0_u32, false);
+            let mut told = false;
             while !done.load(Ordering::Relaxed) {
                 flooded.send(&VnetHdr::default(), &frame);
                 while flooded_tap.recv_raw(Duration::ZERO).is_some() {
-                    count += 1;
+                    passed.fetch_add(1, Ordering::Relaxed);
                 }
-                if count >= 1000 && !std::mem::replace(&mut told, true) {
+                if passed.load(Ordering::Relaxed) >= 1000 && !std::mem::replace(&mut told, true) {
                     let _ = seen.send(());
                 }
             }
         });
-        let flooded = is_flooded.recv_timeout(PATIENCE);
-        for seq in 0..WAITS {
-            let frame = test_frame(&Ends::TX, Stamp { stream: 2, seq }, 200);
-            let began = Instant::now();
+        let _stop = StopOnDrop(done);
+        is_flooded.recv_timeout(PATIENCE).expect("a thousand frames of the flood");
+        let flooded = || passed.load(Ordering::Relaxed);
+        let (first, deadline) = (flooded(), Instant::now() + PATIENCE);
+        while waits.len() < WAITS || flooded() < first + FRAMES_MOST {
+            assert!(Instant::now() < deadline, "There is no flood any more");
+            let frame = test_frame(&Ends::TX, Stamp { stream: 2, seq: waits.len() as u32 }, 200);
+            let before = flooded();
             other.send(&VnetHdr::default(), &frame);
-            if other_tap.recv(PATIENCE).is_none_or(|(_, got)| got != frame) {
-                break;
-            }
-            waits.push(began.elapsed());
+            let (_, got) = other_tap.recv(PATIENCE).expect("a frame beside the flood");
+            assert!(got == frame, "it is another one");
+            waits.push(flooded() - before);
         }
-        done.store(true, Ordering::Relaxed);
-        flooded.expect("a thousand frames of the flood");
     });
-    assert_eq!(waits.len(), WAITS as usize, "A frame beside the flood is lost");
     waits.sort_unstable();
-    say(&format!("Beside a flood: {:?} in the middle, {:?} at worst", waits[waits.len() / 2], waits[waits.len() - 1]));
-    assert!(waits[waits.len() / 2] < Duration::from_millis(10), "{waits:?}");
+    let (middle, worst) = (waits[waits.len() / 2], waits[waits.len() - 1]);
+    say(&format!(
+        "While a frame passed beside a flood, of that {middle} frames passed in the middle, {worst} at worst"
+    ));
+    assert!(middle < FRAMES_MOST, "{middle} of {} waits", waits.len());
 }
 
 /// T-04: what is in a buffer is the guest's own matter, but its length and place are not.

@@ -71,9 +71,9 @@ fn session_that_comes_byte_by_byte_is_served_and_frames_pass_meanwhile() {
 /// P-20: whatever a message was answered with, no lock is held and no state is in between.
 #[test]
 fn good_question_after_any_bad_message_is_answered_at_once() {
-    const AT_ONCE: Duration = Duration::from_millis(100);
+    /// Half of what the back-end waits for anything: for an answer of its own threads, or for the rest of a message.
+    const AT_ONCE: Duration = Duration::from_secs(2);
     let mut bench = Bench::running(1);
-    let mut slow = Vec::new();
     for request in 0..50 {
         for len in [0, 1, 7, 8, 12, 40, 200] {
             for fill in [0xff, 0x80, 6] {
@@ -88,16 +88,13 @@ fn good_question_after_any_bad_message_is_answered_at_once() {
                 }
                 let began = Instant::now();
                 assert!(bench.front_end.is_alive(), "after request {request} with {len} bytes of {fill:#x}");
-                if began.elapsed() > AT_ONCE {
-                    slow.push((request, len, began.elapsed()));
-                }
+                let waited = began.elapsed();
+                assert!(waited < AT_ONCE, "{waited:?} after request {request} with {len} bytes of {fill:#x}");
             }
         }
     }
     // SEND_RARP is right with any eight bytes.
     while bench.backend.taps[0].recv(Duration::ZERO).is_some() {}
-    // The machine may be busy for a moment; a lock that is held would be held again.
-    assert!(slow.len() < 5, "{slow:?}");
     bench.start_over();
     bench.assert_frames_pass();
 }
