@@ -329,7 +329,7 @@ impl Spawned {
 }
 
 /// The `name=value` words of a counter line.
-fn parse_counters(line: &str) -> BTreeMap<String, u64> {
+pub fn parse_counters(line: &str) -> BTreeMap<String, u64> {
     let words = line.split(' ').filter_map(|word| word.split_once('='));
     words.map(|(name, value)| (name.to_owned(), value.parse().unwrap())).collect()
 }
