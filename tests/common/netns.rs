@@ -43,6 +43,9 @@ fn succeeds(program: &str, args: &[&str]) -> bool {
     output.is_ok_and(|output| output.status.success())
 }
 
+/// As linux/sockios.h has it.
+const SIOCETHTOOL: libc::Ioctl = 0x8946;
+
 /// A TAP to make.
 #[derive(Clone, Copy, Debug)]
 pub struct TapSpec<'a> {
@@ -173,6 +176,24 @@ impl NetNs {
         let node = folder.path().join("tap");
         must(Command::new("mknod").arg(&node).args(["c", major, minor]));
         rustix::fs::open(&node, OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()).unwrap()
+    }
+
+    /// Gives a value to one of the interface's switches, by the number of linux/ethtool.h, where the program of that name
+    /// may be absent.
+    pub fn set_ethtool(&self, device: &str, switch: u32, value: u32) {
+        self.within(|| {
+            let mut value = [switch, value];
+            // SAFETY: all zeroes is a good ifreq.
+            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+            for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
+                *to = from as libc::c_char;
+            }
+            request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            // SAFETY: SIOCETHTOOL with a switch's number reads `request`, and the two words of `value` that it names.
+            let set = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &mut request) };
+            assert_eq!(set, 0, "ethtool {switch:#x} of {device}: {}", io::Error::last_os_error());
+        });
     }
 
     /// How many queues of a multi-queue TAP are attached, and how many detached.
