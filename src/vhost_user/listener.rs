@@ -80,7 +80,7 @@ fn directory_of(path: &Path) -> &Path {
 }
 
 /// Whether a socket may be made at `path`, which changes nothing: to be asked before something is made that would be left
-/// behind if it may not.
+/// behind if it may not. A socket that is there may be: its process may be about to end, with what else it has.
 ///
 /// # Errors
 /// As [`SocketListener::bind`].
@@ -107,9 +107,8 @@ impl SocketListener {
     /// [`ListenError`], which says what to do about it.
     pub fn bind(path: &Path, access: SocketAccess) -> Result<SocketListener, ListenError> {
         let failed = |what| move |cause| ListenError::Io { what, path: path.to_owned(), cause };
-        if let Found::SocketOfNobody = examine(path)? {
-            log::info!("Replacing socket {path:?} of a process that is gone");
-            fs::remove_file(path).map_err(failed("remove"))?;
+        if let Found::Socket = examine(path)? {
+            remove_socket_if_dead(path)?;
         }
         let listener = listen_for_owner(path).map_err(|errno| failed("listen on")(errno.into()))?;
         let inode = fs::symlink_metadata(path).map_err(failed("examine"))?.ino();
@@ -183,8 +182,8 @@ fn listen_for_owner(path: &Path) -> Result<UnixListener, Errno> {
 /// What is at a path that can be had.
 enum Found {
     Nothing,
-    /// Of a process that is gone.
-    SocketOfNobody,
+    /// Of a process that may be gone.
+    Socket,
 }
 
 fn examine(path: &Path) -> Result<Found, ListenError> {
@@ -199,7 +198,7 @@ fn examine(path: &Path) -> Result<Found, ListenError> {
         Err(error) => return Err(failed("examine")(error)),
     };
     let what = match kind {
-        kind if kind.is_socket() => return examine_socket(path),
+        kind if kind.is_socket() => return Ok(Found::Socket),
         kind if kind.is_symlink() => "symbolic link",
         kind if kind.is_dir() => "directory",
         _ => "file",
@@ -207,15 +206,19 @@ fn examine(path: &Path) -> Result<Found, ListenError> {
     Err(ListenError::Occupied { path: path.to_owned(), what })
 }
 
-fn examine_socket(path: &Path) -> Result<Found, ListenError> {
+fn remove_socket_if_dead(path: &Path) -> Result<(), ListenError> {
+    let failed = |what| move |cause| ListenError::Io { what, path: path.to_owned(), cause };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     let connected = SocketAddrUnix::new(path).and_then(|address| connect(probe?, &address));
     match connected {
-        Err(Errno::CONNREFUSED) => Ok(Found::SocketOfNobody),
+        Err(Errno::CONNREFUSED) => {
+            log::info!("Replacing socket {path:?} of a process that is gone");
+            fs::remove_file(path).map_err(failed("remove"))
+        }
         // A full backlog is somebody's too.
         Ok(()) | Err(Errno::AGAIN) => Err(ListenError::InUse { path: path.to_owned() }),
-        Err(errno) => Err(ListenError::Io { what: "probe", path: path.to_owned(), cause: errno.into() }),
+        Err(errno) => Err(failed("probe")(errno.into())),
     }
 }
 
