@@ -222,8 +222,8 @@ fn spoiled_large() -> impl Strategy<Value = (VnetHeader, Vec<u8>)> {
 /// The kernel is believed little more than the guest: nothing panics, and nothing outside the frame is named.
 #[test]
 fn hostile_bytes_are_cut_within_the_frame_or_refused() {
-    /// Of the 600 cases, how many each way has to have had: a tenth of what it has.
-    const LEAST: [u32; 4] = [5, 5, 20, 20];
+    /// Of the 600 cases, how many have to have gone each way: about a tenth of those that do.
+    const LEAST: [u32; 4] = [9, 1, 20, 30];
     let config = ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() };
     let seen = [const { Cell::new(0_u32) }; 4];
     let see = |way: usize| seen[way].set(seen[way].get() + 1);
