@@ -81,6 +81,51 @@ fn macvtap_is_not_taken_for_one_of_the_same_index_in_another_namespace() {
     }
 }
 
+/// The same, where no node with the right numbers can be made.
+#[test]
+fn macvtap_whose_node_is_another_namespaces_is_refused_where_none_can_be_made() {
+    const TEST: &str = "macvtap_whose_node_is_another_namespaces_is_refused_where_none_can_be_made";
+    let (Some(first), Some(second)) = (macvtap_place(TEST), macvtap_place(TEST)) else { return };
+    let mut refused = 0;
+    for place in [&first, &second] {
+        let mut command = place.namespace.command("setpriv");
+        command.args(["--bounding-set", "-mknod", env!("CARGO_BIN_EXE_vhost-user-net"), "--socket-path"]);
+        let mut backend = Spawned::run(command.arg(place.socket()).args(["--macvtap", "mvt0"]));
+        let deadline = Instant::now() + PATIENCE;
+        while !place.socket().exists() && !backend.has_ended() {
+            assert!(Instant::now() < deadline, "{}", backend.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if backend.has_ended() {
+            backend.wait_line(
+                "is missing or another network namespace's), and none can be made there: that needs CAP_MKNOD",
+            );
+            refused += 1;
+        }
+    }
+    // The one node of their index is of one of them, or of neither.
+    assert!(refused > 0, "Both took one node for theirs");
+}
+
+/// In a container this process has the same number each time, and another container may have the same folder.
+#[test]
+fn macvtap_is_opened_where_a_killed_process_of_the_same_number_left_its_folder() {
+    const TEST: &str = "macvtap_is_opened_where_a_killed_process_of_the_same_number_left_its_folder";
+    let (Some(first), Some(second)) = (macvtap_place(TEST), macvtap_place(TEST)) else { return };
+    // The one node of their index is of one of them, or of neither.
+    for place in [&first, &second] {
+        let mut command = place.namespace.command("sh");
+        command.args([
+            "-c",
+            "mkdir /dev/vhost-user-net.$$ && exec \"$0\" \"$@\"",
+            env!("CARGO_BIN_EXE_vhost-user-net"),
+        ]);
+        let mut backend = Spawned::run(command.arg("--socket-path").arg(place.socket()).args(["--macvtap", "mvt0"]));
+        backend.wait_line("Listening on");
+        std::fs::remove_dir(format!("/dev/vhost-user-net.{}", backend.pid())).unwrap();
+    }
+}
+
 /// F-11
 #[test]
 fn more_queues_than_the_kernel_gives_are_refused_with_their_number() {

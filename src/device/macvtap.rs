@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR};
 use rustix::fs::{CWD, Dev, FileType, Mode, OFlags, makedev, mknodat};
+use rustix::io::Errno;
 use thiserror::Error;
 
 use super::netlink::Link;
@@ -83,15 +84,28 @@ pub enum MacvtapError {
         #[source]
         cause: io::Error,
     },
-    /// The device is another interface's.
-    #[error("{path:?} is of interface {found:?}, not of {name:?}")]
+    /// No node in `/dev` is its device, and none can be made.
+    #[error(
+        "No node in /dev is the device of MACVTAP {name:?} ({usual:?} is missing or another network namespace's), and \
+         none can be made there{}",
+        hint_node(cause)
+    )]
+    NoNode {
+        /// The interface.
+        name: String,
+        /// Where its node should be.
+        usual: PathBuf,
+        /// Why none can be made.
+        #[source]
+        cause: io::Error,
+    },
+    /// What was opened is not its device.
+    #[error("{path:?} is another interface's device, not that of MACVTAP {name:?}")]
     WrongNode {
         /// The interface.
         name: String,
-        /// Its device.
+        /// What was opened.
         path: PathBuf,
-        /// Whose it is.
-        found: String,
     },
     /// A setting was refused.
     #[error(transparent)]
@@ -100,14 +114,20 @@ pub enum MacvtapError {
 
 fn hint_open(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
-        Some(libc::ENOENT) => {
-            ": no node there has the interface's device numbers (/sys/class/net/NAME/tapN/dev), and this user may not make \
-             one; make it as root with 'mknod', or pass open descriptors with --tap-fd"
-        }
         Some(libc::EPERM | libc::EACCES) => {
             ": this user may not; give it access ('chown' the device), or pass open descriptors with --tap-fd"
         }
         Some(libc::EBUSY) => ": it has no more queues to give; another process may have them, or see --queue-pairs",
+        _ => "",
+    }
+}
+
+fn hint_node(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            ": that needs CAP_MKNOD; make it as root with 'mknod' and the numbers of /sys/class/net/NAME/tapN/dev, or pass \
+             open descriptors with --tap-fd"
+        }
         _ => "",
     }
 }
@@ -146,20 +166,31 @@ fn open_queues(name: &str, link: &Link, queue_pairs: u16) -> Result<Vec<DeviceQu
     let number = numbers(name, link.index).map_err(|cause| MacvtapError::NoNumbers { name: name.to_owned(), cause })?;
     let usual = PathBuf::from(format!("/dev/tap{}", link.index));
     let is_it = fs::metadata(&usual).is_ok_and(|node| node.file_type().is_char_device() && node.rdev() == number);
+    let no_node = |cause| MacvtapError::NoNode { name: name.to_owned(), usual: usual.clone(), cause };
     // The node is there for as long as its folder.
-    let private = if is_it { None } else { PrivateNode::make(number).ok() };
-    let path = private.as_ref().map_or(usual, |node| node.path.clone());
-    (0..queue_pairs).map(|queue| open_queue(name, &path, queue, queue_pairs > 1)).collect()
+    let private = if is_it { None } else { Some(PrivateNode::make(number).map_err(no_node)?) };
+    let path = private.as_ref().map_or(&usual, |node| &node.path);
+    (0..queue_pairs).map(|queue| open_queue((name, number), path, queue, queue_pairs > 1)).collect()
 }
 
-fn open_queue(name: &str, path: &Path, queue: u16, several: bool) -> Result<DeviceQueue, MacvtapError> {
+fn open_queue(
+    (name, number): (&str, Dev),
+    path: &Path,
+    queue: u16,
+    several: bool,
+) -> Result<DeviceQueue, MacvtapError> {
     let fault = |cause| MacvtapError::Open { name: name.to_owned(), path: path.to_owned(), queue, cause };
     let fd = rustix::fs::open(path, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
         .map_err(|cause| fault(cause.into()))?;
+    let wrong = || Err(MacvtapError::WrongNode { name: name.to_owned(), path: path.to_owned() });
+    // The node may be another one by now, and the other interface may have the same name in its namespace.
+    if rustix::fs::fstat(&fd).map_err(|cause| fault(cause.into()))?.st_rdev != number {
+        return wrong();
+    }
     prepare(&fd, several).map_err(fault)?;
     let (found, _) = ioctl::tun_get_iff(fd.as_fd()).map_err(fault)?;
     if found != name {
-        return Err(MacvtapError::WrongNode { name: name.to_owned(), path: path.to_owned(), found });
+        return wrong();
     }
     let steering = if several { Steering::Attached } else { Steering::Always };
     Ok(DeviceQueue::new(fd, steering))
@@ -188,12 +219,25 @@ struct PrivateNode {
 impl PrivateNode {
     /// `/dev` is the one place that is never mounted without devices.
     fn make(number: Dev) -> io::Result<PrivateNode> {
-        let dir = PathBuf::from(format!("/dev/vhost-user-net.{}", std::process::id()));
-        rustix::fs::mkdir(&dir, Mode::RWXU)?;
+        let dir = new_folder(&format!("/dev/vhost-user-net.{}", std::process::id()))?;
         let node = PrivateNode { path: dir.join("tap"), dir };
         mknodat(CWD, &node.path, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, number)?;
         Ok(node)
     }
+}
+
+/// Makes a folder of that name, or of one that begins so: a process of our number that was killed may have left its own, or
+/// be in another container with the same `/dev`.
+fn new_folder(name: &str) -> io::Result<PathBuf> {
+    const TRIES: u32 = 100;
+    let names = std::iter::once(name.to_owned()).chain((1..TRIES).map(|number| format!("{name}.{number}")));
+    for dir in names.map(PathBuf::from) {
+        match rustix::fs::mkdir(&dir, Mode::RWXU) {
+            Err(Errno::EXIST) => {}
+            made => return Ok(made.map(|()| dir)?),
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
 }
 
 impl Drop for PrivateNode {
