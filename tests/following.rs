@@ -6,9 +6,11 @@
 
 mod common;
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::backend::{Spawned, arg, inherit};
@@ -16,7 +18,7 @@ use common::bench::Guest;
 use common::frames::{Ends, L4Csum, Stamp, payload, test_frame, udp4};
 use common::frontend::{Answer, RawFrontend};
 use common::message::Message;
-use common::netns::{NetNs, PacketSocket, TapSpec, require_root};
+use common::netns::{ChildGuard, NetNs, PacketSocket, TapSpec, require_root};
 use common::place::{Place, assert_frames_pass};
 use common::virtio::{VnetHdr, feature};
 use common::{PATIENCE, skip, wait_readable};
@@ -337,6 +339,70 @@ fn interface_that_is_made_here_comes_back_with_what_it_was_made_on() {
         backend.signal(Signal::SIGTERM);
         assert!(backend.wait_end(PATIENCE).success());
         assert!(!place.namespace.ip("-br link").contains("made"), "It is taken away");
+    }
+}
+
+/// What is made and taken away again by an attempt that fails is news of interfaces too, and not a reason for the next.
+#[test]
+fn interface_that_cannot_be_made_again_is_tried_at_intervals_and_the_process_can_be_ended() {
+    const TEST: &str = "interface_that_cannot_be_made_again_is_tried_at_intervals_and_the_process_can_be_ended";
+    for (parent, name) in [("--macvtap-parent", "--macvtap"), ("--macvlan-parent", "--interface")] {
+        let Some(place) = Place::with_card(TEST) else { return };
+        let set_mtu = || place.namespace.ip("link set card mtu 9000");
+        set_mtu();
+        let args = [parent, "card", name, "made", "--mtu", "9000", "--on-device-loss", "wait"];
+        for way_out in ["link set card mtu 9000", ""] {
+            let mut backend = place.start(&args);
+            place.namespace.ip("link del card");
+            backend.wait_line("was deleted; waiting for one of that name");
+            let news = LinkNews::begin(&place);
+            place.make_card();
+            backend.wait_line("cannot be opened again yet: Cannot give");
+            std::thread::sleep(Duration::from_secs(1));
+            let count = news.count("made");
+            assert!((2..60).contains(&count), "{count} events of the interface in a second");
+            if way_out.is_empty() {
+                backend.signal(Signal::SIGTERM);
+                assert!(backend.wait_end(Duration::from_secs(2)).success());
+                set_mtu();
+            } else {
+                place.namespace.ip(way_out);
+                backend.wait_line("Interface \"made\" is back; frames pass again");
+            }
+        }
+    }
+}
+
+/// What happens to interfaces of a namespace, as `ip monitor` tells it.
+struct LinkNews {
+    _monitor: ChildGuard,
+    told: Arc<Mutex<String>>,
+}
+
+impl LinkNews {
+    fn begin(place: &Place) -> LinkNews {
+        let mut command = place.namespace.command("ip");
+        let mut monitor = command.args(["monitor", "link"]).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(monitor.stdout.take().unwrap()).lines();
+        let told = Arc::new(Mutex::new(String::new()));
+        let kept = Arc::clone(&told);
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| kept.lock().unwrap().push_str(&line)));
+        let news = LinkNews { _monitor: ChildGuard(monitor), told };
+        // It listens once it tells of something.
+        wait_until("ip monitor listens", || {
+            let namespace = &place.namespace;
+            namespace.ip("link add probe type bridge");
+            namespace.ip("link del probe");
+            news.count("probe") > 0
+        });
+        news
+    }
+
+    /// How often an interface was spoken of.
+    fn count(&self, name: &str) -> usize {
+        let told = self.told.lock().unwrap();
+        // One that is on another has that behind an @.
+        told.matches(&format!(" {name}@")).count() + told.matches(&format!(" {name}:")).count()
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! rtnetlink tells, at once. Where it is out of reach, a worker that finds its queue dead raises an alarm; a MACVTAP, of
 //! which not even the queue tells, is asked each second. Once the interface is gone, one of its name (or of the name of
-//! what it was made on) is waited for, and opened as at the start.
+//! what it was made on) is waited for, and opened as at the start. An attempt that fails may have made an interface and
+//! taken it away, and is then news itself: what came with it is not looked at, and between two attempts there is a while.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -83,10 +84,7 @@ impl Daemon {
                     self.look_for_loss(ops);
                     self.follow_from_afar(ops);
                 }
-                Ok(Some(LinkEvent::Appeared)) => {
-                    self.following.retries = RETRIES;
-                    self.open_again(ops);
-                }
+                Ok(Some(LinkEvent::Appeared)) => self.try_now(ops),
                 Ok(None) => return,
                 Err(error) => {
                     log::warn!("Events of interfaces were missed, asking anew: {error}");
@@ -95,8 +93,7 @@ impl Daemon {
                         self.stop_watching(ops);
                     }
                     // Its coming back may be what was missed. What is there is told again.
-                    self.following.retries = RETRIES;
-                    return self.open_again(ops);
+                    return self.try_now(ops);
                 }
             }
         }
@@ -178,6 +175,14 @@ impl Daemon {
         self.take_state(LinkState { is_up: false, mtu: None });
     }
 
+    /// Something of the name is there, or may be: tries at once, unless it did a moment ago, and then it will soon.
+    fn try_now(&mut self, ops: &mut EventOps) {
+        self.following.retries = RETRIES;
+        if self.following.retry_at.is_none() {
+            self.open_again(ops);
+        }
+    }
+
     /// Tries to go on with an interface that came back.
     fn open_again(&mut self, ops: &mut EventOps) {
         let following = &self.following;
@@ -199,6 +204,8 @@ impl Daemon {
 
     fn try_again_later(&mut self, error: &OpenError) {
         let following = &mut self.following;
+        // What the attempt made and took away. Others' news of these milliseconds goes too; the next attempt sees to it.
+        while let Some(Ok(Some(_))) = following.watch.as_ref().map(LinkWatch::next_event) {}
         let refusal = crate::error_chain(&**error).to_string();
         if following.refusal != refusal {
             log::warn!("The interface cannot be opened again yet: {refusal}");
