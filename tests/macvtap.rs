@@ -18,6 +18,8 @@ use common::bench::Guest;
 use common::frames::{
     self, Ends, L4Csum, Stamp, TCP_CSUM_OFFSET, checksums_are_right, find_stamp, payload, test_frame,
 };
+use common::frontend::Answer;
+use common::message::Message;
 use common::netns::{NetNs, PacketSocket, TapSpec};
 use common::place::{Place, assert_frames_pass};
 use common::virtio::{VnetHdr, feature, gso, net_flag};
@@ -229,6 +231,65 @@ fn four_queue_pairs_get_every_flow() {
         }
     }
     assert!(came.iter().filter(|came| **came > 0).count() > 1, "One pair got all: {came:?}");
+}
+
+/// The kernel keeps what waits in a queue that gets no more frames.
+#[test]
+fn what_waited_in_a_pair_before_it_was_taken_out_of_use_does_not_come_when_it_is_used_again() {
+    const TEST: &str = "what_waited_in_a_pair_before_it_was_taken_out_of_use_does_not_come_when_it_is_used_again";
+    const FLOWS: u16 = 64;
+    let Some(place) = Place::with_card(TEST) else { return };
+    place.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
+    let _backend = place.start(&["--macvtap", "mvt0", "--queue-pairs", "2"]);
+    let mut guest = guest_with(2, feature::MRG_RXBUF);
+    let front_end = place.connect(&guest);
+    let outside = place.outside();
+    let mut seq = 0;
+    // Sends a frame of each flow; tells the numbers of those that come to each pair in a moment.
+    let mut send = |guest: &mut Guest| -> [Vec<u32>; 2] {
+        seq += 1;
+        for flow in 0..FLOWS {
+            let ends = Ends { src_port: 1000 + flow, ..Ends::RX };
+            outside.send(&frames::udp4(&ends, &payload(Stamp { stream: flow, seq }, 100), L4Csum::Full));
+        }
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let mut came = [Vec::new(), Vec::new()];
+        while Instant::now() < deadline {
+            for (pair, came) in guest.pairs.iter_mut().zip(&mut came) {
+                while let Some((_, frame)) = pair.recv(Duration::from_millis(1)) {
+                    came.push(find_stamp(&frame).unwrap().unwrap().seq);
+                }
+            }
+        }
+        came
+    };
+    let enable = |enabled: bool| {
+        for ring in [2, 3] {
+            assert_eq!(front_end.ask(Message::set_vring_enable(ring, enabled.into())), Answer::Ack);
+        }
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while send(&mut guest)[1].is_empty() {
+        assert!(Instant::now() < deadline, "The pair gets nothing");
+    }
+    enable(false);
+    // Once all flows come to the first pair, the second one's queue is out of use.
+    let seen = loop {
+        let [first, _] = send(&mut guest);
+        if first.len() >= usize::from(FLOWS) {
+            break first.into_iter().max();
+        }
+        assert!(Instant::now() < deadline, "Flows are lost");
+    };
+    enable(true);
+    let came = loop {
+        let [_, second] = send(&mut guest);
+        if !second.is_empty() {
+            break second;
+        }
+        assert!(Instant::now() < deadline, "The pair gets nothing");
+    };
+    assert!(came.iter().all(|seq| Some(*seq) > seen), "Frames of long ago: {came:?}");
 }
 
 #[test]

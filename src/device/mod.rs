@@ -25,6 +25,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
@@ -316,7 +317,8 @@ impl DeviceQueue {
         self.steer(Steering::Detached, Steering::Attached)
     }
 
-    /// Takes this queue out of the kernel's steering; what waits in it is lost. Tells whether it was in it.
+    /// Takes this queue out of the kernel's steering; what waits in it is lost, at the latest as it is attached again. Tells
+    /// whether it was in it.
     ///
     /// # Errors
     /// What `TUNSETQUEUE` says.
@@ -336,17 +338,29 @@ impl DeviceQueue {
                     self.forget_waiting();
                 }
             }
-            None => ioctl::tun_set_queue(self.as_fd(), attached)?,
+            None => {
+                if attached {
+                    // A MACVTAP's. A TAP's was emptied as it was detached, and cannot be read.
+                    self.forget_waiting();
+                }
+                ioctl::tun_set_queue(self.as_fd(), attached)?;
+            }
         }
         self.steering = to;
         Ok(true)
     }
 
-    /// Loses what waits in a socket: attached again much later, it would give frames of long ago.
+    /// Loses what waits: attached again much later, the queue would give frames of long ago.
     fn forget_waiting(&self) {
-        /// More than fit its buffer: where it is the last of its group, new ones still come.
+        /// More than fit a socket's buffer, or a queue of the usual length. Where a socket is the last of its group, new ones
+        /// still come.
         const MOST: usize = 1 << 14;
-        let _ = (0..MOST).try_for_each(|_| rustix::io::read(self, &mut [0; 64]).map(drop));
+        let lose = || match rustix::io::read(self, &mut [0; 64]) {
+            // One that no virtio-net header can tell of; it is gone too.
+            Ok(_) | Err(Errno::INVAL) => Ok(()),
+            Err(error) => Err(error),
+        };
+        let _ = (0..MOST).try_for_each(|_| lose());
     }
 }
 
