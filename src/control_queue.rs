@@ -200,6 +200,8 @@ impl ControlQueue {
         let mut command = std::mem::take(&mut self.command);
         command.resize(len.min(COMMAND_MAX), 0);
         iovecs.copy_to(chain.readable(), 0, &mut command);
+        // It may be another one than at the last command.
+        self.state.restrict_address(self.around.device.mac());
         let effect = if len > COMMAND_MAX { None } else { self.state.command(&command) };
         self.command = command;
         let status = if effect.is_some_and(|effect| self.carry_out(effect)) { OK } else { ERR };

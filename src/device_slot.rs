@@ -27,6 +27,11 @@ impl DeviceSlot {
         Arc::clone(&self.lock().device)
     }
 
+    /// The address that its device must be reached by, where that is one ([`Device::mac`]).
+    pub fn mac(&self) -> Option<[u8; 6]> {
+        self.lock().device.mac()
+    }
+
     /// Sets offloads ([`Device::set_offloads`]), for the next device too. One that is gone needs none.
     ///
     /// # Errors

@@ -15,19 +15,22 @@ use std::time::{Duration, Instant};
 use common::PATIENCE;
 use common::backend::{Spawned, arg, inherit};
 use common::bench::Guest;
+use common::driver::CtrlDriver;
 use common::frames::{
-    self, Ends, L4Csum, Stamp, TCP_CSUM_OFFSET, checksums_are_right, find_stamp, payload, test_frame,
+    self, Ends, L4Csum, Mac, Stamp, TCP_CSUM_OFFSET, checksums_are_right, find_stamp, payload, test_frame,
 };
-use common::frontend::Answer;
+use common::frontend::{Answer, RawFrontend};
 use common::message::Message;
 use common::netns::{NetNs, PacketSocket, TapSpec};
 use common::place::{Place, assert_frames_pass};
-use common::virtio::{VnetHdr, feature, gso, net_flag};
+use common::virtio::{VnetHdr, ctrl, feature, gso, net_flag};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
 const GUEST_MAC: &str = "52:54:00:aa:00:01";
 const MODES: [&str; 4] = ["bridge", "vepa", "private", "passthru"];
 const MSS: u16 = 1448;
+/// Of a guest that hands its control queue over.
+const COMMANDS: u64 = feature::MRG_RXBUF | feature::CTRL_VQ | feature::CTRL_RX | feature::CTRL_MAC_ADDR | feature::MAC;
 
 fn guest_with(pairs: usize, features: u64) -> Guest {
     let mut guest = Guest::new(pairs, features);
@@ -290,6 +293,46 @@ fn what_waited_in_a_pair_before_it_was_taken_out_of_use_does_not_come_when_it_is
         assert!(Instant::now() < deadline, "The pair gets nothing");
     };
     assert!(came.iter().all(|seq| Some(*seq) > seen), "Frames of long ago: {came:?}");
+}
+
+/// The guest would send from an address that nothing comes to, and believe it had it.
+#[test]
+fn address_that_the_interface_does_not_let_in_is_refused_to_the_guest() {
+    const OTHER: Mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+    for (option, kind, mode, wanted) in [
+        ("--macvtap", "macvtap", "bridge", ctrl::ERR),
+        ("--macvtap", "macvtap", "passthru", ctrl::OK),
+        ("--interface", "macvlan", "bridge", ctrl::ERR),
+        ("--interface", "macvlan", "passthru", ctrl::OK),
+    ] {
+        let Some(place) = Place::with_card("address_that_the_interface_does_not_let_in_is_refused_to_the_guest") else {
+            return;
+        };
+        place.namespace.ip(&format!("link set card address {GUEST_MAC}"));
+        place.add_on_card(kind, "dev0", mode, if mode == "passthru" { GUEST_MAC } else { "52:54:00:cc:00:01" });
+        let own: Mac = if mode == "passthru" { frames::GUEST_MAC } else { [0x52, 0x54, 0, 0xcc, 0, 1] };
+        let _backend = place.start(&[option, "dev0", "--front-end", "generic"]);
+        let mut guest = guest_with(1, COMMANDS);
+        let mut commands = CtrlDriver::new(&guest.mem, 64, COMMANDS);
+        let front_end = RawFrontend::connect(place.socket()).unwrap();
+        let mut session = guest.session();
+        session.rings.push(&commands.ring);
+        front_end.negotiate_like_cloud_hypervisor(&session).unwrap();
+        let set = |commands: &mut CtrlDriver, mac: Mac| commands.command(ctrl::CLASS_MAC, 1, &mac);
+        assert_eq!(commands.command(ctrl::CLASS_RX, 0, &[0]), ctrl::OK);
+        assert_eq!(set(&mut commands, OTHER), wanted, "{kind} {mode}");
+        let is = if wanted == ctrl::OK { OTHER } else { own };
+        assert_eq!(front_end.get_config(0, 6).unwrap(), is);
+        let frame = test_frame(&Ends { dst_mac: is, ..Ends::RX }, Stamp { stream: 2, seq: 0 }, 200);
+        place.outside().send(&frame);
+        assert_eq!(guest.pairs[0].recv(PATIENCE).expect("a frame in the guest").1, frame, "{kind} {mode}");
+        // The interface's own is never refused.
+        assert_eq!(set(&mut commands, own), ctrl::OK, "{kind} {mode}");
+        // The device does what it can about these, which is nothing here.
+        assert_eq!(commands.command(ctrl::CLASS_RX, 0, &[1]), ctrl::OK);
+        let table = [&1_u32.to_le_bytes()[..], &OTHER, &[0; 4]].concat();
+        assert_eq!(commands.command(ctrl::CLASS_MAC, 0, &table), ctrl::OK);
+    }
 }
 
 #[test]

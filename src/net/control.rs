@@ -68,6 +68,8 @@ pub struct ControlState {
     features: u64,
     max_queue_pairs: u16,
     filter: RxFilter,
+    /// The one address that the device lets frames in to, if it does not let in any.
+    only: Option<Mac>,
 }
 
 impl ControlState {
@@ -75,7 +77,17 @@ impl ControlState {
     pub fn new(features: u64, max_queue_pairs: u16, mac: Option<Mac>) -> ControlState {
         let features = features::consistent(features);
         let vlans = (features & CTRL_VLAN != 0).then(VlanTable::default);
-        ControlState { features, max_queue_pairs, filter: RxFilter { mac, vlans, ..RxFilter::default() } }
+        ControlState { features, max_queue_pairs, filter: RxFilter { mac, vlans, ..RxFilter::default() }, only: None }
+    }
+
+    /// Says to which one address the device lets frames in, if not to any. A guest may not take another: it would believe
+    /// that it has it, and nothing would come to it.
+    ///
+    /// Further addresses and the receive modes are not refused: those commands must be supported, and what then comes is a
+    /// SHOULD ("Packet Receive Filtering"). An answer that they failed would keep the groups in the same table from the
+    /// guest.
+    pub fn restrict_address(&mut self, only: Option<Mac>) {
+        self.only = only;
     }
 
     /// The filter as it is now.
@@ -147,6 +159,9 @@ impl ControlState {
             }
             MAC_ADDR_SET if self.has(CTRL_MAC_ADDR) => {
                 let mac: Mac = data.try_into().ok()?;
+                // One that it has already changes nothing, whether it was wise or not.
+                let is_let_in = self.only.is_none_or(|only| only == mac) || self.filter.mac == Some(mac);
+                is_let_in.then_some(())?;
                 self.filter.mac = Some(mac);
                 Some(Effect::Mac(mac))
             }
@@ -263,6 +278,23 @@ mod tests {
         assert_eq!(set(GUEST_CSUM), Some(Effect::Offloads(GuestOffloads::of(GUEST_CSUM))));
         assert_eq!(set(features::GUEST_TSO6), None);
         assert_eq!(set(1 << 60), None);
+    }
+
+    #[test]
+    fn address_that_nothing_comes_to_is_refused_and_changes_nothing() {
+        const TOLD: Mac = [2, 0, 0, 0, 0, 1];
+        const ONLY: Mac = [2, 0, 0, 0, 0, 2];
+        let set = |state: &mut ControlState, mac: Mac| state.command(&[&[CLASS_MAC, MAC_ADDR_SET][..], &mac].concat());
+        let mut state = state();
+        state.restrict_address(Some(ONLY));
+        assert_eq!(set(&mut state, [4; 6]), None);
+        assert_eq!(state.filter.mac, Some(TOLD));
+        assert_eq!(set(&mut state, TOLD), Some(Effect::Mac(TOLD)));
+        assert_eq!(set(&mut state, ONLY), Some(Effect::Mac(ONLY)));
+        assert_eq!(set(&mut state, TOLD), None);
+        assert!(state.command(&table(1, 1)).is_some(), "further addresses are best-effort");
+        state.restrict_address(None);
+        assert_eq!(set(&mut state, [4; 6]), Some(Effect::Mac([4; 6])));
     }
 
     #[test]
