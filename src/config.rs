@@ -157,15 +157,12 @@ impl TryFrom<Cli> for Config {
             DeviceChoice::Tap(TapByName { layer, name, queue_pairs, shared: cli.shared, mtu, extras, reopens: false })
         } else if cli.macvtap.is_some() || cli.macvtap_parent.is_some() {
             let parent = cli.macvtap_parent.map(|parent| (parent, mode(cli.macvtap_mode)));
-            DeviceChoice::Macvtap(Macvtap { interface: Wanted { name: cli.macvtap, parent, mac, mtu }, queue_pairs })
+            let interface = Wanted { name: cli.macvtap, parent, mac, former_mac: None, mtu };
+            DeviceChoice::Macvtap(Macvtap { interface, queue_pairs })
         } else if cli.interface.is_some() || cli.macvlan_parent.is_some() {
             let parent = cli.macvlan_parent.map(|parent| (parent, mode(cli.macvlan_mode)));
-            let promiscuous = cli.promiscuous;
-            DeviceChoice::Existing(Existing {
-                interface: Wanted { name: cli.interface, parent, mac, mtu },
-                queue_pairs,
-                promiscuous,
-            })
+            let interface = Wanted { name: cli.interface, parent, mac, former_mac: None, mtu };
+            DeviceChoice::Existing(Existing { interface, queue_pairs, promiscuous: cli.promiscuous })
         } else {
             return Err(ConfigError::Incomplete);
         };

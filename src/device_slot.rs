@@ -32,6 +32,11 @@ impl DeviceSlot {
         self.lock().device.mac()
     }
 
+    /// The address of its device, if that was made here ([`Device::made_with_mac`]).
+    pub fn made_with_mac(&self) -> Option<[u8; 6]> {
+        self.lock().device.made_with_mac()
+    }
+
     /// Sets offloads ([`Device::set_offloads`]), for the next device too. One that is gone needs none.
     ///
     /// # Errors

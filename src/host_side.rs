@@ -120,15 +120,21 @@ impl HostSide {
         !self.device.is_passed()
     }
 
-    /// Opens it again if it is there again, without waiting.
+    /// Opens it again if it is there again, without waiting. One that is made here gets the address `former_mac` that it had:
+    /// the guest's card has it too.
     ///
     /// # Errors
     /// As [`HostSide::open`].
-    pub fn reopen(&self) -> Result<Opened, OpenError> {
-        match &self.device {
-            DeviceChoice::Tap(how) => self.open_as(&DeviceChoice::Tap(TapByName { reopens: true, ..how.clone() })),
-            other => self.open_as(other),
+    pub fn reopen(&self, former_mac: Option<[u8; 6]>) -> Result<Opened, OpenError> {
+        let mut device = self.device.clone();
+        match &mut device {
+            DeviceChoice::Tap(how) => how.reopens = true,
+            DeviceChoice::Macvtap(Macvtap { interface, .. }) | DeviceChoice::Existing(Existing { interface, .. }) => {
+                interface.former_mac = former_mac;
+            }
+            DeviceChoice::Passed(_) => {}
         }
+        self.open_as(&device)
     }
 
     fn open_as(&self, device: &DeviceChoice) -> Result<Opened, OpenError> {

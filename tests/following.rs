@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::backend::{Spawned, arg, inherit};
 use common::bench::Guest;
-use common::frames::{Ends, L4Csum, Stamp, payload, test_frame, udp4};
+use common::frames::{Ends, GUEST_MAC as GUEST_MAC_BYTES, L4Csum, Stamp, mac_text, payload, test_frame, udp4};
 use common::frontend::{Answer, RawFrontend};
 use common::message::Message;
 use common::netns::{ChildGuard, NetNs, PacketSocket, TapSpec, require_root};
@@ -403,6 +403,70 @@ impl LinkNews {
         let told = self.told.lock().unwrap();
         // One that is on another has that behind an @.
         told.matches(&format!(" {name}@")).count() + told.matches(&format!(" {name}:")).count()
+    }
+}
+
+/// The guest keeps the address that it was told, and goes on receiving.
+#[test]
+fn interface_that_is_made_again_has_the_address_that_the_guest_was_told() {
+    const TEST: &str = "interface_that_is_made_again_has_the_address_that_the_guest_was_told";
+    for (parent, name) in [("--macvtap-parent", "--macvtap"), ("--macvlan-parent", "--interface")] {
+        for mode in ["bridge", "vepa", "private"] {
+            let Some(place) = Place::with_card(TEST) else { return };
+            let option = parent.replace("parent", "mode");
+            let args = [parent, "card", &option, mode, name, "made", "--on-device-loss", "wait"];
+            let mut backend = place.start(&args);
+            let mut guest = Guest::new(1, feature::MRG_RXBUF);
+            guest.pairs[0].post_rx(64, 2048);
+            let front_end = place.connect(&guest);
+            let told: [u8; 6] = front_end.get_config(0, 6).unwrap().try_into().unwrap();
+            for seq in 0..3 {
+                if seq > 0 {
+                    place.namespace.ip("link del card");
+                    backend.wait_line("was deleted; waiting for one of that name");
+                    place.make_card();
+                    backend.wait_line("is back; frames pass again");
+                }
+                wait_for_carrier(&place.namespace, "made");
+                let shown = place.namespace.ip("link show dev made");
+                assert!(shown.contains(&mac_text(told)), "{mode}: the guest was told {told:02x?}, and it is {shown}");
+                let frame = test_frame(&Ends { dst_mac: told, ..Ends::RX }, Stamp { stream: 2, seq }, 200);
+                place.outside().send(&frame);
+                assert_eq!(guest.pairs[0].recv(PATIENCE).expect("a frame in the guest").1, frame);
+            }
+            assert_eq!(front_end.get_config(0, 6).unwrap(), told);
+        }
+    }
+}
+
+/// A guest that runs keeps the address that it was told; those that come later are told the new one.
+#[test]
+fn interface_that_comes_back_with_another_address_is_warned_of_and_later_guests_are_told_it() {
+    const TEST: &str = "interface_that_comes_back_with_another_address_is_warned_of_and_later_guests_are_told_it";
+    const OTHER: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+    for (kind, option) in [("macvtap", "--macvtap"), ("macvlan", "--interface")] {
+        for chosen in [false, true] {
+            let Some(place) = Place::with_card(TEST) else { return };
+            place.add_on_card(kind, "dev0", "bridge", GUEST_MAC);
+            let mac: &[&str] = if chosen { &["--mac", GUEST_MAC] } else { &[] };
+            let mut backend = place.start(&[&[option, "dev0", "--on-device-loss", "wait"], mac].concat());
+            let guest = Guest::new(1, 0);
+            let front_end = place.connect(&guest);
+            assert_eq!(front_end.get_config(0, 6).unwrap(), GUEST_MAC_BYTES);
+            place.namespace.ip("link del dev0");
+            backend.wait_line("was deleted; waiting for one of that name");
+            place.add_on_card(kind, "dev0", "bridge", &mac_text(OTHER));
+            if !chosen {
+                backend.wait_line(
+                    "Interface \"dev0\" has address 52:54:00:12:34:56 now, and guests were told 52:54:00:aa:00:01",
+                );
+            }
+            backend.wait_line("is back; frames pass again");
+            assert_eq!(front_end.get_config(0, 6).unwrap(), GUEST_MAC_BYTES);
+            drop(front_end);
+            let wanted = if chosen { GUEST_MAC_BYTES } else { OTHER };
+            assert_eq!(place.connect(&guest).get_config(0, 6).unwrap(), wanted, "{kind}");
+        }
     }
 }
 

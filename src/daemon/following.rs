@@ -187,7 +187,7 @@ impl Daemon {
     fn open_again(&mut self, ops: &mut EventOps) {
         let following = &self.following;
         let Some(host) = following.host.as_ref().filter(|host| following.is_lost && host.can_reopen()) else { return };
-        match host.reopen().and_then(|opened| self.go_on_with(opened, ops)) {
+        match host.reopen(self.nic.made_with_mac()).and_then(|opened| self.go_on_with(opened, ops)) {
             Ok(()) => log::info!("Interface {:?} is back; frames pass again", self.nic.device_name()),
             Err(error) => self.try_again_later(&error),
         }

@@ -161,6 +161,12 @@ impl Device {
         self.mac
     }
 
+    /// The address of the interface, if it was made here. Somebody else may have changed it before it was told to anybody (udev
+    /// does).
+    pub fn made_with_mac(&self) -> Option<[u8; 6]> {
+        self.created.as_ref().and_then(|created| self.mac.or(created.mac()))
+    }
+
     /// Something that tells what happens to the interface; none where it is in another network namespace.
     ///
     /// # Errors

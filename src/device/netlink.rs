@@ -137,12 +137,18 @@ pub(crate) struct CreatedLink {
     socket: Socket,
     index: u32,
     name: String,
+    mac: Option<[u8; 6]>,
     parent: (String, u32),
 }
 
 impl CreatedLink {
     pub(crate) fn index(&self) -> u32 {
         self.index
+    }
+
+    /// The address that it was made with.
+    pub(crate) fn mac(&self) -> Option<[u8; 6]> {
+        self.mac
     }
 
     /// What it was made on, and its index.
@@ -188,7 +194,8 @@ pub(super) fn make_on_card(
     let socket = connected_socket()?;
     request_on(&socket, AboutLink::New(message), flags)?;
     let link = link_by_name(name)?.ok_or(io::ErrorKind::NotFound)?;
-    Ok(CreatedLink { socket, index: link.index, name: name.to_owned(), parent: (parent.0.to_owned(), parent.1) })
+    let parent = (parent.0.to_owned(), parent.1);
+    Ok(CreatedLink { socket, index: link.index, name: name.to_owned(), mac: link.mac, parent })
 }
 
 fn kernel_mode(mode: OnCardMode) -> netlink_packet_route::link::MacVtapMode {

@@ -56,6 +56,8 @@ pub struct Wanted {
     pub parent: Option<(InterfaceName, OnCardMode)>,
     /// The address of one that is made; in mode passthru it is its parent's.
     pub mac: Option<[u8; 6]>,
+    /// The address that one had which is made again, for where no other is wanted.
+    pub former_mac: Option<[u8; 6]>,
     /// The MTU of one that is made.
     pub mtu: Option<u16>,
 }
@@ -191,7 +193,8 @@ fn make(
         });
     }
     let fault = |cause| OnCardError::Make { kind, name: name.to_owned(), parent: parent.to_owned(), cause };
-    let created = netlink::make_on_card(kind, name, (parent, on.index), mode, wanted.mac).map_err(fault)?;
+    let created =
+        netlink::make_on_card(kind, name, (parent, on.index), mode, wanted.mac.or(wanted.former_mac)).map_err(fault)?;
     if let Some(mtu) = wanted.mtu {
         let (name, parent) = (name.to_owned(), parent.to_owned());
         netlink::set_mtu(created.index(), mtu).map_err(|cause| OnCardError::Mtu { kind, name, mtu, parent, cause })?;

@@ -11,6 +11,7 @@ use crate::device::link_watch::LinkState;
 use crate::device::{Device, DeviceQueue};
 use crate::mailbox::Stuck;
 use crate::net::config_space::MTU_MIN;
+use crate::net::filter::{Mac, MacDisplay};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::worker::QueuePair;
 
@@ -59,6 +60,11 @@ impl Nic {
     /// What a worker signals when the device seems to be gone.
     pub fn alarm(&self) -> &Arc<EventFd> {
         &self.alarm
+    }
+
+    /// The address of the interface, if it was made here.
+    pub fn made_with_mac(&self) -> Option<Mac> {
+        self.device.made_with_mac()
     }
 
     /// Whether the interface has to be asked whether it was deleted.
@@ -121,10 +127,24 @@ impl Nic {
     /// # Errors
     /// What the device says, or that a worker does not answer; frames do not pass then.
     pub fn replace_device(&self, device: Device, queues: Vec<DeviceQueue>) -> io::Result<()> {
+        self.take_address(&device);
         self.device.replace(device)?;
         for (pair, queue) in self.pairs.iter().zip(queues) {
             pair.call(move |pair| pair.replace_device(queue)).map_err(io::Error::other)??;
         }
         Ok(())
+    }
+
+    /// Tells guests that come later to which address frames come now. Whoever runs has a card with the one before.
+    fn take_address(&self, device: &Device) {
+        let Some(mac) = device.mac().filter(|_| self.setup.mac.is_none()) else { return };
+        let told = self.with_initial_config(|initial| std::mem::replace(&mut initial.mac, mac));
+        if told != mac && told != Mac::default() {
+            let (name, mac, told) = (device.name(), MacDisplay(mac), MacDisplay(told));
+            log::warn!(
+                "Interface {name:?} has address {mac} now, and guests were told {told}: nothing comes to one that runs until \
+                 it starts again; make the interface with 'address {told}' to spare it that"
+            );
+        }
     }
 }
