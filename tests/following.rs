@@ -536,13 +536,21 @@ fn passed_descriptor_whose_interface_is_deleted_elsewhere_is_noticed() {
     }
     let place = Place::new();
     let elsewhere = NetNs::new();
+    // Of the same name, and nothing to do with it.
+    place.namespace.add_tap(&TapSpec::new("tap0"));
+    place.namespace.ip("link set dev tap0 down");
     // More frames than the guest has buffers: those wait in the TAP, and what else comes wakes nobody.
-    for (policy, code, frames) in [("exit", 75, 0), ("exit", 75, 400), ("wait", 0, 0), ("wait", 0, 400)] {
+    let cases = [("exit", 75, 0), ("exit", 75, 400), ("wait", 0, 0), ("wait", 0, 400)];
+    // Who lacks the right may not ask whose a TAP is.
+    for (right, (policy, code, frames)) in
+        ["-mknod", "-net_admin"].into_iter().flat_map(|right| cases.map(|case| (right, case)))
+    {
         elsewhere.add_tap(&TapSpec::new("tap0"));
         let queue = elsewhere.open_tap("tap0", false);
         elsewhere.wait_operational("tap0");
         let socket = place.socket();
-        let mut command = place.namespace.command(BINARY);
+        let mut command = place.namespace.command("setpriv");
+        command.args(["--bounding-set", right, BINARY]);
         command.args(["--socket-path", arg(&socket), "--tap-fd", "20", "--on-device-loss", policy]);
         inherit(&mut command, queue.fd.as_fd(), 20);
         let mut backend = Spawned::run(&mut command);

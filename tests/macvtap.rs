@@ -354,6 +354,30 @@ fn passed_descriptor_is_served_and_its_end_is_noticed() {
     backend.wait_at_rest();
 }
 
+/// What the interface of that name here is like says nothing of it.
+#[test]
+fn passed_descriptor_is_not_taken_for_that_of_an_interface_of_the_same_name_here() {
+    const TEST: &str = "passed_descriptor_is_not_taken_for_that_of_an_interface_of_the_same_name_here";
+    for mac in ["52:54:00:12:34:56", GUEST_MAC] {
+        let (Some(here), Some(elsewhere)) = (Place::with_card(TEST), Place::with_card(TEST)) else { return };
+        here.add_on_card("macvtap", "mvt0", "bridge", mac);
+        here.namespace.ip("link set mvt0 mtu 1400");
+        elsewhere.add_on_card("macvtap", "mvt0", "bridge", GUEST_MAC);
+        for (at, told_mac, told_mtu) in [(&here, [0; 6], 1500_u16), (&elsewhere, frames::GUEST_MAC, 1500)] {
+            let queue = elsewhere.namespace.open_macvtap("mvt0");
+            let mut command = at.namespace.command(BINARY);
+            inherit(&mut command, queue.as_fd(), 20);
+            let mut backend = Spawned::run(command.args(["--socket-path", arg(&at.socket()), "--tap-fd", "20"]));
+            backend.wait_line("Listening on");
+            let mut guest = guest_with(1, feature::MRG_RXBUF);
+            let front_end = at.connect(&guest);
+            assert_eq!(front_end.get_config(0, 6).unwrap(), told_mac);
+            assert_eq!(front_end.get_config(10, 2).unwrap(), told_mtu.to_le_bytes());
+            assert_frames_pass(&mut guest, &elsewhere.outside(), 0);
+        }
+    }
+}
+
 /// The process is in an empty namespace, and its socket is not in any.
 #[test]
 fn device_of_another_namespace_is_served_made_and_taken_away() {

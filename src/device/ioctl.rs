@@ -55,6 +55,21 @@ const TUNSETVNETLE: Request<c_int> = Request::new(libc::TUNSETVNETLE as _);
 const TUNGETSNDBUF: Request<c_int> = Request::new(libc::TUNGETSNDBUF as _);
 const TUNSETSNDBUF: Request<c_int> = Request::new(libc::TUNSETSNDBUF as _);
 const TUNSETCARRIER: Request<c_int> = Request::new(libc::_IOW::<c_int>(b'T' as u32, 226));
+/// Takes no argument.
+const TUNGETDEVNETNS: libc::Ioctl = libc::_IO(b'T' as u32, 227);
+// linux/sockios.h
+const SIOCGIFHWADDR: Request<HardwareAddress> = Request::new(libc::SIOCGIFHWADDR as _);
+
+/// `struct ifreq`, as it tells a hardware address.
+#[repr(C)]
+struct HardwareAddress {
+    name: [u8; libc::IFNAMSIZ],
+    family: u16,
+    address: [u8; 14],
+    rest: [u8; 8],
+}
+
+const _: () = assert!(size_of::<HardwareAddress>() >= size_of::<ifreq>());
 
 fn call<T>(fd: BorrowedFd<'_>, request: &Request<T>, argument: &mut T) -> io::Result<()> {
     // SAFETY: the kernel reads or writes one `T` at the address of `argument`: the table above says so of each request.
@@ -62,9 +77,10 @@ fn call<T>(fd: BorrowedFd<'_>, request: &Request<T>, argument: &mut T) -> io::Re
 }
 
 /// `request` is one that takes its argument by value.
-fn call_by_value(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: u32) -> io::Result<()> {
+fn call_by_value(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: u32) -> io::Result<c_int> {
     // SAFETY: the requests that this is called with below take a number, and touch no memory of ours whatever that is.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, libc::c_ulong::from(argument)) })
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, libc::c_ulong::from(argument)) };
+    check(result).map(|()| result)
 }
 
 /// Makes `fd` a queue of interface `name`, which is created if need be; tells the interface's name.
@@ -83,9 +99,26 @@ pub(crate) fn tun_get_iff(fd: BorrowedFd<'_>) -> io::Result<(String, c_int)> {
     Ok((name_of(&request), c_int::from(flags as u16)))
 }
 
+/// The interface's Ethernet address, if it has one; of any queue of the TUN driver or a MACVTAP.
+pub(crate) fn hardware_address(fd: BorrowedFd<'_>) -> io::Result<Option<[u8; 6]>> {
+    let mut request = HardwareAddress { name: [0; libc::IFNAMSIZ], family: 0, address: [0; 14], rest: [0; 8] };
+    call(fd, &SIOCGIFHWADDR, &mut request)?;
+    Ok(request.address.first_chunk().copied().filter(|_| request.family == libc::ARPHRD_ETHER))
+}
+
+/// The network namespace that a TAP or TUN is in.
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_ADMIN` there, `EINVAL` before Linux 5.2.
+pub(crate) fn tun_namespace(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let namespace = call_by_value(fd, TUNGETDEVNETNS, 0)?;
+    // SAFETY: the kernel made the descriptor in this call, so it is open, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(namespace) })
+}
+
 /// Which unfinished frames (`TUN_F_`) may be read from the interface.
 pub(crate) fn tun_set_offload(fd: BorrowedFd<'_>, flags: c_uint) -> io::Result<()> {
-    call_by_value(fd, libc::TUNSETOFFLOAD as _, flags)
+    call_by_value(fd, libc::TUNSETOFFLOAD as _, flags).map(drop)
 }
 
 /// Bytes of the virtio-net header before each frame.
@@ -118,17 +151,17 @@ pub(crate) fn tun_set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()
 
 /// The user who may attach to the interface, besides root.
 pub(crate) fn tun_set_owner(fd: BorrowedFd<'_>, user: u32) -> io::Result<()> {
-    call_by_value(fd, libc::TUNSETOWNER as _, user)
+    call_by_value(fd, libc::TUNSETOWNER as _, user).map(drop)
 }
 
 /// The group whose members may attach to the interface.
 pub(crate) fn tun_set_group(fd: BorrowedFd<'_>, group: u32) -> io::Result<()> {
-    call_by_value(fd, libc::TUNSETGROUP as _, group)
+    call_by_value(fd, libc::TUNSETGROUP as _, group).map(drop)
 }
 
 /// The interface stays when its last queue is closed.
 pub(crate) fn tun_set_persistent(fd: BorrowedFd<'_>) -> io::Result<()> {
-    call_by_value(fd, libc::TUNSETPERSIST as _, 1)
+    call_by_value(fd, libc::TUNSETPERSIST as _, 1).map(drop)
 }
 
 /// Sets the interface's carrier.

@@ -203,7 +203,7 @@ pub(super) fn prepare(fd: &OwnedFd, several: bool) -> io::Result<()> {
 }
 
 /// The device numbers of an interface's character device.
-fn numbers(name: &str, index: u32) -> io::Result<Dev> {
+pub(super) fn numbers(name: &str, index: u32) -> io::Result<Dev> {
     let text = fs::read_to_string(format!("/sys/class/net/{name}/tap{index}/dev"))?;
     let parts = text.trim().split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
     let (major, minor) = parts.ok_or(io::ErrorKind::InvalidData)?;

@@ -3,7 +3,8 @@
 //! `TUNGETIFF` always says `IFF_NO_PI` of a TAP without a packet filter, since that bit is `IFF_NOFILTER` too; netlink
 //! tells whether there is packet information.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use libc::{IFF_MULTI_QUEUE, IFF_TAP, IFF_VNET_HDR};
 use rustix::fs::FileType;
@@ -97,16 +98,13 @@ pub fn open(how: &Passed) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
         queues.push(DeviceQueue::new(fd, steering));
     }
     let (name, driver, layer) = first.unwrap_or_default();
-    // The descriptor may come from another network namespace, where our name lookup says nothing: then no MTU is known,
-    // and packet information is not noticed.
-    let link = netlink::link_by_name(&name).ok().flatten().unwrap_or_default();
+    // None where it is another network namespace's: then no MTU is known, and packet information is not noticed.
+    let link = queues.first().and_then(|queue| link_of(queue.as_fd(), driver, &name)).unwrap_or_default();
     if link.tun.packet_information {
         let wrong = "with packet information before each frame; open it with IFF_NO_PI";
         let fd = numbers.first().copied().unwrap_or(-1);
         return Err(bad(fd, format!("is a queue of {name:?} {wrong}")));
     }
-    let is_here = driver == Driver::Tun || link.kind.as_deref() == Some("macvtap");
-    let link = if is_here { link } else { Link::default() };
     let what = match (driver, layer) {
         (Driver::Macvtap, _) => "MACVTAP",
         (Driver::Tun, Layer::Ethernet) => "TAP",
@@ -118,6 +116,29 @@ pub fn open(how: &Passed) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
     let mac = link.mac.filter(|_| driver == Driver::Macvtap && !link.takes_all);
     let interface = Interface { name, layer, index, mtu: link.mtu, mac, driver };
     Ok(tap_queue::set_up(interface, queues)?)
+}
+
+/// What the interface of an open queue is like, if it is one of this network namespace: there may be another one of its
+/// name here.
+fn link_of(queue: BorrowedFd<'_>, driver: Driver, name: &str) -> Option<Link> {
+    let link = netlink::link_by_name(name).ok().flatten()?;
+    // A TUN has none, so that of those who may not ask is believed to be the one of its name.
+    let has_its_address = || ioctl::hardware_address(queue).is_ok_and(|address| address == link.mac);
+    let (kind, is_it) = match driver {
+        Driver::Tun => ("tun", is_of_this_namespace(queue).unwrap_or_else(|_| has_its_address())),
+        Driver::Macvtap => {
+            let is_its_device = |number| rustix::fs::fstat(queue).is_ok_and(|file| file.st_rdev == number);
+            // Where sysfs does not show it, the address has to do.
+            ("macvtap", has_its_address() && macvtap::numbers(name, link.index).map_or(true, is_its_device))
+        }
+    };
+    Some(link).filter(|link| is_it && link.kind.as_deref() == Some(kind))
+}
+
+/// Whether a TAP or TUN is in this thread's network namespace, for those who may ask.
+fn is_of_this_namespace(queue: BorrowedFd<'_>) -> io::Result<bool> {
+    let (its, ours) = (rustix::fs::fstat(ioctl::tun_namespace(queue)?)?, rustix::fs::stat("/proc/thread-self/ns/net")?);
+    Ok((its.st_dev, its.st_ino) == (ours.st_dev, ours.st_ino))
 }
 
 /// Whose queue it is: every TAP's is one device, the TUN driver's; each MACVTAP has a device of its own.
