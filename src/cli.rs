@@ -163,7 +163,10 @@ pub struct Cli {
     pub queue_pairs: Option<u16>,
 
     /// Largest queue that a front-end may set up: a power of two up to 32768
-    #[arg(long, value_name = "N", default_value = "1024", value_parser = parse_queue_size)]
+    ///
+    /// A front-end is not told of a limit: what it sets up above that is refused, and the card does not work. Some take the
+    /// largest that there can be.
+    #[arg(long, value_name = "N", default_value = "32768", value_parser = parse_queue_size)]
     pub queue_size: QueueSize,
 
     /// MAC address of the card, for front-ends that take it from the back-end [default: a MACVTAP's or interface's own]

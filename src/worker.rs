@@ -42,7 +42,8 @@ use crate::throttle::Throttle;
 use crate::tuning::Tuning;
 use crate::virtqueue::RingBroken;
 
-/// How long a job may wait for its turn: a pass takes well under a millisecond.
+/// How long a job may wait for its turn: a pass takes well under a millisecond, and where a guest does its worst, with queues
+/// of the largest size, some tens of them.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a ring without a kick descriptor is looked at (vhost-user, `VHOST_USER_SET_VRING_KICK`, bit 8).
 pub(crate) const POLL_INTERVAL_MS: i32 = 1;
