@@ -48,6 +48,8 @@ pub struct Surroundings {
 pub struct ControlQueue {
     around: Surroundings,
     state: ControlState,
+    /// The state before the last resets, until a ring starts.
+    former: Option<ControlState>,
     ring: Option<(RunningRing, GuestIovecs)>,
     poll: Poll,
     command: Vec<u8>,
@@ -63,6 +65,7 @@ pub fn spawn(around: Surroundings, counters: Arc<PairCounters>) -> io::Result<Ma
     let queue = ControlQueue {
         around,
         state: ControlState::default(),
+        former: None,
         ring: None,
         poll: Poll::new()?,
         command: Vec::new(),
@@ -82,10 +85,29 @@ impl ControlQueue {
     }
 
     /// Begins anew for a guest that acknowledged `features`; tells which frames pass until its first command.
+    ///
+    /// It may be the same guest, whose rings stopped for a while: that is seen from where its control ring starts.
     pub fn reset(&mut self, features: u64, mac: Option<Mac>) -> Arc<RxFilter> {
         // 127 pairs at most.
-        self.state = ControlState::new(features, self.around.pairs.len() as u16, mac);
+        let state = ControlState::new(features, self.around.pairs.len() as u16, mac);
+        let before = std::mem::replace(&mut self.state, state);
+        self.former.get_or_insert(before);
         self.state.filter()
+    }
+
+    /// Forgets what the guest of an earlier front-end set: the next one's is another, or has gone on without us.
+    pub fn forget(&mut self) {
+        (self.state, self.former) = (ControlState::default(), None);
+    }
+
+    /// Has what the driver set before hold on.
+    fn resume(&mut self, former: ControlState) {
+        log::debug!("Control queue: the driver goes on where it was");
+        self.state = std::mem::take(&mut self.state).resumed(former);
+        let effects: Vec<_> = self.state.effects().collect();
+        for effect in effects {
+            self.carry_out(effect);
+        }
     }
 }
 
@@ -93,7 +115,12 @@ impl ControlQueue {
 impl RunsRings for ControlQueue {
     fn start(&mut self, _: Direction, start: StartRing) -> io::Result<()> {
         let iovecs = GuestIovecs::new(Arc::clone(start.queue.mem()), IOV_MAX + 1);
+        // A driver that was reset begins with the first entry.
+        let goes_on = start.queue.position() != 0;
         self.ring = Some((RunningRing::start(start, &self.poll, Event::ControlKick, &self.counters)?, iovecs));
+        if let Some(former) = self.former.take().filter(|_| goes_on) {
+            self.resume(former);
+        }
         Ok(())
     }
 

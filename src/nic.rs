@@ -256,10 +256,13 @@ impl Nic {
         Ok(())
     }
 
-    /// Forgets what an earlier front-end and its guest changed about the configuration space.
+    /// Forgets what an earlier front-end and its guest changed about the configuration space, and set by commands.
     pub fn begin_session(&self) {
         let initial = self.with_initial_config(|initial| initial.clone());
         self.with_config(|config| *config = initial);
+        if let Err(stuck) = self.control.call(ControlQueue::forget) {
+            log::error!("{stuck}");
+        }
     }
 
     /// Forgets the MAC address that a guest set, if it did.

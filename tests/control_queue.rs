@@ -52,24 +52,86 @@ struct Bench {
     pairs: Vec<NetDriver>,
     mem: Arc<GuestMemory>,
     backend: InProcess,
+    features: u64,
+}
+
+/// A guest's drivers that begin anew, with buffers.
+fn drivers(mem: &Arc<GuestMemory>, features: u64) -> (Vec<NetDriver>, CtrlDriver) {
+    let driver = |_| NetDriver::new(mem, &NetDriverSpec { features, ..NetDriverSpec::default() });
+    let count = if features & feature::MQ == 0 { 1 } else { 2 };
+    let mut pairs: Vec<_> = (0..count).map(driver).collect();
+    pairs.iter_mut().for_each(|pair| pair.post_rx(32, 9000));
+    (pairs, CtrlDriver::new(mem, 64, features))
 }
 
 impl Bench {
     fn new(features: u64) -> Self {
         let setup = NicSetup { mac: Some(GUEST_MAC), is_generic: true, ..NicSetup::default() };
         let backend = InProcess::start_as(2, setup);
-        let mem = Arc::new(GuestMemory::single(32 << 20));
+        let mem = Arc::new(GuestMemory::single(64 << 20));
         let features = features | feature::VERSION_1 | feature::PROTOCOL_FEATURES;
-        let driver = || NetDriver::new(&mem, &NetDriverSpec { features, ..NetDriverSpec::default() });
-        let mut pairs = if features & feature::MQ == 0 { vec![driver()] } else { vec![driver(), driver()] };
-        let ctrl = CtrlDriver::new(&mem, 64, features);
+        let (pairs, ctrl) = drivers(&mem, features);
         let front_end = RawFrontend::connect(backend.socket()).unwrap();
-        let rings = pairs.iter().flat_map(NetDriver::rings).chain([&ctrl.ring]).collect();
-        let session = SessionSpec::new(&mem, rings, features);
-        let negotiated = front_end.negotiate_like_cloud_hypervisor(&session).unwrap();
-        assert_eq!(negotiated.features, features);
-        pairs.iter_mut().for_each(|pair| pair.post_rx(32, 9000));
-        Self { front_end, ctrl, pairs, mem, backend }
+        let this = Self { front_end, ctrl, pairs, mem, backend, features };
+        this.negotiate();
+        this
+    }
+
+    fn rings(&self) -> Vec<&SplitRing> {
+        self.pairs.iter().flat_map(NetDriver::rings).chain([&self.ctrl.ring]).collect()
+    }
+
+    fn negotiate(&self) {
+        let session = SessionSpec::new(&self.mem, self.rings(), self.features);
+        let negotiated = self.front_end.negotiate_like_cloud_hypervisor(&session).unwrap();
+        assert_eq!(negotiated.features, self.features);
+    }
+
+    /// Ends the session and begins another on the same rings.
+    fn reconnect(&mut self) {
+        self.front_end.stream().shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(self.front_end.wait_closed(PATIENCE));
+        self.front_end = RawFrontend::connect(self.backend.socket()).unwrap();
+        self.negotiate();
+    }
+
+    /// Has rings that were stopped go on from there; the features are said so many times before.
+    fn restart(&self, bases: &[u32], features: usize) {
+        let ask = |message| assert_eq!(self.front_end.ask(message), Answer::Ack);
+        (0..features).for_each(|_| ask(Message::set_features(self.features)));
+        for ((index, ring), base) in (0..).zip(self.rings()).zip(bases) {
+            ask(Message::set_vring_num(index, ring.size.into()));
+            ask(Message::set_vring_base(index, *base));
+            ask(Message::set_vring_addr(index, ring));
+            ask(Message::set_vring_call(index.into(), fd_of(&ring.call)));
+            ask(Message::set_vring_kick(index.into(), fd_of(&ring.kick)));
+            ask(Message::set_vring_enable(index, 1));
+        }
+    }
+
+    /// Whether a frame that the device has for the second pair arrives.
+    fn second_pair_is_used(&mut self) -> bool {
+        self.backend.taps[1].send(&VnetHdr::default(), &frame_to(GUEST_MAC));
+        self.pairs[1].recv(QUIET).is_some()
+    }
+
+    /// Whether a frame that is to be segmented arrives whole. It is no TCP, so it cannot be cut.
+    fn takes_segments(&mut self) -> bool {
+        let header = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 16, ..VnetHdr::default() };
+        let header = VnetHdr { gso_type: gso::TCPV4, gso_size: 500, hdr_len: 54, ..header };
+        let dropped = self.backend.counter(0, "rx_drop_not_negotiated");
+        self.backend.taps[0].send(&header, &frame_to(GUEST_MAC));
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if self.pairs[0].recv(Duration::ZERO).is_some() {
+                return true;
+            }
+            if self.backend.counter(0, "rx_drop_not_negotiated") > dropped {
+                return false;
+            }
+            assert!(Instant::now() < deadline, "A frame is neither delivered nor counted");
+            std::thread::yield_now();
+        }
     }
 
     fn ok(&mut self, class: u8, command: u8, data: &[u8]) {
@@ -203,6 +265,52 @@ fn vlan_table_decides_which_tagged_frames_arrive() {
     }
     bench.refused(ctrl::CLASS_VLAN, VLAN_ADD, &[5]);
     bench.refused(ctrl::CLASS_VLAN, 2, &[5, 0]);
+}
+
+/// What the driver set holds for as long as it is the same driver: its rings stop and go on, as when its machine is paused.
+#[test]
+fn what_was_set_holds_over_a_stop_of_the_rings() {
+    let mut bench = Bench::new(COMMANDS | feature::CTRL_VLAN | feature::MQ);
+    bench.mode(PROMISCUOUS, false);
+    bench.macs(&[OTHER], &[GROUP]);
+    bench.ok(ctrl::CLASS_VLAN, VLAN_ADD, &5_u16.to_le_bytes());
+    bench.ok(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &[2, 0]);
+    bench.ok(ctrl::CLASS_GUEST_OFFLOADS, 0, &feature::GUEST_CSUM.to_le_bytes());
+    let tagged = [5, 6].map(|id| vlan(&frame_to(GUEST_MAC), id));
+    // Twice, as some front-ends say the features twice.
+    for features in [1, 2] {
+        let bases = bench.front_end.stop_like_cloud_hypervisor(5).unwrap();
+        bench.restart(&bases, features);
+        assert_eq!(bench.addresses(), ["own", "other", "group", "all"]);
+        assert_eq!(bench.arriving(&tagged), [true, false]);
+        assert!(bench.second_pair_is_used());
+        assert!(!bench.takes_segments());
+    }
+    // A driver that begins anew has set nothing.
+    bench.front_end.stop_like_cloud_hypervisor(5).unwrap();
+    (bench.pairs, bench.ctrl) = drivers(&bench.mem, bench.features);
+    bench.restart(&[0; 5], 1);
+    assert_eq!(bench.addresses().len(), 5);
+    assert!(!bench.second_pair_is_used());
+    assert!(bench.takes_segments());
+}
+
+/// Another process, or another session, knows nothing of it: the guest may then get too much, but never too little, and
+/// nothing unfinished.
+#[test]
+fn what_another_process_was_told_keeps_nothing_from_the_guest() {
+    let mut bench = Bench::new(COMMANDS | feature::CTRL_VLAN | feature::MQ);
+    bench.mode(PROMISCUOUS, false);
+    bench.ok(ctrl::CLASS_GUEST_OFFLOADS, 0, &0_u64.to_le_bytes());
+    bench.ok(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &[2, 0]);
+    bench.reconnect();
+    assert_eq!(bench.addresses().len(), 5);
+    assert!(!bench.takes_segments());
+    bench.mode(PROMISCUOUS, false);
+    assert_eq!(bench.arriving(&[5, 6].map(|id| vlan(&frame_to(GUEST_MAC), id))), [true, true]);
+    bench.ok(ctrl::CLASS_VLAN, VLAN_DEL, &6_u16.to_le_bytes());
+    assert_eq!(bench.arriving(&[5, 6].map(|id| vlan(&frame_to(GUEST_MAC), id))), [true, false]);
+    assert!(bench.second_pair_is_used());
 }
 
 #[test]

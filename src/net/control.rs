@@ -70,6 +70,10 @@ pub struct ControlState {
     filter: RxFilter,
     /// The one address that the device lets frames in to, if it does not let in any.
     only: Option<Mac>,
+    /// How many pairs the guest said that it uses.
+    queue_pairs: Option<u16>,
+    /// The unfinished frames that it said that it takes.
+    offloads: Option<GuestOffloads>,
 }
 
 impl ControlState {
@@ -77,7 +81,27 @@ impl ControlState {
     pub fn new(features: u64, max_queue_pairs: u16, mac: Option<Mac>) -> ControlState {
         let features = features::consistent(features);
         let vlans = (features & CTRL_VLAN != 0).then(VlanTable::default);
-        ControlState { features, max_queue_pairs, filter: RxFilter { mac, vlans, ..RxFilter::default() }, only: None }
+        let filter = RxFilter { mac, vlans, ..RxFilter::default() };
+        ControlState { features, max_queue_pairs, filter, ..ControlState::default() }
+    }
+
+    /// The state of a guest that goes on with its ring, from what it was when the ring stopped, or without that, as another
+    /// process carried its commands out. Where it is not known, nothing is kept from the guest, and all is finished.
+    pub fn resumed(self, former: ControlState) -> ControlState {
+        if former.features == self.features {
+            return former;
+        }
+        let filter = RxFilter { vlans: self.filter.vlans.as_ref().map(|_| VlanTable::full()), ..self.filter.clone() };
+        let queue_pairs = self.has(MQ).then_some(self.max_queue_pairs);
+        let offloads = self.has(CTRL_GUEST_OFFLOADS).then(|| GuestOffloads::of(0));
+        ControlState { filter, queue_pairs, offloads, ..self }
+    }
+
+    /// What brings the state about after a reset.
+    pub fn effects(&self) -> impl Iterator<Item = Effect> {
+        let filter = self.filter.mac.map_or_else(|| Effect::Filter(self.filter()), Effect::Mac);
+        let pairs = self.queue_pairs.map(Effect::QueuePairs);
+        [Some(filter), pairs, self.offloads.map(Effect::Offloads)].into_iter().flatten()
     }
 
     /// Says to which one address the device lets frames in, if not to any. A guest may not take another: it would believe
@@ -107,12 +131,17 @@ impl ControlState {
             }
             CLASS_MQ if command == MQ_VQ_PAIRS_SET && self.has(MQ) => {
                 let pairs = u16::from_le_bytes(data.try_into().ok()?);
-                (1..=self.max_queue_pairs).contains(&pairs).then_some(Effect::QueuePairs(pairs))
+                (1..=self.max_queue_pairs).contains(&pairs).then_some(())?;
+                self.queue_pairs = Some(pairs);
+                Some(Effect::QueuePairs(pairs))
             }
             CLASS_GUEST_OFFLOADS if command == GUEST_OFFLOADS_SET && self.has(CTRL_GUEST_OFFLOADS) => {
                 let wanted = u64::from_le_bytes(data.try_into().ok()?);
                 let negotiated = self.features & GuestOffloads::ALL;
-                (wanted & !negotiated == 0).then(|| Effect::Offloads(GuestOffloads::of(wanted)))
+                (wanted & !negotiated == 0).then_some(())?;
+                let offloads = GuestOffloads::of(wanted);
+                self.offloads = Some(offloads);
+                Some(Effect::Offloads(offloads))
             }
             _ => None,
         }

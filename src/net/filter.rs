@@ -63,6 +63,11 @@ impl Default for VlanTable {
 }
 
 impl VlanTable {
+    /// The one that lets all pass.
+    pub fn full() -> VlanTable {
+        VlanTable(Box::new([u64::MAX; 64]))
+    }
+
     /// Lets `id` (0 to 4095) pass, or no longer.
     pub fn set(&mut self, id: u16, pass: bool) {
         if let Some(word) = self.0.get_mut(usize::from(id / 64)) {
