@@ -176,9 +176,12 @@ fn run(case: Case, rounds: usize, scale: u64) -> Measured {
     let mut samples = vec![Vec::new(); case.contenders.len()];
     let before = place::processor_time();
     for round in 1..=rounds {
-        for (contender, samples) in case.contenders.iter().zip(&mut samples) {
+        // Each begins in its turn, so that none always comes after the same one.
+        for at in 0..case.contenders.len() {
+            let at = (at + round) % case.contenders.len();
+            let contender = &case.contenders[at];
             eprint!("\r\x1b[K{}: round {round} of {rounds}, {}", case.name, contender.name());
-            samples.push(cases::measure(case.kind, contender, scale));
+            samples[at].push(cases::measure(case.kind, contender, scale));
         }
     }
     eprint!("\r\x1b[K");

@@ -22,7 +22,8 @@ impl Spread {
         let (Some(&least), Some(&most)) = (numbers.first(), numbers.last()) else {
             return Spread { least: f64::NAN, median: f64::NAN, most: f64::NAN };
         };
-        Spread { least, median: numbers[numbers.len() / 2], most }
+        let middle = [(numbers.len() - 1) / 2, numbers.len() / 2].map(|at| numbers[at]);
+        Spread { least, median: (middle[0] + middle[1]) / 2.0, most }
     }
 }
 
