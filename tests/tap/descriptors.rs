@@ -74,6 +74,7 @@ fn open_device_becomes_a_queue_of_the_interface_that_is_named() {
         if kind == "tap" {
             let mut guest = Guest::new(pairs, 0);
             let _front_end = place.connect(&guest);
+            place.namespace.wait_operational("it0");
             assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, "it0"));
         }
         // Started again by who kept them, it finds them to be queues already.

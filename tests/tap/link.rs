@@ -240,6 +240,8 @@ fn frames_are_dropped_and_counted_while_the_link_is_down_and_pass_when_it_is_up(
 
         place.namespace.ip("link set tap0 up");
 
+        // Until it has heard of that it drops frames.
+        backend.wait_line("Interface \"tap0\": link up");
         assert_frames_pass(&mut guest, &place.host());
     }
 }
