@@ -29,6 +29,9 @@ pub const TOGETHER: u64 = 45;
 /// Bytes of their Ethernet, IPv4 and UDP headers.
 pub const HEADERS: usize = 42;
 
+/// Bytes of a large frame that a back-end looks at, and sends as it saw them: with all headers that there can be.
+const START: usize = 204;
+
 /// A frame as the guest has it.
 pub type Frame = (VnetHdr, Vec<u8>);
 
@@ -119,8 +122,15 @@ impl Sender {
             }
             (Some(Means::Copies), _) => Way::Copies(Box::new(Batch::new(&queue, BATCH as usize)), frames),
             _ => {
-                let calls = frames.iter().map(|frame| vec![mem.iovec(in_memory(&mem, frame), frame.len())]).collect();
-                Way::Calls(calls, 1, mem)
+                let call = |frame: &Vec<u8>| {
+                    let at = in_memory(&mem, frame);
+                    // A back-end has the checked start of a large one apart.
+                    let start = if frame.len() > RX_BUFFER { START } else { 0 };
+                    let pieces =
+                        [(0, start), (start, frame.len())].map(|(from, to)| mem.iovec(at + from as u64, to - from));
+                    pieces.into_iter().filter(|piece| piece.iov_len > 0).collect()
+                };
+                Way::Calls(frames.iter().map(call).collect(), 1, mem)
             }
         };
         Sender { queue, way, next: 0 }
@@ -169,6 +179,7 @@ pub struct Receiver {
     batch: Option<Batch>,
     /// As a guest's: so many for a super-frame.
     buffers: Vec<libc::iovec>,
+    header: libc::iovec,
     /// Where the frames of batches are copied to.
     copies: Vec<[u8; RX_BUFFER]>,
     /// The next of these.
@@ -182,8 +193,18 @@ impl Receiver {
         let means = contender.means().unwrap_or(Means::Calls);
         let mem = GuestMemory::single(8 << 20);
         let buffers = (0..RING_SIZE).map(|_| mem.iovec(mem.alloc(RX_BUFFER, 64), RX_BUFFER)).collect();
+        let header = mem.iovec(mem.alloc(VnetHdr::LEN, 64), VnetHdr::LEN);
         let batch = (means != Means::Calls).then(|| Batch::new(&queue, BATCH as usize));
-        Receiver { queue, means, batch, buffers, copies: vec![[0; RX_BUFFER]; RING_SIZE.into()], next: 0, _mem: mem }
+        Receiver {
+            queue,
+            means,
+            batch,
+            buffers,
+            header,
+            copies: vec![[0; RX_BUFFER]; RING_SIZE.into()],
+            next: 0,
+            _mem: mem,
+        }
     }
 
     /// Takes `count` frames, each in so many buffers.
@@ -209,6 +230,13 @@ impl Receiver {
             iovecs.clear();
             let first = frame * buffers;
             iovecs.extend((first..first + buffers).map(|at| self.buffers[at % self.buffers.len()]));
+            if buffers > 1 {
+                // A back-end has the header of a large one apart, to look at it before the guest does.
+                let piece = &mut iovecs[0];
+                piece.iov_base = piece.iov_base.cast::<u8>().wrapping_add(VnetHdr::LEN).cast();
+                piece.iov_len -= VnetHdr::LEN;
+                iovecs.insert(0, self.header);
+            }
             vectored(&self.queue, &iovecs, libc::readv);
         }
     }
