@@ -106,6 +106,8 @@ pub struct Session {
     is_owned: bool,
     protocol: Protocol,
     features: u64,
+    /// Whether the last features were refused for want of VIRTIO 1.
+    is_legacy: bool,
     status: u8,
     /// For requests of ours. Its end tells the front-end that we are gone.
     backend_channel: Option<OwnedFd>,
@@ -131,6 +133,7 @@ impl Session {
             is_owned: false,
             protocol: Protocol::empty(),
             features: 0,
+            is_legacy: false,
             status: 0,
             backend_channel: None,
             mem: Arc::default(),
@@ -203,7 +206,8 @@ impl Session {
                 return Err(SessionError::Stuck(stuck));
             }
             Err(refusal) => {
-                if self.throttle.allows() {
+                // Of a legacy driver is told once it starts a ring: some front-ends hand over features half by half.
+                if !matches!(refusal, Refusal::Legacy) && self.throttle.allows() {
                     log::warn!("Refused {}: {}", request_name(request, known), crate::error_chain(&refusal));
                 }
                 refused_with(known, &payload).or(acknowledge.then(|| 1_u64.to_ne_bytes().to_vec()))
@@ -291,7 +295,8 @@ impl Session {
             return Err(Refusal::NotOffered(features::names(surplus)));
         }
         // Before a driver is there, some front-ends set what concerns themselves alone.
-        if bits & VERSION_1 == 0 && bits & !PROTOCOL_FEATURES != 0 {
+        self.is_legacy = bits & VERSION_1 == 0 && bits & !PROTOCOL_FEATURES != 0;
+        if self.is_legacy {
             return Err(Refusal::Legacy);
         }
         let runs = |slot: &Slot| matches!(slot.ring, Ring::Started(_)) && slot.mode != RingMode::Disabled;

@@ -7,11 +7,13 @@ use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
-use crate::common::PATIENCE;
 use crate::common::backend::{arg, parse_counters};
 use crate::common::bench::Guest;
 use crate::common::frontend::RawFrontend;
+use crate::common::message::Message;
 use crate::common::netns::{TapSpec, require_root};
+use crate::common::virtio::feature;
+use crate::common::{PATIENCE, fd_of};
 use crate::link::Load;
 use crate::{Place, TAP, assert_frames_pass};
 
@@ -274,4 +276,38 @@ fn sessions_leave_no_descriptor_behind() {
         // The next one is served only after the one before is gone.
     }
     crate::wait_until("the descriptors are closed", || count() == idle);
+}
+
+/// crosvm hands over the lower half of the features first.
+#[test]
+fn legacy_driver_is_told_of_when_it_starts_a_ring_and_half_of_the_features_is_not_one() {
+    if !require_root("legacy_driver_is_told_of_when_it_starts_a_ring_and_half_of_the_features_is_not_one") {
+        return;
+    }
+    for is_legacy in [true, false] {
+        let place = place_with_tap();
+        let mut backend = place.start(&[]);
+        let guest = Guest::new(1, 0);
+        let front_end = RawFrontend::connect(place.socket()).unwrap();
+        let ring = &guest.pairs[0].tx;
+        assert!(front_end.tell(&Message::set_owner()) && front_end.tell(&Message::set_features(feature::MRG_RXBUF)));
+        if !is_legacy {
+            front_end.tell(&Message::set_features(feature::MRG_RXBUF | feature::VERSION_1));
+        }
+        for message in [
+            Message::set_mem_table(&guest.mem),
+            Message::set_vring_num(1, ring.size.into()),
+            Message::set_vring_addr(1, ring),
+            Message::set_vring_kick(1, fd_of(&ring.kick)),
+        ] {
+            assert!(front_end.tell(&message));
+        }
+        assert!(front_end.is_alive());
+        const TOLD: &str = "Ring 1 does not start: The guest's driver does not use VIRTIO 1";
+        if is_legacy {
+            backend.wait_line(TOLD);
+        }
+        backend.counters(1);
+        assert_eq!(backend.log().matches("VIRTIO 1").count(), usize::from(is_legacy), "{}", backend.log());
+    }
 }

@@ -163,12 +163,15 @@ impl Session {
     pub(super) fn start_if_complete(&mut self, index: usize) -> Handled {
         let features = self.features;
         let mem = Arc::clone(&self.mem);
-        if features & VERSION_1 == 0 {
-            return Ok(Answer::Done);
-        }
         let Some(slot) = self.slots.get_mut(index) else { return Ok(Answer::Done) };
         let Ring::Stopped(setup) = &mut slot.ring else { return Ok(Answer::Done) };
         let (Some(layout), Some(_)) = (setup.layout(), &setup.kick) else { return Ok(Answer::Done) };
+        if features & VERSION_1 == 0 {
+            if self.is_legacy && self.throttle.allows() {
+                log::warn!("Ring {index} does not start: {}", Refusal::Legacy);
+            }
+            return Ok(Answer::Done);
+        }
         // What starts it again after a failure is a new kick.
         let kick = setup.kick.take().and_then(Option::<Kick>::from);
         if let Some(why) = self.nic.why_idle(index) {
