@@ -318,7 +318,8 @@ impl Scene {
                 self.tell_if(protocol::CONFIGURE_MEM_SLOTS, Message::rem_mem_reg(&info), |model| {
                     let is_there = model.regions.contains(&info);
                     let left = model.regions.iter().copied().filter(|region| *region != info).collect();
-                    Answer::Ack(is_there && model.set_regions(left))
+                    // What is not there at all is removed already.
+                    Answer::Ack(!is_there || model.set_regions(left))
                 });
             }
             6 => {
