@@ -177,6 +177,8 @@ impl QueuePair {
             self.readable |= std::mem::take(&mut self.retry);
             self.look_at_polled();
             self.look_at_resting();
+            // Before it is read: what a queue holds from long ago goes as it is attached.
+            self.attach_if_used();
             if self.tx_ready() {
                 self.pump_tx();
             }
@@ -188,7 +190,6 @@ impl QueuePair {
 
     /// How to wait; rings that no kick would tell of are looked at soon, or asked for kicks.
     fn next_wait(&mut self) -> Wait {
-        self.attach_if_used();
         if self.tx_ready() || self.rx_ready() {
             self.poller.found_work();
             return Wait::No;
@@ -386,6 +387,12 @@ impl QueuePair {
     fn raise_alarm(&self) {
         // It fails where it was raised so often that nobody can have missed it.
         let _ = self.alarm.write(1);
+    }
+
+    /// Something changed by which the device may have become of interest; whoever changed it finds the queue attached.
+    fn look_again(&mut self) {
+        self.readable = true;
+        self.attach_if_used();
     }
 
     /// Attaches the device's queue once the pair runs and its rx ring has buffers: a flow that the kernel steers to a

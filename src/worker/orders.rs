@@ -36,7 +36,7 @@ impl RunsRings for QueuePair {
                 self.tx = Some((ring, Tx::new(mem, features, &self.uplink())));
             }
         }
-        self.readable = true;
+        self.look_again();
         Ok(())
     }
 
@@ -59,7 +59,7 @@ impl RunsRings for QueuePair {
     fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()> {
         let ring = ring_of(direction, &mut self.rx, &mut self.tx);
         let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll));
-        self.readable = true;
+        self.look_again();
         changed
     }
 
@@ -136,7 +136,7 @@ impl QueuePair {
     /// Says whether the driver may use this pair; the kernel gives one that it may not use no frames.
     pub fn set_allowed(&mut self, allowed: bool) {
         self.allowed = allowed;
-        if allowed { self.readable = true } else { self.detach() }
+        if allowed { self.look_again() } else { self.detach() }
     }
 
     /// Whether this pair passes frames, and whether the kernel gives it any.
@@ -190,7 +190,7 @@ impl QueuePair {
         for direction in [Direction::Rx, Direction::Tx] {
             self.ring(direction).into_iter().for_each(|ring| ring.can_run = true);
         }
-        self.readable = true;
+        self.look_again();
         Ok(())
     }
 
@@ -198,7 +198,7 @@ impl QueuePair {
     pub fn set_link(&mut self, up: bool) {
         self.link_up = up;
         self.unblock();
-        self.readable = true;
+        self.look_again();
     }
 
     fn uplink(&self) -> Uplink<'_> {
