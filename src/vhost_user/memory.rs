@@ -22,16 +22,6 @@ pub(in crate::vhost_user) enum MemoryError {
     /// Too many regions.
     #[error("More than {MEMORY_SLOTS} memory regions")]
     TooMany,
-    /// No such region is there.
-    #[error("No memory region of {size:#x} bytes at guest address {guest:#x}, front-end address {user:#x}")]
-    Unknown {
-        /// Its guest address.
-        guest: u64,
-        /// Its address in the front-end.
-        user: u64,
-        /// Its size.
-        size: u64,
-    },
     /// The numbers of regions and descriptors differ.
     #[error("{regions} memory regions came with {fds} descriptors")]
     Descriptors {
@@ -57,15 +47,6 @@ pub(super) fn has(view: &MemView, setup: RegionSetup) -> bool {
     view.regions().iter().any(|region| *region.setup() == setup)
 }
 
-/// Whether `view` has not a byte of this region, in the guest or in the front-end.
-pub(super) fn has_nothing_of(view: &MemView, setup: RegionSetup) -> bool {
-    let meet = |a: u64, b: u64, b_size: u64| a < b.saturating_add(b_size) && b < a.saturating_add(setup.size);
-    view.regions()
-        .iter()
-        .map(|region| region.setup())
-        .all(|other| !meet(setup.guest, other.guest, other.size) && !meet(setup.user, other.user, other.size))
-}
-
 /// The regions of `view` and one more.
 pub(super) fn with(view: &MemView, setup: RegionSetup, fds: Vec<OwnedFd>) -> Result<MemView, MemoryError> {
     if view.regions().len() >= MEMORY_SLOTS {
@@ -76,13 +57,12 @@ pub(super) fn with(view: &MemView, setup: RegionSetup, fds: Vec<OwnedFd>) -> Res
     MemView::new(view.regions().iter().cloned().chain([added]).collect()).ok_or(MemoryError::Overlap)
 }
 
-/// The regions of `view` without one.
-pub(super) fn without(view: &MemView, setup: RegionSetup) -> Result<MemView, MemoryError> {
-    let RegionSetup { guest, user, size, .. } = setup;
+/// The regions of `view` without one, if it is there.
+pub(super) fn without(view: &MemView, setup: RegionSetup) -> Result<Option<MemView>, MemoryError> {
     let key = |region: &RegionSetup| (region.guest, region.user, region.size);
-    let left: Vec<_> = view.regions().iter().filter(|r| key(r.setup()) != (guest, user, size)).cloned().collect();
+    let left: Vec<_> = view.regions().iter().filter(|r| key(r.setup()) != key(&setup)).cloned().collect();
     if left.len() == view.regions().len() {
-        return Err(MemoryError::Unknown { guest, user, size });
+        return Ok(None);
     }
-    MemView::new(left).ok_or(MemoryError::Overlap)
+    MemView::new(left).map(Some).ok_or(MemoryError::Overlap)
 }

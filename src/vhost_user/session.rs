@@ -338,7 +338,7 @@ impl Session {
             }
         }
         self.nic.reset_mac();
-        self.features = 0;
+        (self.features, self.is_legacy) = (0, false);
         self.status = 0;
         Ok(Answer::Done)
     }
@@ -372,11 +372,9 @@ impl Session {
 
     fn rem_mem_reg(&mut self, payload: &[u8]) -> Handled {
         let setup = single_region(payload)?;
-        // QEMU 7 removes each region once for every queue pair, too, and after a refusal adds it again for ever.
-        if memory::has_nothing_of(&self.mem, setup) {
-            return Ok(Answer::Done);
-        }
-        let view = memory::without(&self.mem, setup)?;
+        // QEMU 7 removes each region once for every queue pair, too, and by the second time another may be there that the first
+        // pair has added. Refused, it would go on adding it for ever.
+        let Some(view) = memory::without(&self.mem, setup)? else { return Ok(Answer::Done) };
         self.replace_memory(view)
     }
 

@@ -292,7 +292,6 @@ fn message_that_fails_at_any_step_keeps_no_descriptor_and_no_mapping() {
         Message::add_mem_reg_claiming(&over).with_fd(file_fd),
         Message::add_mem_reg_claiming(&good).with_fds([file_fd; 2]),
         Message::add_mem_reg_claiming(&good).with_fd(directory.as_fd()),
-        Message::rem_mem_reg(&over).with_fd(file_fd),
         Message::set_log_base(4096, 0, file_fd),
         Message::set_log_fd(fd_of(&eventfd)),
         Message::new(request::SET_INFLIGHT_FD, vec![0; 24]).with_fd(file_fd),

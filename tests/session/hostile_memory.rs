@@ -194,11 +194,11 @@ fn region_without_its_descriptor_is_refused() {
 }
 
 #[test]
-fn removal_of_a_region_that_is_another_there_is_refused() {
+fn removal_of_a_region_that_is_not_there_changes_nothing() {
     let mut bench = Bench::running(1);
     let own = bench.guest.mem.regions()[0].info;
-    assert_eq!(bench.ask(Message::rem_mem_reg(&region(GUEST, MIB))), Answer::Ack, "nothing of it is there");
     let others = [
+        region(GUEST, MIB),
         RegionInfo { guest: GUEST, ..own },
         RegionInfo { user: own.user + own.size, ..own },
         RegionInfo { size: own.size - 4096, ..own },
@@ -206,7 +206,7 @@ fn removal_of_a_region_that_is_another_there_is_refused() {
         RegionInfo { guest: own.guest + 4096, ..own },
     ];
     for info in others {
-        assert_eq!(bench.ask(Message::rem_mem_reg(&info)), Answer::Nack(1), "{info:x?}");
+        assert_eq!(bench.ask(Message::rem_mem_reg(&info)), Answer::Ack, "{info:x?}");
     }
     bench.assert_frames_pass();
 }

@@ -166,10 +166,13 @@ impl Session {
         let Some(slot) = self.slots.get_mut(index) else { return Ok(Answer::Done) };
         let Ring::Stopped(setup) = &mut slot.ring else { return Ok(Answer::Done) };
         let (Some(layout), Some(_)) = (setup.layout(), &setup.kick) else { return Ok(Answer::Done) };
-        if features & VERSION_1 == 0 {
-            if self.is_legacy && self.throttle.allows() {
+        if self.is_legacy {
+            if self.throttle.allows() {
                 log::warn!("Ring {index} does not start: {}", Refusal::Legacy);
             }
+            return Ok(Answer::Done);
+        }
+        if features & VERSION_1 == 0 {
             return Ok(Answer::Done);
         }
         // What starts it again after a failure is a new kick.
