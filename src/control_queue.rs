@@ -100,10 +100,12 @@ impl ControlQueue {
         (self.state, self.former) = (ControlState::default(), None);
     }
 
-    /// Has what the driver set before hold on.
-    fn resume(&mut self, former: ControlState) {
-        log::debug!("Control queue: the driver goes on where it was");
-        self.state = std::mem::take(&mut self.state).resumed(former);
+    /// Has what the driver set before hold on, if it goes on where it was.
+    fn begin(&mut self, former: ControlState, goes_on: bool) {
+        if goes_on {
+            log::debug!("Control queue: the driver goes on where it was");
+            self.state = std::mem::take(&mut self.state).resumed(former);
+        }
         let effects: Vec<_> = self.state.effects().collect();
         for effect in effects {
             self.carry_out(effect);
@@ -118,8 +120,8 @@ impl RunsRings for ControlQueue {
         // A driver that was reset begins with the first entry.
         let goes_on = start.queue.position() != 0;
         self.ring = Some((RunningRing::start(start, &self.poll, Event::ControlKick, &self.counters)?, iovecs));
-        if let Some(former) = self.former.take().filter(|_| goes_on) {
-            self.resume(former);
+        if let Some(former) = self.former.take() {
+            self.begin(former, goes_on);
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ use crate::memory::MemView;
 use crate::metrics::{CardCounters, PairCounters};
 use crate::net::coalesce::Coalesce;
 use crate::net::config_space::{ConfigSpace, LinkShown, MTU_MIN};
-use crate::net::features::{self, Circumstances, GuestOffloads, MQ, VERSION_1};
+use crate::net::features::{self, CTRL_GUEST_OFFLOADS, Circumstances, GuestOffloads, MQ, VERSION_1};
 use crate::net::filter::Mac;
 use crate::net::framing::Framing;
 use crate::net::header::HEADER_LEN;
@@ -297,6 +297,9 @@ impl Nic {
         // The rings' indices are the driver's then.
         let is_driver = acked & VERSION_1 != 0;
         self.has_one_pair.store(self.setup.is_generic && is_driver && acked & MQ == 0, Ordering::Relaxed);
+        // A driver that may have switched offloads off gets finished frames until it is seen from its control ring whether it did.
+        let says_later = self.setup.is_generic && acked & CTRL_GUEST_OFFLOADS != 0;
+        let offloads = if says_later { GuestOffloads::of(0) } else { offloads };
         for (index, pair) in self.pairs.iter().enumerate() {
             let filter = Arc::clone(&filter);
             pair.call(move |pair| {

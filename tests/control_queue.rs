@@ -115,12 +115,17 @@ impl Bench {
         self.pairs[1].recv(QUIET).is_some()
     }
 
-    /// Whether a frame that is to be segmented arrives whole. It is no TCP, so it cannot be cut.
-    fn takes_segments(&mut self) -> bool {
+    /// Has the device have a frame that is to be segmented. It is no TCP, so it cannot be cut.
+    fn send_segments(&self) {
         let header = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 16, ..VnetHdr::default() };
         let header = VnetHdr { gso_type: gso::TCPV4, gso_size: 500, hdr_len: 54, ..header };
-        let dropped = self.backend.counter(0, "rx_drop_not_negotiated");
         self.backend.taps[0].send(&header, &frame_to(GUEST_MAC));
+    }
+
+    /// Whether such a frame arrives whole.
+    fn takes_segments(&mut self) -> bool {
+        let dropped = self.backend.counter(0, "rx_drop_not_negotiated");
+        self.send_segments();
         let deadline = Instant::now() + PATIENCE;
         loop {
             if self.pairs[0].recv(Duration::ZERO).is_some() {
@@ -280,7 +285,10 @@ fn what_was_set_holds_over_a_stop_of_the_rings() {
     // Twice, as some front-ends say the features twice.
     for features in [1, 2] {
         let bases = bench.front_end.stop_like_cloud_hypervisor(5).unwrap();
+        let dropped = bench.backend.counter(0, "rx_drop_not_negotiated");
+        bench.send_segments();
         bench.restart(&bases, features);
+        bench.backend.wait_counter(0, "rx_drop_not_negotiated", dropped + 1);
         assert_eq!(bench.addresses(), ["own", "other", "group", "all"]);
         assert_eq!(bench.arriving(&tagged), [true, false]);
         assert!(bench.second_pair_is_used());
@@ -303,10 +311,16 @@ fn what_another_process_was_told_keeps_nothing_from_the_guest() {
     bench.mode(PROMISCUOUS, false);
     bench.ok(ctrl::CLASS_GUEST_OFFLOADS, 0, &0_u64.to_le_bytes());
     bench.ok(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &[2, 0]);
+    bench.ok(ctrl::CLASS_MAC, MAC_ADDR_SET, &OTHER);
     bench.reconnect();
     assert_eq!(bench.addresses().len(), 5);
     assert!(!bench.takes_segments());
     bench.mode(PROMISCUOUS, false);
+    assert_eq!(bench.addresses().len(), 5, "nobody knows its address and groups");
+    bench.macs(&[], &[]);
+    assert_eq!(bench.addresses(), ["own", "other", "all"], "nobody knows its address");
+    bench.ok(ctrl::CLASS_MAC, MAC_ADDR_SET, &GUEST_MAC);
+    assert_eq!(bench.addresses(), ["own", "all"]);
     assert_eq!(bench.arriving(&[5, 6].map(|id| vlan(&frame_to(GUEST_MAC), id))), [true, true]);
     bench.ok(ctrl::CLASS_VLAN, VLAN_DEL, &6_u16.to_le_bytes());
     assert_eq!(bench.arriving(&[5, 6].map(|id| vlan(&frame_to(GUEST_MAC), id))), [true, false]);

@@ -82,7 +82,8 @@ impl ControlState {
         let features = features::consistent(features);
         let vlans = (features & CTRL_VLAN != 0).then(VlanTable::default);
         let filter = RxFilter { mac, vlans, ..RxFilter::default() };
-        ControlState { features, max_queue_pairs, filter, ..ControlState::default() }
+        let offloads = (features & CTRL_GUEST_OFFLOADS != 0).then(|| GuestOffloads::of(features));
+        ControlState { features, max_queue_pairs, filter, offloads, ..ControlState::default() }
     }
 
     /// The state of a guest that goes on with its ring, from what it was when the ring stopped, or without that, as another
@@ -91,17 +92,22 @@ impl ControlState {
         if former.features == self.features {
             return former;
         }
-        let filter = RxFilter { vlans: self.filter.vlans.as_ref().map(|_| VlanTable::full()), ..self.filter.clone() };
+        let filter = RxFilter {
+            mac: self.filter.mac.filter(|_| !self.has(CTRL_MAC_ADDR)),
+            table: MacTable { unicast_overflow: true, multicast_overflow: true, ..MacTable::default() },
+            vlans: self.filter.vlans.as_ref().map(|_| VlanTable::full()),
+            ..self.filter.clone()
+        };
         let queue_pairs = self.has(MQ).then_some(self.max_queue_pairs);
         let offloads = self.has(CTRL_GUEST_OFFLOADS).then(|| GuestOffloads::of(0));
         ControlState { filter, queue_pairs, offloads, ..self }
     }
 
-    /// What brings the state about after a reset.
+    /// What brings the state about after a reset, offloads first: what passes then is finished for them.
     pub fn effects(&self) -> impl Iterator<Item = Effect> {
         let filter = self.filter.mac.map_or_else(|| Effect::Filter(self.filter()), Effect::Mac);
         let pairs = self.queue_pairs.map(Effect::QueuePairs);
-        [Some(filter), pairs, self.offloads.map(Effect::Offloads)].into_iter().flatten()
+        [self.offloads.map(Effect::Offloads), Some(filter), pairs].into_iter().flatten()
     }
 
     /// Says to which one address the device lets frames in, if not to any. A guest may not take another: it would believe
