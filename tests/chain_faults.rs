@@ -204,13 +204,13 @@ fn chain_of_more_pieces_than_one_call_takes_is_a_fault() {
     assert_eq!((shape.readable_len, shape.readable().len()), (1025, 2));
 }
 
-/// what holds nothing is passed over, but not without end.
+/// what holds nothing is passed over, but not without end: each takes time.
 #[test]
-fn chain_of_more_empty_buffers_than_one_call_takes_pieces_is_a_fault() {
-    let table: Vec<_> = (0..1024_u16).map(|k| desc(BUF, 0, u16::from(k < 1023), k + 1)).collect();
-    let shape = walk(INDIRECT, &[desc(BUF, 1, NEXT, 1), indirect(1024)], &table).unwrap();
+fn chain_of_more_than_64_empty_buffers_is_a_fault() {
+    let table: Vec<_> = (0..64_u16).map(|k| desc(BUF, 0, u16::from(k < 63), k + 1)).collect();
+    let shape = walk(INDIRECT, &[desc(BUF, 1, NEXT, 1), indirect(64)], &table).unwrap();
     assert_eq!((shape.readable_len, shape.readable().len()), (1, 1));
-    let chain = [desc(BUF, 0, NEXT, 1), indirect(1024)];
+    let chain = [desc(BUF, 0, NEXT, 1), indirect(64)];
     assert_eq!(fault(INDIRECT, &chain, &table), ChainFault::TooManyBuffers);
 }
 

@@ -111,6 +111,23 @@ fn empty_descriptors_in_a_chain_are_passed_over() {
     }
 }
 
+/// No driver has a use for them, and each takes time.
+#[test]
+fn chain_of_many_empty_descriptors_is_returned_and_counted() {
+    let (mut bench, buf) = bench_with_raw_descriptors(0);
+    bench.mem.write(buf, &[&[0; 12][..], &tx_frame(5, 100)].concat());
+    for (turn, empty) in [64, 65].into_iter().enumerate() {
+        for k in 0..empty {
+            bench.driver.tx.write_desc(k, Desc { addr: buf, len: 0, flags: desc_flag::NEXT, next: k + 1 });
+        }
+        bench.driver.tx.write_desc(empty, Desc { addr: buf, len: 112, flags: 0, next: 0 });
+        bench.driver.tx.offer(0);
+        bench.driver.tx.publish_and_kick();
+        bench.assert_balance(0, turn as u64 + 1);
+        assert_eq!(bench.counter("tx_drop_bad_chain"), turn as u64);
+    }
+}
+
 ///
 #[test]
 fn same_head_twice_in_a_batch_is_sent_and_returned_twice() {

@@ -10,6 +10,8 @@ use crate::kit::virtio::desc_flag::{INDIRECT, NEXT, WRITE};
 
 /// Pieces that one system call takes; tables up to this size may always be used.
 const PIECES_MAX: usize = 1024;
+/// Buffers of no bytes that a chain may have.
+const EMPTY_MAX: usize = 64;
 
 /// A ring as the walk needs it.
 #[derive(Clone, Copy)]
@@ -128,7 +130,7 @@ fn judge(descs: &[Desc]) -> Walk {
     let empty = descs.iter().filter(|desc| desc.len == 0).count();
     let (least, most) = pieces(&chain);
     match () {
-        () if empty > PIECES_MAX || least > PIECES_MAX => Walk::Bad,
+        () if empty > EMPTY_MAX || least > PIECES_MAX => Walk::Bad,
         () if most > PIECES_MAX => Walk::Long(chain),
         () => Walk::Good(chain),
     }

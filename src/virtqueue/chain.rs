@@ -207,6 +207,9 @@ pub(crate) fn collect_single(
     (is_single && out.push_near(desc.addr().0, desc.len())).then_some(desc.len())
 }
 
+/// Buffers of no bytes in a chain: no driver has a use for one, and each takes time.
+const EMPTY_MAX: usize = 64;
+
 /// Walks the chain that starts at descriptor `head` of `ring` and appends its buffers to `out`.
 ///
 /// Descriptors of the ring may be followed by one indirect descriptor, the last (VIRTIO 1.3, "Indirect Descriptors").
@@ -231,7 +234,7 @@ pub(crate) fn collect(ring: &SplitRing, indirect: bool, head: u16, out: &mut Gue
             continue;
         }
         empty += usize::from(desc.len() == 0);
-        if empty > IOV_MAX {
+        if empty > EMPTY_MAX {
             return Err(ChainFault::TooManyBuffers);
         }
         shape.add(desc, out)?;
