@@ -297,9 +297,14 @@ fn attach(how: &TapByName) -> Result<Attached, TapError> {
         None if how.reopens => return Err(TapError::Missing { layer: how.layer, name: name.to_owned() }),
         None => how.queue_pairs > 1,
     };
-    let queues = (0..how.queue_pairs)
-        .map(|queue| open_queue(how, queue, existing.is_some(), multi_queue))
-        .collect::<Result<_, _>>()?;
+    let open = |queue| {
+        let opened = open_queue(how, queue, existing.is_some(), multi_queue)?;
+        if existing.is_none() && queue == 0 {
+            close_to_others(name, how, &opened)?;
+        }
+        Ok(opened)
+    };
+    let queues = (0..how.queue_pairs).map(open).collect::<Result<_, TapError>>()?;
     Ok(Attached { existing, queues, multi_queue })
 }
 
@@ -404,7 +409,11 @@ fn find_bridge(bridge: &str) -> Result<u32, TapError> {
 /// Gives an interface that was just created what was asked for, and sets it up.
 fn complete(name: &str, link: &Link, how: &TapByName, bridge: Option<u32>, queue: &OwnedFd) -> Result<(), TapError> {
     let set = |what| move |cause| CannotSet { what, name: name.to_owned(), cause };
-    close_to_others(name, how, queue)?;
+    // For a moment it was nobody's, and somebody else could add a queue to a multi-queue one.
+    if link.tun.open_queues > u32::from(how.queue_pairs) && !how.shared {
+        let (layer, open_queues) = (how.layer, link.tun.open_queues);
+        return Err(TapError::InUse { layer, name: name.to_owned(), open_queues });
+    }
     if let Some(mtu) = how.mtu {
         netlink::set_mtu(link.index, mtu).map_err(set("the MTU"))?;
     }
@@ -429,12 +438,6 @@ fn close_to_others(name: &str, how: &TapByName, queue: &OwnedFd) -> Result<(), T
     }
     if let Some(group) = group {
         ioctl::tun_set_group(queue.as_fd(), group).map_err(set("the group"))?;
-    }
-    // Until now somebody else could add a queue to a multi-queue one.
-    let lookup = |cause| TapError::Lookup { name: name.to_owned(), cause };
-    let open_queues = netlink::link_by_name(name).map_err(lookup)?.map_or(0, |link| link.tun.open_queues);
-    if open_queues > u32::from(how.queue_pairs) && !how.shared {
-        return Err(TapError::InUse { layer: how.layer, name: name.to_owned(), open_queues });
     }
     Ok(())
 }
