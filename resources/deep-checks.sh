@@ -21,7 +21,7 @@ TRACED=(tap macvtap tun following interface_trouble hostile sandbox packet)
 # Calls that no trace of them has: on a host with another clock; by the kernel's own doing; after a signal, such as a
 # debugger's; the allocator's rarer ways; of a control queue, which User Mode Linux's tests alone hand over; and what
 # is traced on a TAP alone.
-NOT_TRACED='packet worker sched_yield|clock_gettime|restart_syscall|rt_sigreturn|brk|mprotect|control-queue (epoll_ctl|ioctl .*|mmap|ppoll)'
+NOT_TRACED='sched_yield|clock_gettime|restart_syscall|rt_sigreturn|brk|mprotect|control-queue (epoll_ctl|ioctl .*|mmap|ppoll)'
 # Those that fail because they are traced.
 NOT_WITH_STRACE=(frames_pass_where_little_memory that_was_stopped_for_a_while that_was_frozen_for_a_while)
 # Lines of these that tests must have been to, in percent.

@@ -380,3 +380,45 @@ fn own_user_cannot_look_into_the_process() {
     let _front_end = place.connect(&guest);
     assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, "tap0"), 0);
 }
+
+/// What a thread frees at the end of its arena the C library would give back, and look into a file of /proc first.
+#[test]
+fn memory_that_a_confined_thread_frees_opens_no_file() {
+    if !require_root("memory_that_a_confined_thread_frees_opens_no_file") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec::new("tap0"));
+    let mut command = place.namespace.command(BINARY);
+    command.env("MALLOC_TRIM_THRESHOLD_", "4096").env("MALLOC_ARENA_MAX", "2");
+    let socket = place.socket();
+    command.args(["--tap", "tap0", "--socket-path", arg(&socket)]);
+    let mut backend = Spawned::run(&mut command);
+    backend.wait_line("Listening on");
+    place.namespace.wait_operational("tap0");
+    let host = PacketSocket::open(&place.namespace, "tap0");
+    for seq in 0..3 {
+        let mut guest = Guest::new(1, 0);
+        let front_end = place.connect(&guest);
+        assert_frames_pass(&mut guest, &host, seq);
+        front_end.disconnect();
+    }
+    assert!(!backend.has_ended(), "{}", backend.log());
+}
+
+/// The thread that was in the namespace may still be about to end when the process makes its own.
+#[test]
+fn process_whose_device_is_in_another_namespace_is_confined_each_time() {
+    if !require_root("process_whose_device_is_in_another_namespace_is_confined_each_time") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec::new("tap0"));
+    for _ in 0..30 {
+        let mut command = Command::new(BINARY);
+        let socket = place.socket();
+        command.args(["--netns", &place.namespace.name, "--tap", "tap0", "--sandbox", "full"]);
+        command.args(["--socket-path", arg(&socket)]);
+        Spawned::run(&mut command).wait_line("Listening on");
+    }
+}

@@ -5,6 +5,8 @@
 //! guest memory is entered here, and the signal's handler puts zeros in the place of the whole mapping, marks it as lost
 //! and wakes the control thread, which ends the session. Until then its rings see nothing but zeros. SIGBUS anywhere else
 //! ends the process.
+//!
+//! And one thing about memory of our own: [`keep_what_is_freed`].
 
 #![allow(unsafe_code)]
 
@@ -84,6 +86,16 @@ pub fn install(alarm: Arc<EventFd>) -> io::Result<()> {
     // One process has one card, whose alarm is told.
     let _ = ALARM.set(alarm);
     register_signal_handler(libc::SIGBUS, on_sigbus).map_err(io::Error::from)
+}
+
+/// Has the C library keep what a thread frees at the end of its arena, for its next use. To give it back it would first look
+/// into a file of /proc, which no confined thread may open: it would be ended, and the process with it.
+pub fn keep_what_is_freed() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt takes two numbers, and no other thread allocates: there is none yet.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, c_int::MAX);
+    }
 }
 
 /// Does `act` alone. Not a mutex, which a signal handler must not wait for: whoever is in here touches no guest memory,

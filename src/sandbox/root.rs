@@ -1,7 +1,7 @@
 //! A world with nothing in it: namespaces of our own, and an empty file system as their root.
 
-use std::fs;
-use std::io;
+use std::time::Duration;
+use std::{fs, io, thread};
 
 use nix::sched::{CloneFlags, unshare};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
@@ -23,9 +23,22 @@ pub(super) fn leave_world() -> Result<(), (&'static str, io::Error)> {
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWCGROUP;
-    unshare(namespaces).map_err(|e| ("make namespaces", e.into()))?;
+    alone(|| unshare(namespaces)).map_err(|e| ("make namespaces", e.into()))?;
     map_ids(user, group).map_err(|e| ("map user and group into the namespace", e))?;
     empty_root().map_err(|e| ("put an empty file system in the root's place", e.into()))
+}
+
+/// Does what a process of one thread alone may. One that was joined (`--netns`) may still be about to end: it is given a moment.
+fn alone(act: impl Fn() -> nix::Result<()>) -> nix::Result<()> {
+    const TRIES: usize = 200;
+    const PAUSE: Duration = Duration::from_millis(1);
+    for _ in 1..TRIES {
+        match act() {
+            Err(nix::Error::EINVAL) => thread::sleep(PAUSE),
+            done => return done,
+        }
+    }
+    act()
 }
 
 /// Files keep their owners, so that our socket can be removed.

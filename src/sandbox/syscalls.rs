@@ -68,6 +68,11 @@ const EVERYWHERE: &[Permit] = &[
     any(libc::SYS_epoll_pwait, "epoll_pwait", "to wait"),
     any(libc::SYS_epoll_ctl, "epoll_ctl", "what to wait for, such as a ring's kick"),
     any(libc::SYS_futex, "futex", "jobs of another thread, and their results"),
+    any(
+        libc::SYS_sched_yield,
+        "sched_yield",
+        "others first: while it looks for frames (--poll-us), or another hands over a job",
+    ),
     any(libc::SYS_close, "close", "kicks and calls of a ring that ended"),
     data_only(libc::SYS_mmap, "mmap", "memory for the batches of a ring that starts"),
     data_only(libc::SYS_mprotect, "mprotect", "the allocator's arena of a thread grows so"),
@@ -79,9 +84,6 @@ const EVERYWHERE: &[Permit] = &[
     any(libc::SYS_ppoll, "ppoll", "whether a log line would have to wait; whether a front-end has hung up"),
     any(libc::SYS_clock_gettime, "clock_gettime", "the time, on a host whose clock only the kernel can read"),
 ];
-
-/// Of threads that may poll.
-const YIELD: Permit = any(libc::SYS_sched_yield, "sched_yield", "others first, while it looks for frames (--poll-us)");
 
 /// Of every thread but the control thread.
 const THREAD: &[Permit] = &[
@@ -97,7 +99,6 @@ const CHECKED_CLOSE: Permit =
 
 /// Of what moves frames of a TAP.
 const TAP_WORKER: &[Permit] = &[
-    YIELD,
     #[cfg(debug_assertions)]
     CHECKED_CLOSE,
     any(libc::SYS_readv, "readv", "a frame to the guest"),
@@ -131,7 +132,6 @@ const TAP_WORKER: &[Permit] = &[
 
 /// Of what moves frames of a packet socket.
 const PACKET_WORKER: &[Permit] = &[
-    YIELD,
     #[cfg(debug_assertions)]
     CHECKED_CLOSE,
     any(libc::SYS_recvmsg, "recvmsg", "a frame to the guest, with its VLAN tag"),
