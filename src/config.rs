@@ -92,6 +92,17 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
+    /// Nobody could be asked.
+    #[error("{option} {name:?}: cannot be looked up now")]
+    NotKnown {
+        /// The option.
+        option: &'static str,
+        /// The user or group.
+        name: String,
+        /// Why not.
+        #[source]
+        cause: std::io::Error,
+    },
     /// There is no such user.
     #[error("--owner {name:?}: there is no such user; 'getent passwd' lists them")]
     User {
@@ -229,15 +240,19 @@ fn queue_pairs(cli: &Cli) -> Result<u16, ConfigError> {
 fn user_number(name: &str) -> Result<u32, ConfigError> {
     let unknown = || ConfigError::User { name: name.to_owned() };
     name.parse().or_else(|_| {
-        let user = nix::unistd::User::from_name(name).ok().flatten();
+        let user = nix::unistd::User::from_name(name).map_err(|e| not_known("--owner", name, e))?;
         user.map(|user| user.uid.as_raw()).ok_or_else(unknown)
     })
+}
+
+fn not_known(option: &'static str, name: &str, error: nix::Error) -> ConfigError {
+    ConfigError::NotKnown { option, name: name.to_owned(), cause: error.into() }
 }
 
 fn group_number(option: &'static str, name: &str) -> Result<u32, ConfigError> {
     let unknown = || ConfigError::Group { option, name: name.to_owned() };
     name.parse().or_else(|_| {
-        let group = nix::unistd::Group::from_name(name).ok().flatten();
+        let group = nix::unistd::Group::from_name(name).map_err(|e| not_known(option, name, e))?;
         group.map(|group| group.gid.as_raw()).ok_or_else(unknown)
     })
 }

@@ -17,6 +17,11 @@ pub fn start(level: log::LevelFilter) {
     env_logger::Builder::new().filter_level(level).format(format).target(target).init();
 }
 
+/// Says why the process ends, if anybody listens: who waits for its end is not to wait for a reader.
+pub fn last_words(text: &str) {
+    let _ = Lines { out: io::stderr(), lost: 0 }.write(format!("{text}\n").as_bytes());
+}
+
 /// Writes each line that there is room for.
 struct Lines<W> {
     out: W,

@@ -33,9 +33,10 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vhost-user-net: {}", error_chain(&*error));
-            if error.is::<ConfigError>() {
-                return ExitCode::from(EX_WRONG_COMMAND_LINE);
+            log_lines::last_words(&format!("vhost-user-net: {}", error_chain(&*error)));
+            match error.downcast_ref() {
+                None | Some(ConfigError::NotKnown { .. }) => {}
+                Some(_) => return ExitCode::from(EX_WRONG_COMMAND_LINE),
             }
             match error.downcast_ref() {
                 Some(DaemonError::DeviceLost { .. }) => ExitCode::from(EX_TEMPFAIL),
@@ -52,6 +53,7 @@ fn print_capabilities() -> Result<(), BoxError> {
 fn run(cli: Cli) -> Result<(), BoxError> {
     let mut config = Config::try_from(cli)?;
     log_lines::start(config.log_level);
+    memory::guard::keep_what_is_freed();
     device::close_inherited(&config.inherited());
     daemon::block_signals()?;
     daemon::raise_limits();

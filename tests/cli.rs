@@ -129,6 +129,35 @@ fn exit_code_tells_bad_usage_from_failure() {
     }
 }
 
+/// Whoever waits for the end learns how it ended, also where nobody can be told why.
+#[test]
+fn status_is_right_where_no_message_can_be_written() {
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-net"));
+    let status = command.args(["--socket-path", "s", "--tap-fd", "50,50"]).stderr(full).status().unwrap();
+    assert_eq!(status.code(), Some(2));
+    // A pipe that nobody reads, and that has no room left.
+    let (_reader, writer) = std::io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    while rustix::io::write(&writer, &[0; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-net"));
+    let mut child = command.args(["--socket-path", "s", "--tap-fd", "50,50"]).stderr(writer).spawn().unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if std::time::Instant::now() > deadline {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("It waits for a reader");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    assert_eq!(status.code(), Some(2));
+}
+
 /// D-05
 #[test]
 fn odd_words_on_the_command_line_are_refused_with_one_message() {
