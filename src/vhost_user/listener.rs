@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 use thiserror::Error;
@@ -111,15 +111,26 @@ impl SocketListener {
             remove_socket_if_dead(path)?;
         }
         let listener = listen_for_owner(path).map_err(|errno| failed("listen on")(errno.into()))?;
-        let inode = fs::symlink_metadata(path).map_err(failed("examine"))?.ino();
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(directory_of(path), flags, Mode::empty())
             .map_err(|e| failed("find the directory of")(e.into()))?;
-        let this = SocketListener { listener, path: path.to_owned(), inode, directory };
-        if let Some(group) = access.group {
-            std::os::unix::fs::chown(path, None, Some(group)).map_err(failed("change the group of"))?;
+        // Once found, it is that file and no other: where somebody else may write to the directory, the name may soon be
+        // another file's.
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| failed("examine")(e.into()))?;
+        let found = rustix::fs::fstat(&file).map_err(|e| failed("examine")(e.into()))?;
+        if FileType::from_raw_mode(found.st_mode) != FileType::Socket {
+            return Err(ListenError::Occupied { path: path.to_owned(), what: "file" });
         }
-        fs::set_permissions(path, fs::Permissions::from_mode(access.mode)).map_err(failed("set the mode of"))?;
+        let this = SocketListener { listener, path: path.to_owned(), inode: found.st_ino, directory };
+        if let Some(group) = access.group.map(Gid::from_raw) {
+            rustix::fs::chownat(&file, "", None, Some(group), AtFlags::EMPTY_PATH)
+                .map_err(|e| failed("change the group of")(e.into()))?;
+        }
+        if access.mode != OWNERS.as_raw_mode() {
+            let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+            fs::set_permissions(itself, fs::Permissions::from_mode(access.mode)).map_err(failed("set the mode of"))?;
+        }
         Ok(this)
     }
 
@@ -168,12 +179,15 @@ impl Drop for SocketListener {
     }
 }
 
+/// What the owner alone may.
+const OWNERS: Mode = Mode::RUSR.union(Mode::WUSR);
+
 /// A listening socket whose file only its owner may connect to: nobody else may before mode and group are as asked.
 fn listen_for_owner(path: &Path) -> Result<UnixListener, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     // The file that it is bound to gets the mode of the socket (Linux, unix_bind).
-    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::fs::fchmod(&socket, OWNERS)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
     listen(&socket, BACKLOG)?;
     Ok(UnixListener::from(socket))
@@ -225,6 +239,8 @@ fn remove_socket_if_dead(path: &Path) -> Result<(), ListenError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
