@@ -102,12 +102,12 @@ pub fn complete_checksum(header: VnetHeader, frame: &mut [u8]) -> Result<VnetHea
 
 /// The same for an SCTP packet (RFC 9260, "CRC32c Checksum Calculation").
 fn complete_crc(packet: &mut [u8]) -> Result<VnetHeader, NotNegotiated> {
-    let field = |packet: &mut [u8], crc: u32| {
+    let put = |packet: &mut [u8], crc: u32| {
         let field = packet.get_mut(usize::from(SCTP_CHECKSUM)..).and_then(<[u8]>::first_chunk_mut);
         field.map(|field| *field = crc.to_le_bytes()).ok_or(NotNegotiated)
     };
-    field(packet, 0)?;
-    field(packet, crc32c(packet))?;
+    put(packet, 0)?;
+    put(packet, crc32c(packet))?;
     Ok(VnetHeader::default())
 }
 
