@@ -21,7 +21,7 @@ use common::message::Message;
 use common::netns::{ChildGuard, NetNs, PacketSocket, TapSpec, require_root};
 use common::place::{Place, assert_frames_pass};
 use common::virtio::{VnetHdr, feature};
-use common::{PATIENCE, skip, wait_readable};
+use common::{PATIENCE, skip, wait_readable, wait_until};
 use nix::sys::signal::Signal;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
@@ -181,14 +181,6 @@ fn wait_for_carrier(namespace: &NetNs, name: &str) {
         let shown = namespace.ip(&format!("link show dev {name}"));
         !shown.contains("state DOWN") && !shown.contains("state LOWERLAYERDOWN")
     });
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "Not so: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 const KINDS: [&str; 4] = ["tap", "macvtap", "macvlan", "veth"];

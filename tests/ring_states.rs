@@ -17,7 +17,7 @@ use common::message::{Message, request};
 use common::path_bench::{Bench, FEATURE_SETS, RX, TX, rx_frame, tx_frame};
 use common::split_ring::{Buf, RingAddrs, SplitRing};
 use common::virtio::{VnetHdr, feature};
-use common::{PATIENCE, QUIET, wait_readable};
+use common::{PATIENCE, QUIET, wait_readable, wait_until};
 use vhost_user_net::nic::NicSetup;
 use vhost_user_net::polling::Polling;
 use vhost_user_net::tuning::Tuning;
@@ -109,11 +109,8 @@ fn ring_that_was_polled_is_asked_for_kicks_again() {
     let spec = NetDriverSpec { features: feature::EVENT_IDX, ..NetDriverSpec::default() };
     let mut bench = Bench::before(backend, Arc::new(GuestMemory::single(64 << 20)), spec);
     let wait_asked = |bench: &Bench| {
-        let (tx, deadline) = (&bench.driver.tx, Instant::now() + PATIENCE);
-        while tx.avail_event() != tx.avail_idx() {
-            assert!(Instant::now() < deadline, "the driver is not asked to kick");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let tx = &bench.driver.tx;
+        wait_until("the driver is asked to kick", || tx.avail_event() == tx.avail_idx());
     };
     bench.pass_tx(0, 60);
     wait_asked(&bench);

@@ -46,7 +46,7 @@ mod waiting;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 
-pub use waiting::{PATIENCE, QUIET, StopOnDrop, fd_of, wait_for, wait_readable};
+pub use waiting::{PATIENCE, QUIET, StopOnDrop, fd_of, wait_for, wait_readable, wait_until};
 
 /// How often to do what takes long: `usually`, or as often as it was meant where `VHOST_USER_NET_FULL=1` asks for that
 /// (`resources/run-tests.sh --full`).

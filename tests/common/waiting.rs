@@ -47,3 +47,12 @@ pub fn fd_of(eventfd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: `eventfd` owns its descriptor and outlives the borrow.
     unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
 }
+
+/// Waits until something is so of which no event tells.
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "Not so: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -24,7 +24,7 @@ use crate::common::message::Message;
 use crate::common::netns::{PacketSocket, TapSpec, require_root};
 use crate::common::place::{Place, assert_frames_pass};
 use crate::common::virtio::VnetHdr;
-use crate::common::{PATIENCE, QUIET, say, skip, times, wait_readable};
+use crate::common::{PATIENCE, QUIET, say, skip, times, wait_readable, wait_until};
 use crate::process::{Bench, TAP};
 
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
@@ -118,14 +118,6 @@ fn thread_states(backend: &Spawned) -> Vec<char> {
     let tasks = fs::read_dir(format!("/proc/{}/task", backend.pid())).unwrap();
     let stats = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("stat")).unwrap());
     stats.map(|stat| stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()).collect()
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "Not so: {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn stop(backend: &Spawned) {

@@ -34,15 +34,14 @@ mod waiting;
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
-use common::PATIENCE;
 use common::backend::{Spawned, arg};
 use common::bench::Guest;
 use common::frames::{Ends, Stamp, test_frame};
 use common::frontend::RawFrontend;
 use common::netns::{NetNs, PacketSocket};
 use common::virtio::VnetHdr;
+use common::{PATIENCE, wait_until};
 use tempfile::TempDir;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
@@ -124,13 +123,4 @@ fn assert_frames_pass(guest: &mut Guest, host: &PacketSocket) {
     let inn = test_frame(&Ends::RX, stamp, 200);
     host.send(&inn);
     assert_eq!(driver.recv(PATIENCE).expect("a frame in the guest").1, inn);
-}
-
-/// Waits until the kernel shows what is wanted; nothing tells when.
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "Not so: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
