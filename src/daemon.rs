@@ -258,9 +258,9 @@ impl Daemon {
 
     /// Ends a session whose memory was taken away under the rings.
     fn look_for_lost_memory(&mut self, ops: &mut EventOps) {
-        if let Some(guest) = self.session.as_ref().and_then(Session::lost_memory) {
+        if let Some(lost) = self.session.as_ref().and_then(Session::lost_memory) {
             log::error!(
-                "Guest memory from {guest:#x} on is gone, so the session ends: the front-end shortened its file, or the host \
+                "{lost} is gone, so the session ends: the front-end shortened its file, or the host \
                  has no room for it (a full /dev/shm, too few huge pages)"
             );
             self.end_session(ops);

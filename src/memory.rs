@@ -9,6 +9,7 @@
 //! Where a front-end takes memory away under the rings, `guard` keeps this process alive. This file knows no rings, no
 //! messages and no networking.
 
+pub mod dirty_log;
 pub mod guard;
 
 use std::fs::File;
@@ -16,6 +17,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use dirty_log::DirtyLog;
 use guard::Guarded;
 use rustix::fs::{FileType, OFlags, SealFlags};
 use thiserror::Error;
@@ -158,6 +160,12 @@ impl Region {
         self.map.get_atomic_ref(self.lead + offset as usize).ok()
     }
 
+    /// Where in this region is what is at `host` in our own address space, if it is here.
+    fn offset_of(&self, host: usize) -> Option<u64> {
+        let offset = host.wrapping_sub((self.map.as_ptr() as usize).wrapping_add(self.lead)) as u64;
+        (offset < self.setup.size).then_some(offset)
+    }
+
     fn contains_guest(&self, addr: u64) -> bool {
         addr.wrapping_sub(self.setup.guest) < self.setup.size
     }
@@ -196,12 +204,15 @@ pub struct Unmapped {
     pub len: u64,
 }
 
-/// All regions at one moment, sorted by guest address.
+/// All regions at one moment, sorted by guest address, and the log of what is written to them.
 #[derive(Debug, Default)]
 pub struct MemView {
     regions: Vec<Arc<Region>>,
     /// `(first, last)` guest address of each region, in one cache line or two for the search.
     spans: Vec<(u64, u64)>,
+    log: Option<Arc<DirtyLog>>,
+    /// Whether the log is to know of what is written to buffers.
+    logs_buffers: bool,
 }
 
 impl MemView {
@@ -210,7 +221,42 @@ impl MemView {
         regions.sort_by_key(|r| r.setup.guest);
         let spans: Vec<_> = regions.iter().map(|r| (r.setup.guest, r.setup.guest + (r.setup.size - 1))).collect();
         let disjoint = spans.windows(2).all(|pair| matches!(pair, [a, b] if a.1 < b.0));
-        disjoint.then_some(MemView { regions, spans })
+        disjoint.then_some(MemView { regions, spans, log: None, logs_buffers: false })
+    }
+
+    /// The same regions with a log; whether what is written to buffers is entered there, too, besides what rings say.
+    pub fn logged(&self, log: Option<Arc<DirtyLog>>, logs_buffers: bool) -> MemView {
+        MemView { regions: self.regions.clone(), spans: self.spans.clone(), log, logs_buffers }
+    }
+
+    /// The log.
+    pub fn log(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref()
+    }
+
+    /// Whether [`MemView::log_written`] has to be told of what is written to buffers.
+    pub fn logs_buffers(&self) -> bool {
+        self.logs_buffers && self.log.is_some()
+    }
+
+    /// Enters in the log that the `len` bytes at `host` in our own address space were written.
+    ///
+    /// They may be of several regions that happen to lie side by side there.
+    pub(crate) fn log_written(&self, mut host: usize, mut len: usize) {
+        let Some(log) = &self.log else { return };
+        while len > 0 {
+            let found = self.regions.iter().find_map(|region| Some((region.setup, region.offset_of(host)?)));
+            let Some((setup, offset)) = found else { return };
+            // It fits usize: the rest of a mapping, or less.
+            let here = (setup.size - offset).min(len as u64);
+            log.mark(setup.guest + offset, here);
+            (host, len) = (host + here as usize, len - here as usize);
+        }
+    }
+
+    /// The last guest address.
+    pub fn last(&self) -> Option<u64> {
+        self.spans.last().map(|(_, last)| *last)
     }
 
     /// The regions, sorted by guest address.

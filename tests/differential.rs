@@ -77,6 +77,9 @@ const QUESTIONS: &[(&str, Stage, Make)] = &[
     ("request without its payload", Stage::Negotiated, |_| Message::new(request::SET_VRING_NUM, Vec::new())),
     ("request with a byte too many", Stage::Negotiated, |_| Message::new(request::SET_VRING_NUM, vec![0; 9])),
     ("header of version 2", Stage::Negotiated, |_| Message::get_features().with_flags(2)),
+    ("log of written pages, not negotiated", Stage::Negotiated, |guest| {
+        Message::set_log_base(2048, 0, fd_of_memory(guest))
+    }),
     ("queue number", Stage::Negotiated, |_| Message::get_queue_num()),
     ("memory slots", Stage::Negotiated, |_| Message::get_max_mem_slots()),
     ("configuration space", Stage::Negotiated, |_| Message::get_config(0, 6)),
@@ -218,6 +221,12 @@ const DIFFERENCES: &[Difference] = &[
             "status, not negotiated",
             "reset, not negotiated",
         ],
+    },
+    Difference {
+        why: "so is one that hands over a log too early; the reference ends the session",
+        ours: "reply",
+        reference: "closed",
+        questions: &["log of written pages, not negotiated"],
     },
     Difference {
         why: "QEMU up to 7.2 removes a region once for every queue pair",

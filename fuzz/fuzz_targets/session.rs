@@ -15,7 +15,7 @@ use vhost_user_net_fuzz::input::Input;
 use vhost_user_net_fuzz::kit::fd_of;
 use vhost_user_net_fuzz::kit::frontend::RawFrontend;
 use vhost_user_net_fuzz::kit::memory::{GuestMemory, RegionInfo, memfd};
-use vhost_user_net_fuzz::kit::message::{Message, VringAddr, request};
+use vhost_user_net_fuzz::kit::message::{Message, VRING_F_LOG, VringAddr, request};
 use vhost_user_net_fuzz::kit::virtio::{feature, protocol};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -46,6 +46,7 @@ enum Mode {
 struct Ring {
     size: Option<u16>,
     at: Option<VringWords>,
+    used_log: Option<u64>,
     base: u32,
     has_kick: bool,
     is_started: bool,
@@ -63,7 +64,14 @@ struct Model {
     features: u64,
     status: u8,
     regions: Vec<RegionInfo>,
+    /// Bytes of the log of written pages.
+    log: Option<u64>,
     rings: [Ring; RINGS],
+}
+
+/// Whether a log of so many bytes has a bit for the page of `addr`.
+fn has_bit(log: u64, addr: u64) -> bool {
+    addr / 4096 / 8 < log
 }
 
 /// What a message is answered with.
@@ -72,6 +80,8 @@ enum Answer {
     Ack(bool),
     Number(u64),
     Base(u32, u32),
+    /// The same again, or nothing but zeros.
+    Log(bool),
     Any,
 }
 
@@ -96,8 +106,27 @@ impl Model {
         !self.rings[index].is_started
     }
 
-    /// Whether a ring of that size is all in memory, aligned, and its used ring apart.
-    fn fits(&self, size: u16, (desc, avail, used): VringWords) -> bool {
+    /// Whether a log has bits for all of these regions.
+    fn is_covered(log: u64, regions: &[RegionInfo]) -> bool {
+        regions.iter().all(|region| has_bit(log, region.guest + region.size - 1))
+    }
+
+    /// The same where it has to, by the features.
+    fn may_have(&self, features: u64, regions: &[RegionInfo]) -> bool {
+        features & feature::LOG_ALL == 0 || self.log.is_none_or(|log| Model::is_covered(log, regions))
+    }
+
+    /// Whether the used ring of such a ring can be logged where it is to be.
+    fn is_logged(log: Option<u64>, size: u16, used_log: Option<u64>) -> bool {
+        let (Some(log), Some(addr)) = (log, used_log) else { return true };
+        addr.checked_add(5 + 8 * u64::from(size)).is_some_and(|last| has_bit(log, last))
+    }
+
+    /// Whether a ring of that size is all in memory, aligned, and its used ring apart, and can be logged.
+    fn fits(&self, size: u16, (desc, avail, used): VringWords, used_log: Option<u64>) -> bool {
+        if !Model::is_logged(self.log, size, used_log) {
+            return false;
+        }
         let n = u64::from(size);
         let areas = [(desc, 16 * n, 16), (avail, 6 + 2 * n, 2), (used, 6 + 8 * n, 4)];
         let place = |user: u64| {
@@ -136,7 +165,7 @@ impl Model {
         if index >= RUN {
             return true;
         }
-        if !self.fits(size, at) {
+        if !self.fits(size, at, ring.used_log) {
             return false;
         }
         let ring = &mut self.rings[index];
@@ -148,9 +177,19 @@ impl Model {
     }
 
     fn set_features(&mut self, bits: u64) -> bool {
-        let is_modern = bits & feature::VERSION_1 != 0 || bits & !feature::PROTOCOL_FEATURES == 0;
+        let front_ends_own = feature::PROTOCOL_FEATURES | feature::LOG_ALL;
+        let is_modern = bits & feature::VERSION_1 != 0 || bits & !front_ends_own == 0;
         if bits & !self.offered != 0 || !is_modern {
             return false;
+        }
+        if self.features & feature::VERSION_1 != 0 && bits ^ self.features == feature::LOG_ALL {
+            let runs = self.rings.iter().any(|ring| ring.is_started);
+            let begins = bits & feature::LOG_ALL != 0;
+            if begins && self.log.is_none() && runs || !self.may_have(bits, &self.regions) {
+                return false;
+            }
+            self.features = bits;
+            return self.set_regions(self.regions.clone());
         }
         if self.rings.iter().any(|ring| ring.is_started && ring.mode != Mode::Disabled) {
             return bits == self.features;
@@ -160,6 +199,9 @@ impl Model {
             .collect::<Vec<_>>()
             .into_iter()
             .for_each(|index| self.stop(index));
+        if !self.may_have(bits, &self.regions) {
+            return false;
+        }
         self.features = bits;
         for index in 0..RINGS {
             self.start(index);
@@ -167,19 +209,37 @@ impl Model {
         true
     }
 
+    /// Takes the place of the log that there is.
+    fn set_log(&mut self, size: u64) -> bool {
+        let is_logged = |ring: &Ring| Model::is_logged(Some(size), ring.size.unwrap_or(1), ring.used_log);
+        let are_logged = self.rings.iter().filter(|ring| ring.is_started).all(is_logged);
+        if !are_logged || !Model::is_covered(size, &self.regions) {
+            return false;
+        }
+        self.log = Some(size);
+        self.set_regions(self.regions.clone())
+    }
+
     fn set_regions(&mut self, regions: Vec<RegionInfo>) -> bool {
+        if !self.may_have(self.features, &regions) {
+            return false;
+        }
         self.regions = regions;
         for index in 0..RINGS {
-            let Ring { size: Some(size), at: Some(at), is_started: true, .. } = self.rings[index] else { continue };
-            if !self.fits(size, at) {
+            let Ring { size: Some(size), at: Some(at), used_log, is_started: true, .. } = self.rings[index] else {
+                continue;
+            };
+            if !self.fits(size, at, used_log) {
                 self.stop(index);
                 // It waits with its kick for its memory to come back.
                 (self.rings[index].has_kick, self.rings[index].is_lost) = (true, true);
             }
         }
         for index in 0..RINGS {
-            let Ring { size: Some(size), at: Some(at), is_lost: true, .. } = self.rings[index] else { continue };
-            if self.fits(size, at) {
+            let Ring { size: Some(size), at: Some(at), used_log, is_lost: true, .. } = self.rings[index] else {
+                continue;
+            };
+            if self.fits(size, at, used_log) {
                 self.start(index);
             }
         }
@@ -237,6 +297,9 @@ impl Scene {
             (Answer::Ack(_), None) if !acks => {}
             (Answer::Number(number), Some(reply)) => assert_eq!(reply.u64(), number, "{}", what()),
             (Answer::Base(index, base), Some(reply)) => assert_eq!(reply.vring_state(), (index, base), "{}", what()),
+            (Answer::Log(is_good), Some(reply)) => {
+                assert_eq!(reply.body, if is_good { message.body.clone() } else { vec![0; 16] }, "{}", what());
+            }
             (Answer::Any, Some(_)) => {}
             (wanted, reply) => panic!("{} should be answered with {wanted:?}: {reply:?}", what()),
         }
@@ -258,7 +321,7 @@ impl Scene {
         };
         let is_ring = (index as usize) < RINGS;
         let at = index as usize;
-        match input.below(18) {
+        match input.below(19) {
             0 => self.tell(Message::set_owner(), |model| Answer::Ack(!std::mem::replace(&mut model.is_owned, true))),
             1 => {
                 let offered = self.offered_protocol();
@@ -271,8 +334,9 @@ impl Scene {
             }
             2 => {
                 let base = feature::VERSION_1 | feature::PROTOCOL_FEATURES;
-                let bits = match input.below(4) {
+                let bits = match input.below(5) {
                     0 => input.u64(),
+                    4 => self.model.features ^ feature::LOG_ALL,
                     1 => feature::VERSION_1,
                     2 => base | (self.model.offered & input.u64()),
                     _ => base,
@@ -400,6 +464,7 @@ impl Scene {
                 let mtu = u64::from(input.u32()) >> input.below(32);
                 self.tell_if(protocol::MTU, Message::set_mtu(mtu), |_| Answer::Ack((68..0x1_0000).contains(&mtu)));
             }
+            17 => self.set_log(input),
             _ => match input.below(4) {
                 0 => self.tell(Message::get_features(), |model| Answer::Number(model.offered)),
                 1 => self.tell_if(protocol::STATUS, Message::get_status(), |model| Answer::Number(model.status.into())),
@@ -408,6 +473,19 @@ impl Scene {
                 _ => self.tell(Message::get_config(input.u32() >> input.below(32), input.u8().into()), |_| Answer::Any),
             },
         }
+    }
+
+    fn set_log(&mut self, input: &mut Input<'_>) {
+        let file = memfd(1 << 20);
+        let size = u64::from(input.u32()) >> input.below(32);
+        let offset = if input.flag() { 0 } else { u64::from(input.u16()) };
+        let is_file_good = size > 0 && offset + size <= 1 << 20;
+        let message = Message::set_log_base(size, offset, file.as_fd());
+        if self.model.protocol & protocol::LOG_SHMFD == 0 {
+            return self.tell(message, |_| Answer::Ack(false));
+        }
+        // An empty one at the start is as the answer to a refusal.
+        self.tell(message, |model| Answer::Log(is_file_good && model.set_log(size)));
     }
 
     fn set_address(&mut self, input: &mut Input<'_>, index: u32) {
@@ -424,21 +502,29 @@ impl Scene {
             2 => addr.used += u64::from(input.u8()),
             3 => addr.used = addr.desc + u64::from(input.u16()),
             4 => addr.flags = input.u8().into(),
+            6..64 => (addr.flags, addr.log) = (VRING_F_LOG, u64::from(input.u32()) >> input.below(32)),
             5 => addr.desc = user(guest::END) - u64::from(input.u16()),
             _ => {}
         }
         let words = (addr.desc, addr.avail, addr.used);
+        let used_log = (addr.flags == VRING_F_LOG).then_some(addr.log);
         self.tell(Message::set_vring_addr_raw(index, &addr), |model| {
-            if at >= RINGS || addr.flags != 0 {
+            if at >= RINGS || addr.flags & !VRING_F_LOG != 0 {
                 return Answer::Ack(false);
             }
+            let size = model.rings[at].size.unwrap_or(1);
             if model.rings[at].is_started {
-                return Answer::Ack(model.rings[at].at == Some(words));
+                // Of a ring that runs only where it is logged can change.
+                let is_good = model.rings[at].at == Some(words) && model.fits(size, words, used_log);
+                if is_good {
+                    model.rings[at].used_log = used_log;
+                }
+                return Answer::Ack(is_good);
             }
             model.is_stopped(at);
-            let is_good = model.fits(model.rings[at].size.unwrap_or(1), words);
+            let is_good = model.fits(size, words, used_log);
             if is_good {
-                model.rings[at].at = Some(words);
+                (model.rings[at].at, model.rings[at].used_log) = (Some(words), used_log);
             }
             Answer::Ack(is_good && model.start(at))
         });

@@ -85,3 +85,45 @@ fn descriptor_that_is_no_writable_file_is_refused() {
     let read_only = File::open("/proc/self/exe").expect("open");
     assert!(matches!(Region::map(setup(0, 0x1000, 0), read_only.into()), Err(MapError::NotWritable)));
 }
+
+/// The pages that the log in `fd` tells of.
+fn marked(fd: &OwnedFd) -> Vec<u64> {
+    let mut bytes = [0; 64];
+    let len = rustix::io::pread(fd, &mut bytes, 0).expect("pread") as u64;
+    (0..8 * len).filter(|page| bytes[(page / 8) as usize] >> (page % 8) & 1 == 1).collect()
+}
+
+#[test]
+fn each_page_of_what_was_written_is_marked_as_far_as_there_are_bits() {
+    let fd = memfd(2);
+    let log = DirtyLog::map(2, 0, fd.try_clone().expect("dup")).expect("map");
+    let pages = |addr, len| {
+        log.mark(addr, len);
+        let pages = marked(&fd);
+        rustix::io::pwrite(&fd, &[0; 2], 0).expect("pwrite");
+        pages
+    };
+    assert_eq!(pages(0x1000, 0), [0; 0]);
+    assert_eq!(pages(0x1fff, 1), [1]);
+    assert_eq!(pages(0x1fff, 2), [1, 2]);
+    assert_eq!(pages(0x6000, 0x4001), [6, 7, 8, 9, 10]);
+    assert_eq!(pages(0xefff, 0x10_0000), [14, 15]);
+    assert_eq!(pages(0x1_0000, 1), [0; 0]);
+    assert_eq!(pages(u64::MAX, u64::MAX), [0; 0]);
+    assert!(log.covers(0xffff) && !log.covers(0x1_0000));
+}
+
+/// Buffers in two of them may have become one piece.
+#[test]
+fn regions_side_by_side_in_our_address_space_are_logged_each_at_its_guest_address() {
+    // The kernel puts a mapping below the one before it, unless another thread comes between.
+    let host = |region: &Region| region.map.as_ptr() as usize;
+    let pair = || [region(0x8000, 0x1000), region(0x2000, 0x1000)];
+    let found = std::iter::repeat_with(pair).take(1000).find(|[a, b]| host(b) + 0x1000 == host(a));
+    let [above, below] = found.expect("two mappings side by side");
+    let (fd, start) = (memfd(2), host(&below));
+    let log = Arc::new(DirtyLog::map(2, 0, fd.try_clone().expect("dup")).expect("map"));
+    let view = MemView::new(vec![above, below]).expect("disjoint").logged(Some(log), true);
+    view.log_written(start + 0xfff, 2);
+    assert_eq!(marked(&fd), [2, 8]);
+}

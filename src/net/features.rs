@@ -61,6 +61,7 @@ bits! {
     GUEST_ANNOUNCE = 21,
     MQ = 22,
     CTRL_MAC_ADDR = 23,
+    LOG_ALL = 26,
     INDIRECT_DESC = 28,
     EVENT_IDX = 29,
     PROTOCOL_FEATURES = 30,
@@ -98,6 +99,8 @@ const TABLE: &[Row] = &[
     row(21, "GUEST_ANNOUNCE", When::Always, CTRL_VQ),
     row(22, "MQ", When::Always, CTRL_VQ),
     row(23, "CTRL_MAC_ADDR", When::Generic, CTRL_VQ),
+    // The front-end's own (vhost-user, "Migration").
+    row(26, "LOG_ALL", When::Always, 0),
     row(28, "INDIRECT_DESC", When::Always, 0),
     row(29, "EVENT_IDX", When::Always, 0),
     row(30, "PROTOCOL_FEATURES", When::Always, 0),

@@ -19,7 +19,11 @@ use crate::memory::MemView;
 use crate::notify::{Call, Kick};
 use crate::running_ring::StoppedRing;
 use crate::virtqueue::queue::RingFeatures;
+use crate::virtqueue::split::used_ring_len;
 use crate::virtqueue::{Queue, QueueSize, RingBroken, RingError, SplitRing, SplitRingAddresses};
+
+/// In the flags of `SET_VRING_ADDR`: the used ring is to be logged (`VHOST_VRING_F_LOG`).
+pub(super) const VRING_LOG: u32 = 1;
 
 /// A ring's areas in the front-end's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,9 +33,18 @@ pub(super) struct UserAddresses {
     used: u64,
 }
 
-impl From<&VhostUserVringAddr> for UserAddresses {
-    fn from(message: &VhostUserVringAddr) -> UserAddresses {
-        UserAddresses { desc: message.descriptor, avail: message.available, used: message.used }
+/// Where a ring is, by its front-end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Addresses {
+    pub(super) user: UserAddresses,
+    /// Where what is written to the used ring is to be logged as if it began there, if it is.
+    used_log: Option<u64>,
+}
+
+impl From<&VhostUserVringAddr> for Addresses {
+    fn from(message: &VhostUserVringAddr) -> Addresses {
+        let user = UserAddresses { desc: message.descriptor, avail: message.available, used: message.used };
+        Addresses { user, used_log: (message.flags & VRING_LOG != 0).then_some(message.log) }
     }
 }
 
@@ -39,7 +52,7 @@ impl From<&VhostUserVringAddr> for UserAddresses {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) size: QueueSize,
-    pub(super) addresses: UserAddresses,
+    pub(super) addresses: Addresses,
 }
 
 /// Why a ring does not start, or is refused where it is described.
@@ -54,6 +67,14 @@ pub(in crate::vhost_user) enum StartError {
     /// Its layout is impossible.
     #[error(transparent)]
     Ring(#[from] RingError),
+    /// What is written to its used ring cannot be logged where it is to be.
+    #[error("Used ring of {len} bytes is to be logged from {addr:#x} on, behind the end of the log")]
+    UsedLog {
+        /// Where it is to be logged.
+        addr: u64,
+        /// Bytes of the used ring.
+        len: u64,
+    },
     /// Its indices are impossible.
     #[error("Ring is broken: {0}")]
     Broken(#[from] RingBroken),
@@ -63,9 +84,14 @@ impl Layout {
     /// Finds the ring in `mem`.
     pub(super) fn find(&self, mem: &Arc<MemView>) -> Result<SplitRing, StartError> {
         let guest = |user| mem.user_to_guest(user).ok_or(StartError::NotInMemory { user });
-        let UserAddresses { desc, avail, used } = self.addresses;
+        let Addresses { user: UserAddresses { desc, avail, used }, used_log } = self.addresses;
         let addresses = SplitRingAddresses { desc: guest(desc)?, avail: guest(avail)?, used: guest(used)? };
-        Ok(SplitRing::new(mem, self.size, addresses)?)
+        let ring = SplitRing::new(mem, self.size, addresses)?;
+        // Without a log there is nothing to be done yet: it may come later.
+        let (Some(addr), Some(log)) = (used_log, mem.log()) else { return Ok(ring) };
+        let len = used_ring_len(self.size);
+        let is_covered = addr.checked_add(len - 1).is_some_and(|last| log.covers(last));
+        if is_covered { Ok(ring.logged(Arc::clone(log), addr)) } else { Err(StartError::UsedLog { addr, len }) }
     }
 
     /// Starts a queue on the ring.
@@ -102,7 +128,7 @@ impl From<KickSource> for Option<Kick> {
 #[derive(Debug, Default)]
 pub(super) struct RingSetup {
     pub(super) size: Option<QueueSize>,
-    pub(super) addresses: Option<UserAddresses>,
+    pub(super) addresses: Option<Addresses>,
     pub(super) base: u16,
     pub(super) kick: Option<KickSource>,
     pub(super) call: Option<Call>,

@@ -10,6 +10,7 @@
 //! most once a second, nothing changed. Only a stream that cannot be trusted any more ends the connection.
 
 mod config;
+mod logging;
 mod payload;
 mod refusal;
 mod rings;
@@ -19,7 +20,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
-use vhost::vhost_user::message::{FrontendReq, VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol};
+use thiserror::Error;
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol,
+};
 
 use self::payload::{number, record, region, single_region};
 use self::refusal::Refusal;
@@ -28,7 +32,8 @@ use super::memory::{self, MEMORY_SLOTS};
 use super::ring::Ring;
 use crate::mailbox::Stuck;
 use crate::memory::MemView;
-use crate::net::features::{self, PROTOCOL_FEATURES, VERSION_1};
+use crate::memory::dirty_log::DirtyLog;
+use crate::net::features::{self, LOG_ALL, PROTOCOL_FEATURES, VERSION_1};
 use crate::nic::{Nic, NicError};
 use crate::running_ring::RingMode;
 use crate::throttle::Throttle;
@@ -62,6 +67,17 @@ pub enum SessionState {
     /// It is over, and so must the process be: a worker does not answer, so what it still does to guest memory cannot be
     /// known.
     Failed(Stuck),
+}
+
+/// Memory that a front-end took away under the rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum LostMemory {
+    /// A region of the guest's.
+    #[error("Guest memory from {0:#x} on")]
+    From(u64),
+    /// The log of written pages.
+    #[error("The log of written pages")]
+    Log,
 }
 
 /// What ends a session from our side.
@@ -112,6 +128,8 @@ pub struct Session {
     /// For requests of ours. Its end tells the front-end that we are gone.
     backend_channel: Option<OwnedFd>,
     mem: Arc<MemView>,
+    /// Kept from one view of memory to the next.
+    log: Option<Arc<DirtyLog>>,
     slots: Vec<Slot>,
     /// Rings changed in a way after which device queues may be unused.
     is_unsettled: bool,
@@ -137,6 +155,7 @@ impl Session {
             status: 0,
             backend_channel: None,
             mem: Arc::default(),
+            log: None,
             slots,
             is_unsettled: false,
             throttle: Throttle::default(),
@@ -153,9 +172,11 @@ impl Session {
         self.codec.deadline()
     }
 
-    /// The guest address of memory that was taken away under the rings, if any was.
-    pub fn lost_memory(&self) -> Option<u64> {
-        self.mem.regions().iter().find(|region| region.is_lost()).map(|region| region.setup().guest)
+    /// What was taken away under the rings, if anything was.
+    pub fn lost_memory(&self) -> Option<LostMemory> {
+        let region = self.mem.regions().iter().find(|region| region.is_lost());
+        let log = self.log.as_ref().filter(|log| log.is_lost()).map(|_| LostMemory::Log);
+        region.map(|region| LostMemory::From(region.setup().guest)).or(log)
     }
 
     /// Whether rings changed since this was asked last.
@@ -210,7 +231,7 @@ impl Session {
                 if !matches!(refusal, Refusal::Legacy) && self.throttle.allows() {
                     log::warn!("Refused {}: {}", request_name(request, known), crate::error_chain(&refusal));
                 }
-                refused_with(known, &payload).or(acknowledge.then(|| 1_u64.to_ne_bytes().to_vec()))
+                refused_with(known, &payload, &refusal).or(acknowledge.then(|| 1_u64.to_ne_bytes().to_vec()))
             }
         };
         Ok(reply.map_or(Ok(()), |reply| self.codec.reply(request, &reply))?)
@@ -236,6 +257,7 @@ impl Session {
             FrontendReq::SET_MEM_TABLE => self.set_mem_table(payload, fds),
             FrontendReq::ADD_MEM_REG => self.add_mem_reg(payload, fds),
             FrontendReq::REM_MEM_REG => self.rem_mem_reg(payload),
+            FrontendReq::SET_LOG_BASE => self.set_log_base(payload, fds),
             FrontendReq::SET_VRING_NUM => self.set_vring_num(record(payload)?),
             FrontendReq::SET_VRING_ADDR => self.set_vring_addr(&record(payload)?),
             FrontendReq::SET_VRING_BASE => self.set_vring_base(record(payload)?),
@@ -268,6 +290,7 @@ impl Session {
         config
             | backend_channel
             | Protocol::MQ
+            | Protocol::LOG_SHMFD
             | Protocol::RARP
             | Protocol::REPLY_ACK
             | Protocol::MTU
@@ -295,16 +318,21 @@ impl Session {
             return Err(Refusal::NotOffered(features::names(surplus)));
         }
         // Before a driver is there, some front-ends set what concerns themselves alone.
-        self.is_legacy = bits & VERSION_1 == 0 && bits & !PROTOCOL_FEATURES != 0;
+        self.is_legacy = bits & VERSION_1 == 0 && bits & !(PROTOCOL_FEATURES | LOG_ALL) != 0;
         if self.is_legacy {
             return Err(Refusal::Legacy);
+        }
+        if self.features & VERSION_1 != 0 && bits ^ self.features == LOG_ALL {
+            return self.set_logging(bits);
         }
         let runs = |slot: &Slot| matches!(slot.ring, Ring::Started(_)) && slot.mode != RingMode::Disabled;
         if self.slots.iter().any(runs) {
             return if bits == self.features { Ok(Answer::Done) } else { Err(Refusal::RingsRun) };
         }
         self.stop_disabled_rings()?;
+        let mem = self.logged(&self.mem, bits)?;
         self.nic.set_features(bits)?;
+        self.mem = Arc::new(mem);
         self.features = bits;
         log::debug!("Features: {}", features::names(bits));
         for index in 0..self.slots.len() {
@@ -358,7 +386,7 @@ impl Session {
             regions.get(..expected).ok_or(Refusal::PayloadLength { got: regions.len(), expected })?.chunks_exact(each);
         let setups = regions.map(region).collect::<Result<Vec<_>, _>>()?;
         let view = memory::table(&setups, fds)?;
-        self.replace_memory(view)
+        self.replace_memory(&view)
     }
 
     fn add_mem_reg(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
@@ -367,7 +395,7 @@ impl Session {
             return Ok(Answer::Done);
         }
         let view = memory::with(&self.mem, setup, fds)?;
-        self.replace_memory(view)
+        self.replace_memory(&view)
     }
 
     fn rem_mem_reg(&mut self, payload: &[u8]) -> Handled {
@@ -375,13 +403,13 @@ impl Session {
         // QEMU 7 removes each region once for every queue pair, too, and by the second time another may be there that the first
         // pair has added. Refused, it would go on adding it for ever.
         let Some(view) = memory::without(&self.mem, setup)? else { return Ok(Answer::Done) };
-        self.replace_memory(view)
+        self.replace_memory(&view)
     }
 
-    /// Gives every running ring the new view. The old one goes with the last worker that lets go of it: before this
-    /// returns.
-    fn replace_memory(&mut self, view: MemView) -> Handled {
-        self.mem = Arc::new(view);
+    /// Gives every running ring the new view, with the log that there is. The old one goes with the last worker that lets go
+    /// of it: before this returns.
+    fn replace_memory(&mut self, view: &MemView) -> Handled {
+        self.mem = Arc::new(self.logged(view, self.features)?);
         for index in 0..self.slots.len() {
             let Some(Slot { ring: Ring::Started(layout), .. }) = self.slots.get(index) else { continue };
             match layout.find(&self.mem) {
@@ -419,11 +447,14 @@ impl AsFd for Session {
     }
 }
 
-/// What the two requests are answered with that have an answer of their own for a refusal: their front-end waits for it.
-fn refused_with(request: Option<FrontendReq>, payload: &[u8]) -> Option<Vec<u8>> {
+/// What the requests are answered with that have an answer of their own for a refusal: their front-end waits for it.
+fn refused_with(request: Option<FrontendReq>, payload: &[u8], why: &Refusal) -> Option<Vec<u8>> {
     match request? {
         FrontendReq::GET_CONFIG => Some(Vec::new()),
         FrontendReq::GET_VRING_BASE => payload.first_chunk::<4>().map(|index| [*index, [0; 4]].concat()),
+        FrontendReq::SET_LOG_BASE if !matches!(why, Refusal::NotNegotiated(_)) => {
+            Some(vec![0; size_of::<VhostUserLog>()])
+        }
         _ => None,
     }
 }
@@ -436,6 +467,7 @@ fn request_name(request: u32, known: Option<FrontendReq>) -> String {
 fn protocol_feature_of(request: FrontendReq) -> Option<Protocol> {
     Some(match request {
         FrontendReq::GET_QUEUE_NUM => Protocol::MQ,
+        FrontendReq::SET_LOG_BASE => Protocol::LOG_SHMFD,
         FrontendReq::SEND_RARP => Protocol::RARP,
         FrontendReq::NET_SET_MTU => Protocol::MTU,
         FrontendReq::GET_CONFIG => Protocol::CONFIG,
@@ -461,5 +493,6 @@ fn takes_fds(request: FrontendReq) -> bool {
             | FrontendReq::SET_VRING_CALL
             | FrontendReq::SET_VRING_ERR
             | FrontendReq::SET_BACKEND_REQ_FD
+            | FrontendReq::SET_LOG_BASE
     )
 }

@@ -3,7 +3,8 @@
 //!
 //! A [`GuestIovecs`] owns the view that its pieces were made from, so a piece stays mapped for as long as it can be
 //! named. `virtqueue::chain` appends pieces, `net` says which range of them to read, write or copy. Nothing here knows
-//! what the bytes mean. [`Words`] is a range that `virtqueue::split` loads from and stores to; it keeps its region mapped.
+//! what the bytes mean. What is written to a piece is entered in the log of written pages, if there is one
+//! (`memory::dirty_log`), when it has been written. [`Words`] is a range that `virtqueue::split` loads from and stores to; it keeps its region mapped.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -17,6 +18,9 @@ use crate::memory::{MemView, Region, Unmapped};
 
 /// The kernel's limit on the iovecs of one call (`UIO_MAXIOV`).
 pub const IOV_MAX: usize = 1024;
+
+/// More than any frame has: before it failed the kernel wrote no more than this.
+const READ_MAX: usize = 128 << 10;
 
 /// A range of guest memory whose words are loaded and stored, mapped for as long as this lives.
 #[derive(Debug)]
@@ -70,6 +74,8 @@ pub struct Part<'a> {
 /// A growing list of pieces of guest memory; a descriptor chain is a range of it.
 pub struct GuestIovecs {
     mem: Arc<MemView>,
+    /// Whether that has a log for what is written.
+    is_logged: bool,
     near: Near,
     list: Vec<libc::iovec>,
     /// What one call passes: private head, guest pieces, private tail.
@@ -114,7 +120,13 @@ unsafe impl Send for GuestIovecs {}
 impl GuestIovecs {
     /// An empty list on `mem` with room for `capacity` pieces before it has to allocate.
     pub fn new(mem: Arc<MemView>, capacity: usize) -> GuestIovecs {
-        GuestIovecs { mem, near: Near::NOWHERE, list: Vec::with_capacity(capacity), call: Vec::with_capacity(IOV_MAX) }
+        GuestIovecs {
+            is_logged: mem.logs_buffers(),
+            mem,
+            near: Near::NOWHERE,
+            list: Vec::with_capacity(capacity),
+            call: Vec::with_capacity(IOV_MAX),
+        }
     }
 
     /// The memory that the pieces are of.
@@ -202,13 +214,17 @@ impl GuestIovecs {
     /// Copies `data` to the pieces of `range`, behind their first `skip` bytes; tells how many bytes found room.
     #[inline]
     pub fn copy_from(&self, range: Range<usize>, skip: usize, data: &[u8]) -> usize {
-        match self.in_first(&range, skip, data.len()) {
+        let done = match self.in_first(&range, skip, data.len()) {
             Some(piece) => {
                 piece.copy_from(data);
                 data.len()
             }
-            None => self.copy_from_pieces(range, skip, data),
+            None => self.copy_from_pieces(range.clone(), skip, data),
+        };
+        if self.is_logged {
+            self.log(range, skip, done);
         }
+        done
     }
 
     /// Writes `value` to the pieces of `range`, behind their first `skip` bytes, little-endian.
@@ -218,7 +234,10 @@ impl GuestIovecs {
         let place = self.in_first(&range, skip, size_of::<u16>());
         match place.as_ref().and_then(|piece| piece.get_ref(0).ok()) {
             Some(place) => place.store(value),
-            None => _ = self.copy_from_pieces(range, skip, &value.to_ne_bytes()),
+            None => _ = self.copy_from_pieces(range.clone(), skip, &value.to_ne_bytes()),
+        }
+        if self.is_logged {
+            self.log(range, skip, size_of::<u16>());
         }
     }
 
@@ -231,6 +250,32 @@ impl GuestIovecs {
             done += rest.len().min(piece.len());
         }
         done
+    }
+
+    /// Enters in the log that `len` bytes of the pieces of `range` were written, behind their first `skip` bytes.
+    #[cold]
+    fn log(&self, range: Range<usize>, skip: usize, mut len: usize) {
+        for piece in self.slices(range, skip) {
+            let here = len.min(piece.len());
+            self.mem.log_written(piece.ptr_guard().as_ptr().addr(), here);
+            len -= here;
+            if len == 0 {
+                break;
+            }
+        }
+    }
+
+    /// The same of what the kernel was to write behind `head` bytes of ours, by what it says of all.
+    #[cold]
+    fn log_read(&self, range: Range<usize>, skip: usize, head: usize, result: &io::Result<usize>) {
+        let len = match result {
+            Ok(len) => len.saturating_sub(head),
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => READ_MAX,
+            Err(_) => 0,
+        };
+        if len > 0 {
+            self.log(range, skip, len);
+        }
     }
 
     /// Sends all `parts` as one message or frame: of each its private bytes, and then its pieces without their first
@@ -266,12 +311,16 @@ impl GuestIovecs {
     ) -> io::Result<usize> {
         self.call.clear();
         self.call.push(libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
-        gather(&mut self.call, &self.list, range, skip);
+        gather(&mut self.call, &self.list, range.clone(), skip);
         self.call.push(libc::iovec { iov_base: tail.as_mut_ptr().cast(), iov_len: tail.len() });
         // SAFETY: the first and the last iovec are `head` and `tail`, borrowed mutably until the call returns; each
         // other one lies in a region of `self.mem` (`push` got it from there), mapped writable and kept by `self`. No
         // Rust reference to those bytes exists anywhere.
-        result(unsafe { libc::readv(fd.as_raw_fd(), self.call.as_ptr(), count(&self.call)) })
+        let result = result(unsafe { libc::readv(fd.as_raw_fd(), self.call.as_ptr(), count(&self.call)) });
+        if self.is_logged {
+            self.log_read(range, skip, head.len(), &result);
+        }
+        result
     }
 
     /// As [`GuestIovecs::readv`], from a socket, with the control messages that go with it; tells both lengths.
@@ -287,7 +336,7 @@ impl GuestIovecs {
     ) -> io::Result<(usize, usize)> {
         self.call.clear();
         self.call.push(libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
-        gather(&mut self.call, &self.list, range, skip);
+        gather(&mut self.call, &self.list, range.clone(), skip);
         self.call.push(libc::iovec { iov_base: tail.as_mut_ptr().cast(), iov_len: tail.len() });
         // SAFETY: all zeros is a valid msghdr: null pointers and lengths of 0.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -297,8 +346,11 @@ impl GuestIovecs {
         message.msg_controllen = control.len() as _;
         // SAFETY: `message` names the iovecs of `call`, of which each is memory of ours or of the guest as in `readv`, and
         // `control`, borrowed mutably until the call returns.
-        let len = result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) })?;
-        Ok((len, message.msg_controllen as usize))
+        let result = result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) });
+        if self.is_logged {
+            self.log_read(range, skip, head.len(), &result);
+        }
+        Ok((result?, message.msg_controllen as usize))
     }
 
     /// The pieces of `range` behind their first `skip` bytes.

@@ -15,6 +15,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::AtomicInteger;
 
 use super::iovec::Words;
+use crate::memory::dirty_log::{DirtyLog, UsedLog};
 use crate::memory::{MemView, Unmapped};
 
 /// A queue size that a split ring may have: a power of two up to 32768.
@@ -163,6 +164,11 @@ impl<T: AtomicInteger> Area<T> {
     }
 }
 
+/// Bytes of a used ring, with the `avail_event` at its end.
+pub(crate) fn used_ring_len(size: QueueSize) -> u64 {
+    RING_HEAD + u64::from(size.get()) * USED_ENTRY_SIZE + 2
+}
+
 /// A split ring in guest memory.
 #[derive(Debug)]
 pub struct SplitRing {
@@ -173,6 +179,8 @@ pub struct SplitRing {
     used: Area<AtomicU32>,
     /// All of the used ring, for what is in words of 16 bits.
     used_head: Area<AtomicU16>,
+    /// Where what is written to the used ring is logged, if it is.
+    used_log: Option<UsedLog>,
 }
 
 impl SplitRing {
@@ -185,7 +193,7 @@ impl SplitRing {
         // The two rings end with `used_event` and `avail_event` (VIRTIO 1.3, "Used Buffer Notification Suppression").
         let desc_len = n * DESCRIPTOR_SIZE;
         let avail_len = RING_HEAD + n * 2 + 2;
-        let used_len = RING_HEAD + n * USED_ENTRY_SIZE + 2;
+        let used_len = used_ring_len(size);
         for (other, start, len) in [(DESCRIPTOR, at.desc, desc_len), (AVAIL, at.avail, avail_len)] {
             if at.used < start.saturating_add(len) && start < at.used.saturating_add(used_len) {
                 return Err(RingError::Overlap { used: at.used, other });
@@ -197,7 +205,21 @@ impl SplitRing {
             avail: Area::new(mem, AVAIL, at.avail, avail_len, 2)?,
             used: Area::new(mem, USED, at.used, used_len, 4)?,
             used_head: Area::new(mem, USED, at.used, used_len, 4)?,
+            used_log: None,
         })
+    }
+
+    /// The same ring, what is written to its used ring being logged as if that began at `addr`.
+    pub(crate) fn logged(self, log: Arc<DirtyLog>, addr: u64) -> SplitRing {
+        SplitRing { used_log: Some(UsedLog { log, addr }), ..self }
+    }
+
+    /// Enters in the log that `len` bytes from byte `offset` of the used ring on were written.
+    #[inline(always)]
+    fn log_used(&self, offset: usize, len: usize) {
+        if let Some(log) = &self.used_log {
+            log.mark(offset, len);
+        }
     }
 
     /// Number of descriptors.
@@ -246,10 +268,12 @@ impl SplitRing {
     #[inline(always)]
     pub(crate) fn write_used(&self, index: u16, id: u16, len: u32) {
         // Two words each, behind one for `flags` and `idx`.
-        self.used.words(1 + 2 * self.slot(index), |[id_word, len_word]| {
+        let first = 1 + 2 * self.slot(index);
+        self.used.words(first, |[id_word, len_word]| {
             id_word.store(u32::from(id).to_le(), Relaxed);
             len_word.store(len.to_le(), Relaxed);
         });
+        self.log_used(first * size_of::<u32>(), USED_ENTRY_SIZE as usize);
     }
 
     pub(crate) fn used_idx(&self) -> u16 {
@@ -260,17 +284,23 @@ impl SplitRing {
     /// the index and of the entries and buffers.
     #[inline]
     pub(crate) fn store_used_idx(&self, index: u16) {
-        self.used_head.word(IDX, |w| w.store(index.to_le(), Release));
+        self.set_used_head(IDX, index, Release);
     }
 
     pub(crate) fn set_used_flags(&self, flags: u16) {
-        self.used_head.word(FLAGS, |w| w.store(flags.to_le(), Relaxed));
+        self.set_used_head(FLAGS, flags, Relaxed);
+    }
+
+    /// Writes the used ring's 16-bit word `at`.
+    #[inline(always)]
+    fn set_used_head(&self, at: usize, value: u16, order: Ordering) {
+        self.used_head.word(at, |w| w.store(value.to_le(), order));
+        self.log_used(at * size_of::<u16>(), size_of::<u16>());
     }
 
     /// Asks the driver for a kick once it makes avail entry number `index` available.
     pub(crate) fn set_avail_event(&self, index: u16) {
-        let at = ENTRIES + 4 * usize::from(self.size());
-        self.used_head.word(at, |w| w.store(index.to_le(), Relaxed));
+        self.set_used_head(ENTRIES + 4 * usize::from(self.size()), index, Relaxed);
     }
 }
 

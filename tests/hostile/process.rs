@@ -18,7 +18,7 @@ use crate::common::message::{Message, NO_FD, request};
 use crate::common::netns::{PacketSocket, TapSpec, require_root};
 use crate::common::place::{Place, assert_frames_pass};
 use crate::common::split_ring::Desc;
-use crate::common::virtio::VnetHdr;
+use crate::common::virtio::{VnetHdr, feature};
 use crate::common::{PATIENCE, fd_of, say, times};
 use crate::outlived::wait_operational;
 
@@ -175,6 +175,32 @@ fn memory_that_is_cut_off_under_the_rings_ends_the_session_alone() {
     bench.assert_idle();
 }
 
+/// U-42: the same of the log of written pages, into which the worker writes.
+#[test]
+fn log_that_is_cut_off_under_the_rings_ends_the_session_alone() {
+    if !require_root("log_that_is_cut_off_under_the_rings_ends_the_session_alone") {
+        return;
+    }
+    let mut bench = Bench::new(1);
+    let mut guest = Guest::new(1, 0);
+    let front_end = bench.connect(&guest);
+    bench.assert_frames_pass(&mut guest);
+    let file = memfd(4096);
+    fcntl_add_seals(&file, SealFlags::SEAL).unwrap();
+    let log = Message::set_log_base(4096, 0, file.as_fd());
+    assert_eq!(front_end.get(&log).unwrap().body, log.body);
+    assert_eq!(front_end.ask(Message::set_features(BASE | feature::LOG_ALL)), Answer::Ack);
+    bench.assert_frames_pass(&mut guest);
+    ftruncate(&file, 0).unwrap();
+
+    bench.host.send(&test_frame(&Ends::RX, Stamp { stream: 2, seq: 0 }, 200));
+
+    bench.backend.wait_line("The log of written pages is gone, so the session ends");
+    assert!(front_end.wait_closed(PATIENCE));
+    bench.assert_serves_anew();
+    bench.assert_idle();
+}
+
 /// U-45, U-46, U-47: not offered, so that each is refused, and leaves nothing.
 #[test]
 fn inflight_regions_asked_for_ten_thousand_times_are_refused_and_leave_nothing() {
@@ -292,7 +318,6 @@ fn message_that_fails_at_any_step_keeps_no_descriptor_and_no_mapping() {
         Message::add_mem_reg_claiming(&over).with_fd(file_fd),
         Message::add_mem_reg_claiming(&good).with_fds([file_fd; 2]),
         Message::add_mem_reg_claiming(&good).with_fd(directory.as_fd()),
-        Message::set_log_base(4096, 0, file_fd),
         Message::set_log_fd(fd_of(&eventfd)),
         Message::new(request::SET_INFLIGHT_FD, vec![0; 24]).with_fd(file_fd),
         Message::set_backend_req_fd(fd_of(&eventfd)),
@@ -307,11 +332,24 @@ fn message_that_fails_at_any_step_keeps_no_descriptor_and_no_mapping() {
         messages.push(Message::u64(request, 0).with_fd(device.as_fd()));
         messages.push(Message::new(request, vec![0; 7]).with_fd(fd_of(&eventfd)));
     }
+    // Each takes the place of the one before.
+    let log = Message::set_log_base(4096, 0, file_fd);
+    let refused_logs = [
+        Message::set_log_base(1 << 21, 0, file_fd),
+        Message::set_log_base(4096, 0, directory.as_fd()),
+        Message::set_log_base(1, 0, file_fd),
+        log.clone().with_fds([file_fd; 2]),
+    ];
+    assert_eq!(front_end.get(&log).unwrap().body, log.body);
     let before = bench.held();
     for round in 0..20 {
         for message in &messages {
             assert_eq!(front_end.ask(message.clone()), Answer::Nack(1), "round {round}, {message:?}");
         }
+        for message in &refused_logs {
+            assert_eq!(front_end.get(message).unwrap().body, [0; 16], "round {round}, {message:?}");
+        }
+        assert_eq!(front_end.get(&log).unwrap().body, log.body);
     }
     bench.assert_holds_no_more_than(&before);
     bench.assert_frames_pass(&mut guest);

@@ -15,7 +15,7 @@ use crate::common::bench::{Bench, Guest};
 use crate::common::fd_of;
 use crate::common::frontend::Answer;
 use crate::common::memory::{GuestMemory, RegionInfo, RegionSpec, USER_OFFSET, memfd};
-use crate::common::message::{Message, request};
+use crate::common::message::Message;
 
 const MIB: u64 = 1 << 20;
 const GUEST: u64 = 0x4000_0000;
@@ -288,14 +288,4 @@ fn ring_that_spans_two_adjacent_regions_works() {
             bench.assert_frames_pass();
         }
     }
-}
-
-/// U-12, U-40, U-41, U-42: a log that was not negotiated is not mapped either.
-#[test]
-fn dirty_log_is_refused() {
-    let mut bench = Bench::running(1);
-    let log = memfd(MIB);
-    assert_eq!(bench.ask(Message::set_log_base(MIB, 0, log.as_fd())), Answer::Nack(1));
-    assert_eq!(bench.ask(Message::new(request::SET_LOG_FD, vec![]).with_fd(log.as_fd())), Answer::Nack(1));
-    bench.assert_frames_pass();
 }

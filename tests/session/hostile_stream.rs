@@ -165,7 +165,6 @@ fn question_of_the_wrong_length_has_an_answer_all_the_same() {
 fn unknown_request_is_refused_and_the_session_goes_on() {
     let mut bench = Bench::running(1);
     let absent = [
-        request::SET_LOG_BASE,
         request::SET_LOG_FD,
         request::SET_BACKEND_REQ_FD,
         request::IOTLB_MSG,

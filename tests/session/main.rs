@@ -3,6 +3,7 @@
 //! * [`orders`]: the message orders of real front-ends, session after session, who is served;
 //! * [`answers`]: how single questions are answered, as front-ends are known to need it;
 //! * [`card`]: what concerns the network card: MTU, RARP, status, reset, configuration space;
+//! * [`dirty_log`]: which pages were written, for a guest that moves to another host;
 //! * [`comebacks`]: rings that come back: after their memory, after being disabled;
 //! * [`hostile_stream`], [`hostile_negotiation`], [`hostile_memory`], [`hostile_rings`], [`hostile_descriptors`]: what a
 //!   broken or hostile front-end sends, case by case, each followed by a good frame.
@@ -18,6 +19,7 @@ mod common;
 mod answers;
 mod card;
 mod comebacks;
+mod dirty_log;
 mod hostile_descriptors;
 mod hostile_memory;
 mod hostile_negotiation;

@@ -6,6 +6,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use super::super::memory::MemoryError;
 use super::super::ring::StartError;
 use crate::mailbox::Stuck;
+use crate::memory::MapError;
 use crate::nic::NicError;
 use crate::virtqueue::RingError;
 
@@ -77,6 +78,20 @@ pub(super) enum Refusal {
     /// The memory cannot be used.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The log of written pages cannot be used.
+    #[error("The log of written pages cannot be used")]
+    Log(#[source] MapError),
+    /// The log has no bit for some pages.
+    #[error("A log of {size} bytes has no bit for the page of guest address {last:#x}")]
+    LogTooSmall {
+        /// The last guest address.
+        last: u64,
+        /// The log's bytes.
+        size: u64,
+    },
+    /// What is written is to be logged, and there is no log.
+    #[error("LOG_ALL while rings run, and no log came (SET_LOG_BASE)")]
+    NoLog,
     /// The card could not do it.
     #[error(transparent)]
     Nic(#[from] NicError),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vhost::vhost_user::message::{VhostUserVringAddr, VhostUserVringState};
 use vm_memory::ByteValued;
 
-use super::super::ring::{KickSource, Layout, Ring, RingSetup, StartError, UserAddresses};
+use super::super::ring::{Addresses, KickSource, Layout, Ring, RingSetup, StartError, VRING_LOG};
 use super::refusal::Refusal;
 use super::{Answer, Handled, Session, Slot};
 use crate::mailbox::Stuck;
@@ -66,14 +66,12 @@ impl Session {
     pub(super) fn set_vring_addr(&mut self, message: &VhostUserVringAddr) -> Handled {
         let index = self.index(message.index)?;
         let flags = message.flags;
-        if flags != 0 {
+        if flags & !VRING_LOG != 0 {
             return Err(Refusal::Range { what: "Ring address flags", value: u64::from(flags) });
         }
-        let addresses = UserAddresses::from(message);
-        if let Ring::Started(layout) = &self.slot(index)?.ring {
-            // The same again changes nothing.
-            let same = layout.addresses == addresses;
-            return if same { Ok(Answer::Done) } else { Err(Refusal::Started { index }) };
+        let addresses = Addresses::from(message);
+        if let Ring::Started(layout) = self.slot(index)?.ring {
+            return self.change_addresses(index, layout, addresses);
         }
         let size = match self.stopped(index)?.size {
             Some(size) => size,
@@ -82,6 +80,20 @@ impl Session {
         Layout { size, addresses }.find(&self.mem)?;
         self.stopped(index)?.addresses = Some(addresses);
         self.start_if_complete(index)
+    }
+
+    /// Of a ring that runs nothing changes but where its used ring is logged.
+    fn change_addresses(&mut self, index: usize, layout: Layout, addresses: Addresses) -> Handled {
+        if layout.addresses.user != addresses.user {
+            return Err(Refusal::Started { index });
+        }
+        if layout.addresses != addresses {
+            let layout = Layout { addresses, ..layout };
+            let found = layout.find(&self.mem)?;
+            self.nic.relocate(index, &self.mem, found)?;
+            self.slot(index)?.ring = Ring::Started(layout);
+        }
+        Ok(Answer::Done)
     }
 
     pub(super) fn set_vring_kick(&mut self, word: u64, fds: Vec<OwnedFd>) -> Handled {

@@ -1,0 +1,76 @@
+//! The log of written pages: which pages of guest memory to copy once more, for a front-end that moves the guest to another
+//! host while it runs (vhost-user, "Migration").
+//!
+//! A bit for each page of 4 KiB, from guest address 0 on, in memory that the front-end shares. It reads and clears bits at
+//! any moment, and copies a page after it cleared the page's bit. So a page is marked after it was written, each time anew,
+//! and by an atomic operation: a bit that is set already may be one that is being cleared.
+//!
+//! Buffers are marked where they are written (`virtqueue::iovec`), used rings where their words are stored
+//! (`virtqueue::split`). What is not to be logged costs a look at one flag.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicU8;
+use std::sync::atomic::Ordering::Release;
+
+use super::{MapError, Region, RegionSetup};
+
+/// Bytes that a bit stands for, whatever the host's pages are (`VHOST_LOG_PAGE`).
+const PAGE: u64 = 4096;
+
+/// See the file's head.
+#[derive(Debug)]
+pub struct DirtyLog {
+    bits: Region,
+}
+
+impl DirtyLog {
+    /// Maps the log: `size` bytes of the file `fd` from `file_offset` on.
+    ///
+    /// # Errors
+    /// [`MapError`]; nothing stays mapped then.
+    pub fn map(size: u64, file_offset: u64, fd: OwnedFd) -> Result<DirtyLog, MapError> {
+        let setup = RegionSetup { guest: 0, user: 0, size, file_offset };
+        Ok(DirtyLog { bits: Region::map(setup, fd)? })
+    }
+
+    /// Bytes of it.
+    pub fn size(&self) -> u64 {
+        self.bits.setup().size
+    }
+
+    /// Whether there is a bit for the page of `addr`.
+    pub fn covers(&self, addr: u64) -> bool {
+        addr / PAGE / 8 < self.size()
+    }
+
+    /// Whether its file was shortened, so that nobody sees what is marked.
+    pub fn is_lost(&self) -> bool {
+        self.bits.is_lost()
+    }
+
+    /// Marks the pages of `addr .. addr + len`; those that it does not cover are nobody's.
+    ///
+    /// Release: who sees the bit sees what was written before.
+    pub(crate) fn mark(&self, addr: u64, len: u64) {
+        let Some(last) = len.checked_sub(1).map(|more| addr.saturating_add(more)) else { return };
+        for page in addr / PAGE..=last / PAGE {
+            let Some(byte) = self.bits.atomic::<AtomicU8>(page / 8) else { return };
+            byte.fetch_or(1 << (page % 8), Release);
+        }
+    }
+}
+
+/// Where in the log a used ring is, which need not be guest memory there (vhost-user, "Migration").
+#[derive(Clone, Debug)]
+pub(crate) struct UsedLog {
+    pub(crate) log: std::sync::Arc<DirtyLog>,
+    /// Of the ring's first byte.
+    pub(crate) addr: u64,
+}
+
+impl UsedLog {
+    /// Marks `len` bytes of the ring from its byte `offset` on.
+    pub(crate) fn mark(&self, offset: usize, len: usize) {
+        self.log.mark(self.addr.saturating_add(offset as u64), len as u64);
+    }
+}

@@ -1,0 +1,75 @@
+//! The log of written pages: where it is, and what is entered (vhost-user, "Migration").
+//!
+//! A front-end that is about to move its guest hands over a log (`SET_LOG_BASE`), has writes to buffers logged (`LOG_ALL` among
+//! the features, while rings run) and those to each used ring (a flag of `SET_VRING_ADDR`). All of that becomes part of the
+//! view of memory that the workers have, so it holds when the answer goes out, and a log that is replaced is not written
+//! to any more by then.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::VhostUserLog;
+
+use super::payload::record;
+use super::refusal::Refusal;
+use super::{Answer, Handled, Session};
+use crate::memory::MemView;
+use crate::memory::dirty_log::DirtyLog;
+use crate::net::features::LOG_ALL;
+use crate::vhost_user::ring::Ring;
+
+impl Session {
+    /// Answered with what came: front-ends wait for an answer, and take one without a size for a refusal.
+    pub(super) fn set_log_base(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
+        let VhostUserLog { mmap_size, mmap_offset } = record(payload)?;
+        let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
+        let log = DirtyLog::map(mmap_size, mmap_offset, fd).map_err(Refusal::Log)?;
+        check_size(&self.mem, &log)?;
+        let view = Arc::new(self.mem.logged(Some(Arc::new(log)), false));
+        for slot in &self.slots {
+            if let Ring::Started(layout) = &slot.ring {
+                layout.find(&view)?;
+            }
+        }
+        self.log = view.log().cloned();
+        let (size, offset) = (mmap_size, mmap_offset);
+        log::debug!("Log of written pages: {size} bytes from {offset:#x} of its file on");
+        self.renew_view()?;
+        Ok(Answer::Payload(payload.to_vec()))
+    }
+
+    /// Changes whether writes to buffers are logged, which is all that `bits` differ in from the features that there are.
+    pub(super) fn set_logging(&mut self, bits: u64) -> Handled {
+        let runs = self.slots.iter().any(|slot| matches!(slot.ring, Ring::Started(_)));
+        // A front-end that goes on all the same would move a guest that lacks what was written meanwhile.
+        if bits & LOG_ALL != 0 && self.log.is_none() && runs {
+            return Err(Refusal::NoLog);
+        }
+        let before = std::mem::replace(&mut self.features, bits);
+        self.renew_view().inspect_err(|_| self.features = before)
+    }
+
+    /// The regions of `view` with the log as it is to be with `features`.
+    pub(super) fn logged(&self, view: &MemView, features: u64) -> Result<MemView, Refusal> {
+        let logs_buffers = features & LOG_ALL != 0;
+        match &self.log {
+            Some(log) if logs_buffers => check_size(view, log)?,
+            _ => {}
+        }
+        Ok(view.logged(self.log.clone(), logs_buffers))
+    }
+
+    /// Gives the rings a view of the same memory with the log as it is now.
+    fn renew_view(&mut self) -> Handled {
+        let mem = Arc::clone(&self.mem);
+        self.replace_memory(&mem)
+    }
+}
+
+/// Whether each page has its bit.
+fn check_size(view: &MemView, log: &DirtyLog) -> Result<(), Refusal> {
+    match view.last() {
+        Some(last) if !log.covers(last) => Err(Refusal::LogTooSmall { last, size: log.size() }),
+        _ => Ok(()),
+    }
+}
