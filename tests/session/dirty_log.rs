@@ -10,11 +10,12 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use crate::common::backend::InProcess;
-use crate::common::bench::{BASE, Bench, Guest};
+use crate::common::bench::{BASE, Bench, Guest, RING_SIZE};
 use crate::common::frames::{Ends, Stamp, test_frame};
 use crate::common::frontend::{Answer, RawFrontend};
 use crate::common::memory::{RegionInfo, memfd};
 use crate::common::message::{Message, VRING_F_LOG, VringAddr, request};
+use crate::common::split_ring::{RingAddrs, SplitRing};
 use crate::common::virtio::{VnetHdr, feature};
 use crate::common::wait_until;
 
@@ -40,7 +41,14 @@ struct Copied {
 
 impl Copied {
     fn begin(features: u64) -> Copied {
-        let bench = Bench::before(InProcess::start(1), Guest::new(1, features));
+        let mut guest = Guest::new(1, features);
+        // The used ring lies in two pages, of which its head marks one.
+        let at = guest.mem.alloc(4 * PAGE as usize, PAGE);
+        let addrs = RingAddrs { desc: at, avail: at + PAGE, used: at + 3 * PAGE - 64 };
+        let mut rx = SplitRing::placed(&guest.mem, RING_SIZE, 0, addrs);
+        rx.event_idx = features & feature::EVENT_IDX != 0;
+        guest.pairs[0].rx = rx;
+        let bench = Bench::before(InProcess::start(1), guest);
         bench.start();
         // So that no page has a part of a used ring and of a buffer.
         bench.guest.mem.alloc(PAGE as usize, PAGE);
