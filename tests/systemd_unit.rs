@@ -85,6 +85,29 @@ fn units_command_lines_are_some() {
         // Nor of a command line that is wrong, for ever; and what it refers to is set.
         assert!(text.contains("RestartPreventExitStatus=2\n") && text.contains("Environment=ARGS=\n"), "{unit}");
         assert!(text.contains("StartLimitIntervalSec=0\n"), "{unit}");
+        // A directory that is made anew at each start is not the one that a container has mounted.
+        assert!(text.contains("RuntimeDirectoryPreserve=restart\n"), "{unit}");
+    }
+}
+
+/// They have one socket.
+#[test]
+fn units_of_one_tap_exclude_each_other() {
+    let text = text(PASSED);
+    assert!(text.contains("Conflicts=vhost-user-net@%i.service\n"));
+    // Or one would start while the other still ends.
+    let after = text.lines().find_map(|line| line.strip_prefix("After=")).unwrap();
+    assert!(after.split(' ').any(|unit| unit == "vhost-user-net@%i.service"), "{after}");
+}
+
+/// What is advised for all instances holds beside what an operator has for one: the files have different names.
+#[test]
+fn settings_of_the_template_are_not_those_of_systemctl_edit() {
+    for (unit, file) in [(UNIT, "group.conf"), (PASSED, "queues.conf")] {
+        let name = Path::new(unit).file_name().unwrap().to_str().unwrap();
+        let advised = format!("/etc/systemd/system/{name}.d/{file}");
+        let text = text(unit);
+        assert!(text.contains(&advised) && !text.contains(": systemctl edit"), "{unit}: {advised}");
     }
 }
 
