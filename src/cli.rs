@@ -148,9 +148,10 @@ pub struct Cli {
     #[arg(long, value_name = "STATE", conflicts_with_all = NO_CARRIER)]
     pub link: Option<LinkChoice>,
 
-    /// What to do when the interface is deleted [default: exit in the sandbox, which leaves no way to open another; else wait]
+    /// What to do when the interface is deleted [default: wait with --sandbox off, but for --tap-fd; else exit]
     ///
-    /// Descriptors of --tap-fd are never opened again; unless this says exit, their loss is waited out.
+    /// In the sandbox nothing can be opened, so where this says wait the control thread is left out of it. Descriptors of
+    /// --tap-fd are never opened again: with wait, the guest keeps a card whose link is down.
     #[arg(long, value_name = "WHAT")]
     pub on_device_loss: Option<LossChoice>,
 

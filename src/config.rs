@@ -207,11 +207,12 @@ fn sandbox(choice: SandboxChoice) -> WantedSandbox {
     }
 }
 
+/// Waiting is for what can come back.
 fn on_loss(choice: Option<LossChoice>, sandbox: WantedSandbox, device: &DeviceChoice) -> OnLoss {
     match choice {
         Some(LossChoice::Wait) => OnLoss::Wait,
         Some(LossChoice::Exit) => OnLoss::Exit,
-        None if sandbox == WantedSandbox::Off || device.is_passed() => OnLoss::Wait,
+        None if sandbox == WantedSandbox::Off && !device.is_passed() => OnLoss::Wait,
         None => OnLoss::Exit,
     }
 }
@@ -312,6 +313,21 @@ mod tests {
         );
         let bad = config("--socket-path s --tap-fd 5,6 --queue-pairs 3").expect_err("refused");
         assert!(bad.contains("--queue-pairs 3") && bad.contains("2 descriptor"), "{bad}");
+    }
+
+    /// In the sandbox nothing can be opened, and what was passed cannot be opened again anywhere.
+    #[test]
+    fn interface_is_waited_for_by_default_only_where_it_can_be_opened_again() {
+        for (args, wanted) in [
+            ("--tap t", OnLoss::Exit),
+            ("--tap t --sandbox off", OnLoss::Wait),
+            ("--tap-fd 5", OnLoss::Exit),
+            ("--tap-fd 5 --sandbox off", OnLoss::Exit),
+            ("--tap-fd 5 --on-device-loss wait", OnLoss::Wait),
+        ] {
+            let config = config(&format!("--socket-path s {args}")).expect("valid");
+            assert_eq!(config.host.on_loss, wanted, "{args}");
+        }
     }
 
     #[test]

@@ -359,7 +359,14 @@ fn passed_descriptor_is_served_and_its_end_is_noticed() {
     let queue = place.namespace.open_macvtap("mvt0");
     let mut command = Command::new(BINARY);
     inherit(&mut command, queue.as_fd(), 20);
-    let mut backend = Spawned::run(command.args(["--socket-path", arg(&place.socket()), "--tap-fd", "20"]));
+    let mut backend = Spawned::run(command.args([
+        "--socket-path",
+        arg(&place.socket()),
+        "--tap-fd",
+        "20",
+        "--on-device-loss",
+        "wait",
+    ]));
     backend.wait_line("Listening on");
     assert!(backend.log().contains("Took 1 descriptor(s) of MACVTAP \"mvt0\""), "{}", backend.log());
     let mut guest = guest_with(1, feature::MRG_RXBUF);
