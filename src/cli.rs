@@ -355,11 +355,13 @@ Examples:
 
   qemu-system-x86_64 -machine q35,memory-backend=mem0 -m 1G \\
     -object memory-backend-memfd,id=mem0,size=1G,share=on \\
-    -chardev socket,id=chr0,path=/run/user/1000/net0 \\
+    -chardev socket,id=chr0,path=/run/user/1000/net0,reconnect=1 \\
     -netdev vhost-user,id=net0,chardev=chr0 \\
     -device virtio-net-pci,netdev=net0 …
 
-The guest's memory must be shared (share=on), or nothing can be handed over.";
+The guest's memory must be shared (share=on), or nothing can be handed over.
+With reconnect=1 (from QEMU 9.2 on reconnect-ms=1000) the guest's card outlives
+a restart of this process.";
 
 /// One of these must be there. Which exclude each other is said where they are declared.
 fn needed(name: &'static str, one_of: &[&'static str]) -> ArgGroup {
