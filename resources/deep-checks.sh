@@ -85,7 +85,7 @@ nightly() {
 part_miri() {
     nightly miri rust-src || return
     run_rust env "MIRIFLAGS=-Zmiri-disable-isolation -Zmiri-many-seeds=0..$SEEDS" \
-        "CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$ROOT/target}/miri" cargo +nightly miri test --lib -- virtqueue::tests mailbox
+        "CARGO_TARGET_DIR=$TARGET/miri" cargo +nightly miri test --lib -- virtqueue::tests mailbox
 }
 
 part_asan() {
@@ -94,7 +94,7 @@ part_asan() {
     for name in "${NOT_WITH_ASAN[@]}"; do skip+=(--skip "$name"); done
     # A leak is looked for by a thread of its own, which the sandbox forbids.
     run_rust_as_root env RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 \
-        "CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$ROOT/target}/asan" \
+        "CARGO_TARGET_DIR=$TARGET/asan" \
         cargo test --target "$(host)" --lib --bins --tests --no-fail-fast -- "${skip[@]}"
 }
 
@@ -102,17 +102,18 @@ part_tsan() {
     local tests=() name
     nightly rust-src || return
     for name in "${WITH_TSAN[@]}"; do tests+=(--test "$name"); done
-    run_rust env RUSTFLAGS=-Zsanitizer=thread "CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$ROOT/target}/tsan" \
+    run_rust env RUSTFLAGS=-Zsanitizer=thread "CARGO_TARGET_DIR=$TARGET/tsan" \
         cargo +nightly test -Zbuild-std --target "$(host)" --lib "${tests[@]}" --no-fail-fast -- --skip "$SHARES"
 }
 
 part_syscalls() {
-    local name binary skip=() traces status=0 permitted unused
+    local name binary tests=() skip=() traces status=0 permitted unused
     [ "$(id -u)" = 0 ] || { say "SKIP: not root, so no test of the program can run" && return 77; }
     install_missing strace=strace
     for name in "${NOT_WITH_STRACE[@]}"; do skip+=(--skip "$name"); done
     traces=$(mktemp -d)
-    run_rust cargo test --no-run $(printf -- '--test %s ' "${TRACED[@]}") 2>"$traces/built" || return 1
+    for name in "${TRACED[@]}"; do tests+=(--test "$name"); done
+    run_rust cargo test --no-run "${tests[@]}" 2>"$traces/built" || return 1
     for name in "${TRACED[@]}"; do
         binary=$(sed -n "s/.*(\(.*\/$name-[0-9a-f]*\))$/\1/p" "$traces/built")
         run_rust_as_root strace -f -qq -s 16 -o "|awk -f resources/lib/seen-calls.awk >$traces/$name" \
@@ -142,7 +143,7 @@ part_coverage() {
     # The program that is left out needs more memory when it counts.
     run_rust_as_root env RUSTFLAGS=-Cllvm-args=-runtime-counter-relocation LLVM_PROFILE_FILE_NAME=vhost-%c%4m.profraw \
         cargo llvm-cov --lib --bins --tests --summary-only --fail-under-lines $COVERAGE_LEAST \
-        --ignore-filename-regex '(^|/)(tests|benches)/|src/(device|daemon|sandbox|worker|nic)/|src/[a-z_]*\.rs' \
+        --ignore-filename-regex '(^|/)(tests|benches)/|src/(device|daemon|memory|sandbox|worker|nic)/|src/[a-z_]*\.rs' \
         -- --skip start_with_too_little_memory
 }
 
@@ -222,7 +223,7 @@ main() {
         shift
     done
     [ ${#only[@]} -gt 0 ] || only=("${PARTS[@]}")
-    find_rust
+    find_rust_to_build
     for part in "${only[@]}"; do
         status=0
         speaking_step "$part"

@@ -30,9 +30,9 @@ targets() { (cd "$ROOT/fuzz/fuzz_targets" && printf '%s\n' *.rs | sed 's/\.rs$//
 # Nightly features on whatever toolchain there is.
 fuzz_env() {
     BUILD_ENV=(RUSTC_BOOTSTRAP=1 "RUSTC_WRAPPER=$ROOT/resources/lib/instrument.sh"
-        "CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$ROOT/target}/fuzz" RUSTFLAGS=)
+        "CARGO_TARGET_DIR=$TARGET/fuzz" RUSTFLAGS=)
     HOST=$(run_rust rustc -vV | sed -n 's/^host: //p')
-    BIN=${CARGO_TARGET_DIR:-$ROOT/target}/fuzz/$HOST/release
+    BIN=$TARGET/fuzz/$HOST/release
 }
 
 # Whether this toolchain has AddressSanitizer and takes what instrument.sh adds.
@@ -87,14 +87,14 @@ main() {
                 ;;
             --help | -h) usage && exit 0 ;;
             *)
-                targets | grep -qx -- "$1" || { usage >&2 && exit 2; }
+                targets | grep -qxF -- "$1" || { usage >&2 && exit 2; }
                 chosen+=("$1")
                 ;;
         esac
         shift
     done
     [ ${#chosen[@]} -gt 0 ] || mapfile -t chosen < <(targets)
-    find_rust
+    find_rust_to_build
     install_missing c++=build-essential
     fuzz_env
     can_fuzz || {

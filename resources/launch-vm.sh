@@ -278,7 +278,7 @@ make_tun() {
 }
 
 start_backend() {
-    "${IN_NS[@]}" "${CARGO_TARGET_DIR:-$ROOT/target}/release/vhost-user-net" --socket-path "$WORK/net.sock" \
+    "${IN_NS[@]}" "$TARGET/release/vhost-user-net" --socket-path "$WORK/net.sock" \
         "${DEVICE_OPTIONS[@]}" --queue-pairs "$PAIRS" "${BACKEND_OPTIONS[@]}" >"$WORK/backend.log" 2>&1 </dev/null &
     BACKEND_PID=$!
     wait_for 5 socket_or_gone || die "the back-end did not make its socket within 5 s"
@@ -366,7 +366,8 @@ boot_for_check() {
         VMM_PID=$!
         wait_for $BOOT_SECONDS console_shows_or_gone '^@@ READY\|Kernel panic' || true
         ! console_shows '^@@ READY' || return 0
-        [ $attempt = first ] && is_emulators_fault || break
+        [ $attempt = first ] || break
+        is_emulators_fault || break
         say && say "The guest's kernel panicked in emulation before it used its network card; booting it once more"
         stop "$VMM_PID"
         cp "$CONSOLE_LOG" "$WORK/panic.log"
@@ -593,7 +594,7 @@ main() {
     step_done "$GUEST"
     [ "$VMM" = qemu ] || require_cloud_hypervisor
     if [ "$BACKEND" = vhost-user-net ]; then
-        find_rust
+        find_rust_to_build
         speaking_step "Building the back-end"
         run_rust cargo build --release --bin vhost-user-net
         step_done

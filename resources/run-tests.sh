@@ -207,7 +207,7 @@ main() {
     chmod 666 "$SKIPPED_TESTS"
     export VHOST_USER_NET_SKIPPED=$SKIPPED_TESTS VHOST_USER_NET_RUN=run$$
     trap at_exit EXIT
-    find_rust
+    find_rust_to_build
     require_components
     for stage in "${STAGES[@]}"; do
         [ ${#only[@]} = 0 ] || [[ " ${only[*]} " == *" $stage "* ]] || continue

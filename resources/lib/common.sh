@@ -9,6 +9,10 @@ else
     CACHE=${VHOST_USER_NET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhost-user-net}
 fi
 
+# Where cargo, which runs in the checkout, puts what it builds.
+TARGET=${CARGO_TARGET_DIR:-target}
+[[ $TARGET = /* ]] || TARGET=$ROOT/$TARGET
+
 say() { printf '%s\n' "$*" >&2; }
 
 die() {
@@ -128,7 +132,11 @@ find_rust() {
         fi
     fi
     require_rust
-    # rustc needs a C compiler as its linker.
+}
+
+# `find_rust`, and what building needs beside it: rustc has a C compiler link.
+find_rust_to_build() {
+    find_rust
     install_missing cc=build-essential
 }
 
@@ -156,7 +164,7 @@ run_rust_as_root() {
     local status=0
     (cd "$ROOT" && env "${TOOLCHAIN[@]}" "HOME=${HOME:-/root}" "$@") || status=$?
     if [ -n "$BUILDER" ]; then
-        find "${CARGO_TARGET_DIR:-$ROOT/target}" "$BUILDER_HOME/.cargo" -xdev -user root \
+        find "$TARGET" "$BUILDER_HOME/.cargo" -xdev -user root \
             -exec chown -h "$BUILDER:" {} + 2>/dev/null || true
     fi
     return $status
