@@ -8,8 +8,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use thiserror::Error;
 
 /// A network namespace by name, as `ip netns` keeps them, or by path.
@@ -78,9 +78,8 @@ impl NetNs {
 }
 
 /// Gives this thread a /sys that shows its network namespace; nobody else sees it.
-fn show_sysfs() -> nix::Result<()> {
-    const NONE: Option<&str> = None;
+fn show_sysfs() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
-    mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)?;
-    mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::MS_RDONLY, NONE)
+    mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM)?;
+    Ok(mount("sysfs", "/sys", "sysfs", MountFlags::RDONLY, None)?)
 }
