@@ -19,8 +19,8 @@
 //! | [`virtqueue`] | rings and descriptor chains; no networking |
 //! | [`memory`], [`notify`] | guest memory; kicks and calls |
 //! | [`device`] | the host's interface; no virtio |
-//! | [`tuning`] | what an operator may choose of how frames are moved |
-//! | [`metrics`] | counters |
+//! | [`tuning`] | what an operator may choose of how frames are moved; [`polling`] is how long a worker looks for more |
+//! | [`metrics`], [`log_lines`] | counters; log lines, which no thread waits for |
 //! | [`sandbox`] | what is given up once everything is open |
 #![deny(unsafe_code)]
 

@@ -42,8 +42,8 @@ pub(crate) struct Inbox<T> {
 }
 
 impl<T: 'static> Mailbox<T> {
-    /// Starts a thread, which is given `patience` to do a job, that does `run`, which must look into its inbox whenever the wake-up descriptor is readable and
-    /// end when [`Inbox::run_jobs`] says so.
+    /// Starts a thread that does `run`, and is given `patience` for each job. `run` must look into its inbox whenever the
+    /// wake-up descriptor is readable, and end when [`Inbox::run_jobs`] says so.
     pub(crate) fn spawn(
         name: String,
         patience: Duration,

@@ -1,6 +1,7 @@
 //! What rtnetlink says of a network interface, and making and changing one of our own.
 //!
-//! Questions are synchronous, one socket for each, at start-up only.
+//! Questions are synchronous, with a socket for each: when an interface is opened. The sandbox lets no socket be made, so
+//! whoever asks later ([`super::link_watch`]) has one from before.
 
 use std::io;
 

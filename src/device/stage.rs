@@ -2,8 +2,8 @@
 //!
 //! Slots of equal length, and a list of jobs: which slot, how many bytes. [`Stage::write`] and [`Stage::read`] do the
 //! jobs in order, through one batch of io_uring (or `sendmmsg` and `recvmmsg`, for a packet socket) where that is better,
-//! else by a system call each. What became of a job
-//! is told the same way for both, so those who use a stage do not know which it was.
+//! else by a system call each. What became of a job is told the same way for both, so those who use a stage do not know
+//! which it was.
 //!
 //! Order is kept exactly. A write that the device does not take now holds back those after it, which stay undone
 //! (`CANCELED`). On a device that takes every frame at once (a TAP without a send limit) a batch need not be told so,
@@ -49,7 +49,7 @@ pub struct NoUring {
 pub(crate) fn why_no_uring(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
         Some(libc::ENOMEM) => {
-            ": this user may lock no more memory ('ulimit -l', LimitMEMLOCK=), of which a pair needs 1.3 MiB"
+            ": this user may lock no more memory ('ulimit -l', LimitMEMLOCK=), of which a pair needs 1.2 MB"
         }
         Some(libc::EPERM) => ": it is forbidden ('sysctl kernel.io_uring_disabled', or a filter of system calls)",
         Some(libc::ENOSYS) => ": this kernel has none",
@@ -210,8 +210,7 @@ impl Stage {
             let Some(Job { bytes, .. }) = self.jobs.get(at).cloned() else { return };
             let frame = self.memory.bytes().get(bytes).unwrap_or_default();
             let mut result = rustix::io::write(device, frame);
-            if matches!(result, Err(Errno::NOBUFS | Errno::NOMEM | Errno::INTR)) {
-                // Memory was short, or a signal came: it may work the next moment.
+            if result.is_err_and(is_passing) {
                 result = rustix::io::write(device, frame);
             }
             if let Some(job) = self.jobs.get_mut(at) {
@@ -231,7 +230,7 @@ impl Stage {
         let jobs = self.jobs.get_mut(first..).unwrap_or_default();
         let jobs = jobs.split_at_mut(count.min(jobs.len())).0;
         messages.send(socket, memory, jobs);
-        if jobs.first().is_some_and(|job| matches!(job.result, Err(Errno::NOBUFS | Errno::NOMEM | Errno::INTR))) {
+        if jobs.first().is_some_and(|job| job.result.is_err_and(is_passing)) {
             messages.send(socket, memory, jobs);
         }
     }
@@ -309,6 +308,11 @@ impl Stage {
         self.memory.renounce();
         log::warn!("io_uring failed, going on with one system call for each frame: {error}");
     }
+}
+
+/// Whether a write that failed so may work the next moment: memory is short, or a signal came.
+pub(crate) fn is_passing(error: Errno) -> bool {
+    matches!(error, Errno::NOBUFS | Errno::NOMEM | Errno::INTR)
 }
 
 /// Whether the frames after one that ended so have to wait.

@@ -54,13 +54,8 @@ pub(super) fn errno(error: io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
-/// Whether it may work the next moment: memory is short, or a signal came.
-pub(super) fn is_passing(error: Errno) -> bool {
-    matches!(error, Errno::NOBUFS | Errno::NOMEM | Errno::INTR)
-}
-
-/// What follows from the kernel's answer to a frame: the one place where that is decided. An error ends the pass, with
-/// the frame to be sent again.
+/// What follows from the kernel's answer to a frame. An error ends the pass, with the frame to be sent again; the stage holds
+/// back those behind it (`ends_writing` there).
 pub(super) fn fate(result: Result<usize, Errno>) -> Result<Fate, Pump> {
     match result {
         Ok(_) => Ok(Fate::Sent),

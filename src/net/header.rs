@@ -153,7 +153,7 @@ pub struct SegmentLimit(u16);
 impl SegmentLimit {
     /// The largest limit.
     pub const MOST: u16 = 1366;
-    /// It.
+    /// [`SegmentLimit::MOST`], as a limit.
     pub const LARGEST: SegmentLimit = SegmentLimit(Self::MOST);
 
     /// A limit of `segments`, unless that is zero or more than [`SegmentLimit::MOST`].
