@@ -25,15 +25,18 @@ impl Counter {
 }
 
 macro_rules! counters {
-    ($($(#[$doc:meta])+ $name:ident,)+) => {
+    ($(#[doc = $meaning:literal] $name:ident,)+) => {
         /// One queue pair's counters; rx and tx are the guest's.
         #[derive(Debug, Default)]
         #[repr(align(128))]
         pub struct PairCounters {
-            $($(#[$doc])+ pub $name: Counter,)+
+            $(#[doc = $meaning] pub $name: Counter,)+
         }
 
         impl PairCounters {
+            /// What each counter counts, by its name.
+            pub const MEANINGS: &[(&str, &str)] = &[$((stringify!($name), $meaning),)+];
+
             /// Every counter's name and value.
             pub fn values(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [$((stringify!($name), self.$name.get()),)+].into_iter()
@@ -73,7 +76,7 @@ counters! {
     rx_drop_not_negotiated,
     /// Dropped: not for an address or VLAN that the guest asked for.
     rx_drop_filtered,
-    /// Dropped: the device gave less than a header and an Ethernet header.
+    /// Dropped: the device gave less than a header and an Ethernet header, or a TUN what is no IP packet.
     rx_drop_short,
     /// Dropped: the kernel could not hand the frame over.
     rx_drop_refused,
@@ -146,5 +149,41 @@ impl fmt::Display for PairCounters {
                 write!(f, "{space}{name}={value}")
             },
         )
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::fmt::Write as _;
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    /// `UPDATE_DOCS=1 cargo test --lib metrics` writes the table anew.
+    #[test]
+    fn table_in_the_documentation_is_of_these_counters() {
+        const MARK: &str = "<!-- From here on it is made by src/metrics.rs. -->\n\n";
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/service.md");
+        let document = fs::read_to_string(&path).unwrap();
+        let (before, _) = document.split_once(MARK).unwrap();
+        let mut wanted = format!("{before}{MARK}| counter of a queue pair | counts |\n|---|---|\n");
+        for (name, meaning) in PairCounters::MEANINGS {
+            writeln!(wanted, "| `{name}` | {} |", meaning.trim().trim_end_matches('.')).unwrap();
+        }
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            fs::write(&path, &wanted).unwrap();
+        }
+        assert!(fs::read_to_string(&path).unwrap() == wanted, "UPDATE_DOCS=1 cargo test --lib metrics");
+    }
+
+    #[test]
+    fn counters_of_trouble_are_shown_only_where_there_was_some() {
+        let counters = PairCounters::default();
+        counters.tx_drop_bad_chain.add(2);
+        let shown = counters.to_string();
+        assert!(shown.contains("tx_frames=0") && shown.contains("tx_drop_bad_chain=2"), "{shown}");
+        assert!(!shown.contains("tx_drop_refused"), "{shown}");
     }
 }
