@@ -8,9 +8,8 @@
 //! Guests are heavy, and two at once would starve each other: within a test binary they take turns.
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,13 +22,15 @@ use tempfile::TempDir;
 
 use super::backend::{Spawned, arg};
 use super::netns::{NetNs, TapSpec, require_root};
-use super::{PATIENCE, qtest, skip};
+use super::{PATIENCE, qmp, qtest, skip};
 
 /// The host's and the guest's address.
 pub const HOST: &str = "10.99.0.1";
 pub const GUEST: &str = "10.99.0.2";
 /// The host's TAP.
 pub const TAP: &str = "tap0";
+/// The TAPs of [`HostDevice::Bridge`].
+pub const TAPS: [&str; 2] = [TAP, "tap1"];
 /// The guest's hardware address, if nothing changes it.
 pub const MAC: &str = "52:54:00:12:34:56";
 
@@ -82,19 +83,22 @@ pub enum HostDevice {
     /// The same, through packet sockets.
     Macvlan,
     Tun,
+    /// On one of two TAPs, ports of a bridge that has the host's address: the guest may move from one to the other.
+    Bridge,
 }
 
 impl HostDevice {
     /// Whether this kernel has such devices; says aloud that `test` is skipped if not.
     pub fn require(self, test: &str) -> bool {
-        let kind = match self {
+        let (kind, on) = match self {
             HostDevice::Tap | HostDevice::Tun => return true,
-            HostDevice::Macvtap => "macvtap",
-            HostDevice::Macvlan => "macvlan",
+            HostDevice::Macvtap => ("macvtap", "link card"),
+            HostDevice::Macvlan => ("macvlan", "link card"),
+            HostDevice::Bridge => ("bridge", ""),
         };
         let namespace = NetNs::new();
         namespace.ip("link add card type veth peer name outside");
-        let has = namespace.try_ip(&format!("link add link card name probe type {kind}"));
+        let has = namespace.try_ip(&format!("link add {on} name probe type {kind}"));
         if !has {
             skip(test, &format!("this kernel has no {kind}"));
         }
@@ -104,9 +108,9 @@ impl HostDevice {
     /// Makes it, with the host's address; tells how the back-end is told of it.
     fn make(self, namespace: &NetNs, queue_pairs: usize) -> [&'static str; 2] {
         let address = format!("{HOST}/24");
+        let multi_queue = queue_pairs > 1;
         match self {
             HostDevice::Tap => {
-                let multi_queue = queue_pairs > 1;
                 namespace.add_tap(&TapSpec { addr: Some(&address), multi_queue, ..TapSpec::new(TAP) });
                 ["--tap", TAP]
             }
@@ -119,11 +123,21 @@ impl HostDevice {
                 ["--interface", "mv0"]
             }
             HostDevice::Tun => {
-                let multi_queue = if queue_pairs > 1 { "multi_queue" } else { "" };
+                let multi_queue = if multi_queue { "multi_queue" } else { "" };
                 namespace.ip(&format!("tuntap add dev tun0 mode tun vnet_hdr {multi_queue}"));
                 namespace.ip(&format!("addr add {address} dev tun0"));
                 namespace.ip("link set tun0 up");
                 ["--tun", "tun0"]
+            }
+            HostDevice::Bridge => {
+                namespace.ip("link add br0 type bridge");
+                for tap in TAPS {
+                    namespace.add_tap(&TapSpec { multi_queue, ..TapSpec::new(tap) });
+                    namespace.ip(&format!("link set {tap} master br0"));
+                }
+                namespace.ip(&format!("addr add {address} dev br0"));
+                namespace.ip("link set br0 up");
+                ["--tap", TAP]
             }
         }
     }
@@ -160,11 +174,9 @@ impl GuestSpec<'_> {
 pub struct Bench {
     // Dropped in this order.
     pub guest: Guest,
-    backend: Option<Spawned>,
+    pub(super) seat: Seat,
     pub namespace: NetNs,
-    backend_args: Vec<String>,
     queue_pairs: usize,
-    dir: TempDir,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -178,35 +190,29 @@ impl Bench {
     pub fn boot_in(namespace: NetNs, spec: &GuestSpec<'_>) -> Self {
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let device = spec.device.make(&namespace, spec.queue_pairs);
-        let dir = TempDir::new().unwrap();
-        let socket = dir.path().join("net.sock");
-        let pairs = spec.queue_pairs.to_string();
-        let own = ["--socket-path", arg(&socket), "--queue-pairs", &pairs];
-        let backend_args: Vec<String> =
-            own.iter().chain(&device).chain(spec.backend).map(|&word| word.to_owned()).collect();
-        let backend = Some(start_backend(&namespace, &backend_args));
+        let seat = Seat::take(spec, &namespace, device);
         let mut command = match spec.vmm {
-            Vmm::Qemu => qemu_command(spec, &namespace, dir.path()),
-            Vmm::Uml => uml_command(spec, dir.path()),
+            Vmm::Qemu => qemu_command(spec, &namespace, &seat),
+            Vmm::Uml => uml_command(spec, &seat),
         };
         let guest = boot_emulated(&mut command);
-        Self { guest, backend, namespace, backend_args, queue_pairs: spec.queue_pairs, dir, _turn: turn }
+        Self { guest, seat, namespace, queue_pairs: spec.queue_pairs, _turn: turn }
     }
 
     pub fn backend(&mut self) -> &mut Spawned {
-        self.backend.as_mut().expect("the back-end runs")
+        self.seat.backend.as_mut().expect("the back-end runs")
     }
 
     /// Ends the back-end without a chance for it to do anything.
     pub fn kill_backend(&mut self) {
-        let mut backend = self.backend.take().expect("the back-end runs");
+        let mut backend = self.seat.backend.take().expect("the back-end runs");
         backend.signal(Signal::SIGKILL);
         backend.wait_end(PATIENCE);
     }
 
     /// Starts it again as it was; returns when it listens.
     pub fn start_backend(&mut self) {
-        self.backend = Some(start_backend(&self.namespace, &self.backend_args));
+        self.seat.start_backend(&self.namespace);
     }
 
     /// One counter of each queue pair.
@@ -254,16 +260,42 @@ impl Bench {
 
     /// A command of QEMU's machine protocol, such as `system_reset`.
     pub fn qmp(&self, command: &str) {
-        let stream = UnixStream::connect(self.dir.path().join("qmp.sock")).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut writer = &stream;
-        let mut lines = BufReader::new(&stream).lines();
-        for command in ["qmp_capabilities", command] {
-            writeln!(writer, "{{\"execute\":\"{command}\"}}").unwrap();
-            // Events and the greeting come on the same way.
-            let answer = lines.find(|line| !matches!(line, Ok(line) if !is_qmp_answer(line)));
-            assert!(matches!(&answer, Some(Ok(line)) if line.contains("return")), "{command}: {answer:?}");
-        }
+        qmp::execute(&self.seat.file("qmp.sock"), command, serde_json::json!({}));
+    }
+}
+
+/// Where a guest's process is: a directory for its sockets, and the back-end that waits at one of them.
+pub(super) struct Seat {
+    backend: Option<Spawned>,
+    backend_args: Vec<String>,
+    dir: TempDir,
+}
+
+impl Seat {
+    /// Starts the back-end on `device`, two words of its command line; returns when it listens.
+    pub(super) fn take(spec: &GuestSpec<'_>, namespace: &NetNs, device: [&str; 2]) -> Self {
+        let dir = TempDir::new().unwrap();
+        let socket = dir.path().join("net.sock");
+        let pairs = spec.queue_pairs.to_string();
+        let own = ["--socket-path", arg(&socket), "--queue-pairs", &pairs];
+        let backend_args = own.iter().chain(&device).chain(spec.backend).map(|&word| word.to_owned()).collect();
+        let mut this = Self { backend: None, backend_args, dir };
+        this.start_backend(namespace);
+        this
+    }
+
+    fn start_backend(&mut self, namespace: &NetNs) {
+        let args: Vec<&str> = self.backend_args.iter().map(String::as_str).collect();
+        self.backend = Some(Spawned::start_in(namespace, &args));
+    }
+
+    /// Whether the back-end was told of such a device.
+    pub(super) fn is_on(&self, device: &str) -> bool {
+        self.backend_args.iter().any(|word| word == device)
+    }
+
+    pub(super) fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
     }
 }
 
@@ -284,21 +316,12 @@ fn boot_emulated(command: &mut Command) -> Guest {
     guest
 }
 
-fn is_qmp_answer(line: &str) -> bool {
-    line.contains("\"return\"") || line.contains("\"error\"")
-}
-
-fn start_backend(namespace: &NetNs, args: &[String]) -> Spawned {
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    Spawned::start_in(namespace, &args)
-}
-
 fn kernel_words(spec: &GuestSpec<'_>) -> String {
     format!("quiet guest.ip={GUEST}/24 guest.peer={HOST} guest.queues={}", spec.queue_pairs)
 }
 
 /// In the namespace, for what other network devices it has.
-fn qemu_command(spec: &GuestSpec<'_>, namespace: &NetNs, dir: &Path) -> Command {
+pub(super) fn qemu_command(spec: &GuestSpec<'_>, namespace: &NetNs, seat: &Seat) -> Command {
     let image = image().expect("require_guest was asked");
     let pairs = spec.queue_pairs;
     // QEMU's word for "try again every second" changed.
@@ -308,8 +331,8 @@ fn qemu_command(spec: &GuestSpec<'_>, namespace: &NetNs, dir: &Path) -> Command 
         "-nodefaults -no-user-config -display none -accel tcg,thread=multi -cpu max".to_owned(),
         format!("-smp {pairs} -m 512M -object memory-backend-memfd,id=mem0,size=512M,share=on"),
         "-machine q35,memory-backend=mem0 -serial stdio".to_owned(),
-        format!("-qmp unix:{}/qmp.sock,server=on,wait=off", dir.display()),
-        format!("-chardev socket,id=chr0,path={}/net.sock,{reconnect}", dir.display()),
+        format!("-qmp unix:{},server=on,wait=off", seat.file("qmp.sock").display()),
+        format!("-chardev socket,id=chr0,path={},{reconnect}", seat.file("net.sock").display()),
         format!("-netdev vhost-user,id=net0,chardev=chr0,queues={pairs}"),
         format!(
             "-device virtio-net-pci,netdev=net0,mac={MAC},romfile=,rx_queue_size=1024,tx_queue_size=1024,\
@@ -336,15 +359,15 @@ pub fn vectors(queue_pairs: usize) -> usize {
     if qtest::is_at_least(9, 0) { 2 * queue_pairs + 2 } else { 0 }
 }
 
-fn uml_command(spec: &GuestSpec<'_>, dir: &Path) -> Command {
+fn uml_command(spec: &GuestSpec<'_>, seat: &Seat) -> Command {
     let image = image().expect("require_guest was asked");
     let mut command = Command::new(image.join("uml/linux"));
     command
         .arg("mem=256M")
         .arg(format!("initrd={}", image.join("uml/initrd.gz").display()))
         .args(["root=/dev/ram0", "con=null", "con0=fd:0,fd:1"])
-        .arg(format!("uml_dir={}", dir.display()))
-        .arg(format!("virtio_uml.device={}:1", dir.join("net.sock").display()))
+        .arg(format!("uml_dir={}", seat.dir.path().display()))
+        .arg(format!("virtio_uml.device={}:1", seat.file("net.sock").display()))
         .args(kernel_words(spec).split(' '))
         // The guest's memory, to be executed from.
         .env("TMPDIR", "/dev/shm");
@@ -362,7 +385,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    fn start(command: &mut Command) -> Self {
+    pub(super) fn start(command: &mut Command) -> Self {
         // User Mode Linux is several processes; the group ends them all.
         let mut child = command
             .process_group(0)

@@ -33,6 +33,7 @@ pub mod panics;
 pub mod path_bench;
 pub mod place;
 pub mod qemu_shim;
+pub mod qmp;
 pub mod qtest;
 pub mod recorder;
 pub mod reference;

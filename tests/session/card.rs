@@ -62,7 +62,7 @@ fn configuration_space_beyond_its_end_is_answered_with_nothing() {
     // The room for a read of 4 GiB cannot come along.
     let body = [0, u32::MAX, 0].map(u32::to_ne_bytes).concat();
     let reply = bench.front_end.get(&Message::new(request::GET_CONFIG, body)).unwrap();
-    assert_eq!(reply.body, []);
+    assert!(reply.body.is_empty(), "{:?}", reply.body);
     // A driver of VIRTIO 1 writes nothing there (VIRTIO 1.3, 5.1.4.2).
     assert_eq!(bench.ask(Message::set_config(0, 0, &MAC)), Answer::Nack(1));
     assert_eq!(bench.front_end.get_config(0, 6).unwrap(), MAC);

@@ -151,7 +151,7 @@ fn question_of_the_wrong_length_has_an_answer_all_the_same() {
     let mut bench = Bench::running(1);
     for len in [0, 1, 11] {
         let reply = bench.front_end.get(&Message::new(request::GET_CONFIG, vec![0; len])).unwrap();
-        assert_eq!(reply.body, [], "GET_CONFIG with {len} bytes");
+        assert!(reply.body.is_empty(), "GET_CONFIG with {len} bytes: {:?}", reply.body);
     }
     for len in [4, 7, 9] {
         let reply = bench.front_end.get(&Message::new(request::GET_VRING_BASE, vec![0; len])).unwrap();
