@@ -4,7 +4,7 @@
 //! guest's part is in the background there, so that its console is free.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::guest::{Bench, HOST};
 use super::netns::ChildGuard;
-use super::wait_readable;
+use super::{wait_readable, wait_until};
 
 /// A transfer that something interrupted takes seconds to get going again: TCP waits longer each time.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -25,7 +25,7 @@ pub type Interlude<'a> = &'a mut dyn FnMut(&mut Bench);
 /// other bytes arrive.
 pub fn to_guest(bench: &mut Bench, port: u16, mib: usize, interlude: Interlude<'_>) {
     let listener = listen(bench, port);
-    let bytes = noise(mib * MIB);
+    let bytes = take(&mut noise(), mib * MIB);
     bench.guest.run(&format!("nc {HOST} {port} </dev/null >/tmp/received & transfer=$!"));
     let mut stream = accept(&listener);
     for (at, quarter) in bytes.chunks(bytes.len() / 4).enumerate() {
@@ -67,7 +67,8 @@ fn end(bench: &mut Bench, sum: &str) -> String {
     first_word(&output).to_owned()
 }
 
-/// Bytes without end, both ways, on one TCP connection that the guest made. Ended when dropped.
+/// Bytes without end, both ways, on one TCP connection that the guest made. Ended when dropped, or when something else
+/// came back than was sent.
 pub struct Flood {
     stream: TcpStream,
     /// A word for each MiB that arrived here, and for each that the guest has taken.
@@ -84,7 +85,28 @@ impl Flood {
         let mut bytes = vec![0; MIB];
         let from_guest = each_mib(move || from.read_exact(&mut bytes).is_ok());
         let to_guest = each_mib(move || to.write_all(&[0; MIB]).is_ok());
-        let this = Self { stream, ways: [from_guest, to_guest] };
+        Self::flowing(stream, [from_guest, to_guest])
+    }
+
+    /// The same with noise that the guest sends back. Its content is checked, which costs some of the load.
+    pub fn start_checked(bench: &mut Bench, port: u16, cpu: usize) -> Self {
+        let listener = listen(bench, port);
+        bench.guest.run(&format!("taskset {:x} nc {HOST} {port} -e /bin/cat 2>/dev/null &", 1 << cpu));
+        let stream = accept(&listener);
+        let [mut from, mut to] = [(); 2].map(|()| stream.try_clone().unwrap());
+        let (mut sent, mut expected) = (noise(), noise());
+        let mut bytes = vec![0; MIB];
+        let from_guest = each_mib(move || {
+            let came = from.read_exact(&mut bytes).is_ok();
+            assert!(!came || bytes == take(&mut expected, MIB), "The guest sends back other bytes than it was sent");
+            came
+        });
+        let to_guest = each_mib(move || to.write_all(&take(&mut sent, MIB)).is_ok());
+        Self::flowing(stream, [from_guest, to_guest])
+    }
+
+    fn flowing(stream: TcpStream, ways: [Receiver<()>; 2]) -> Self {
+        let this = Self { stream, ways };
         this.assert_flows();
         this
     }
@@ -104,7 +126,7 @@ impl Flood {
 impl Drop for Flood {
     fn drop(&mut self) {
         // It may have ended already.
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
 
@@ -162,16 +184,60 @@ pub fn accept(listener: &TcpListener) -> TcpStream {
     stream
 }
 
-/// Bytes without a pattern (xorshift).
-fn noise(len: usize) -> Vec<u8> {
+/// Bytes that the guest has and that no program there has read yet; it reads them when told to.
+pub struct Unread {
+    stream: TcpStream,
+    bytes: Vec<u8>,
+}
+
+impl Unread {
+    /// What a receiver takes that does not read.
+    const LEN: usize = 48 << 10;
+
+    /// The guest connects, and reads nothing.
+    pub fn connect(bench: &mut Bench, port: u16) -> Self {
+        let listener = listen(bench, port);
+        bench.guest.run(&format!("nc {HOST} {port} </dev/null >/tmp/unread & reader=$!"));
+        let stream = accept(&listener);
+        bench.guest.run("kill -STOP $reader");
+        Self { stream, bytes: take(&mut noise(), Self::LEN) }
+    }
+
+    /// Sends them, and waits until the guest has confirmed all.
+    pub fn send(&mut self, bench: &Bench) {
+        self.stream.write_all(&self.bytes).unwrap();
+        let port = format!("sport = :{}", self.stream.local_addr().unwrap().port());
+        let unconfirmed = || {
+            let shown = bench.namespace.run("ss", &["--no-header", "--tcp", "--numeric", &port]);
+            shown.split_whitespace().nth(2).map(str::to_owned)
+        };
+        wait_until("the guest has what it is to read", || unconfirmed().as_deref() == Some("0"));
+    }
+
+    /// Has the guest read all; panics if that are other bytes than were sent.
+    pub fn assert_whole(self, bench: &mut Bench) {
+        drop(self.stream);
+        let read = "kill -CONT $reader && wait $reader && sha256sum </tmp/unread; rm /tmp/unread";
+        let number = bench.guest.begin(read);
+        let (_, output) = bench.guest.end(number, PATIENCE);
+        assert_eq!(first_word(&output), sum_of(&self.bytes), "What the guest had not read: {output}");
+    }
+}
+
+/// Bytes without a pattern (xorshift), always the same.
+fn noise() -> impl Iterator<Item = u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let words = std::iter::repeat_with(|| {
+    let words = std::iter::repeat_with(move || {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
         state.to_le_bytes()
     });
-    words.take(len / 8).flatten().collect()
+    words.flatten()
+}
+
+fn take(bytes: &mut impl Iterator<Item = u8>, len: usize) -> Vec<u8> {
+    bytes.take(len).collect()
 }
 
 fn sum_of(bytes: &[u8]) -> String {
