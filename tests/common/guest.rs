@@ -3,7 +3,7 @@
 //! A [`Bench`] is a namespace with a TAP ([`HOST`]), the real binary on it, and a guest ([`GUEST`]) that
 //! `resources/guest-image.sh` made. The guest's console is driven as `resources/lib/console.sh` does it: commands go in,
 //! their output and status come out between two marks, and no wait is without a bound. Bulk traffic is in
-//! `transfer.rs`.
+//! `transfer.rs`; how a guest moves to another back-end while it runs, in `migration.rs`.
 //!
 //! Guests are heavy, and two at once would starve each other: within a test binary they take turns.
 
@@ -405,6 +405,13 @@ impl Guest {
             }
         });
         Self { child, input, lines, said: Vec::new(), commands: 0 }
+    }
+
+    /// Goes on as the guest that was on `other`'s console until now, where no command runs.
+    pub(super) fn continue_from(&mut self, other: &mut Guest) {
+        self.said.splice(..0, other.said.drain(..));
+        // A number that came twice would find the end of the wrong command.
+        self.commands = other.commands;
     }
 
     /// Waits for the guest to come up, once for each boot.

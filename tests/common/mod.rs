@@ -4,7 +4,7 @@
 //! ([`message`], [`frontend`], [`crate_frontend`]), a SEQPACKET pair as the TAP ([`tap_double`]),
 //! frames that tell loss from corruption ([`frames`]), what a segmentation request stands for ([`split`]). For what a
 //! double cannot show: kernel devices in a namespace ([`netns`]), a stock QEMU ([`qtest`]), Linux guests ([`guest`],
-//! [`transfer`]). [`reference`] is a back-end that we did not design, for a second opinion; [`qemu_shim`] lets QEMU
+//! [`transfer`], [`migration`]). [`reference`] is a back-end that we did not design, for a second opinion; [`qemu_shim`] lets QEMU
 //! talk to it, and [`recorder`] shows a front-end's message order.
 //!
 //! A back-end's thread that panics fails the test ([`panics`]).
@@ -28,6 +28,7 @@ pub mod frontend;
 pub mod guest;
 pub mod memory;
 pub mod message;
+pub mod migration;
 pub mod netns;
 pub mod panics;
 pub mod path_bench;
