@@ -5,14 +5,15 @@
 //! their output and status come out between two marks, and no wait is without a bound. Bulk traffic is in
 //! `transfer.rs`; how a guest moves to another back-end while it runs, in `migration.rs`.
 //!
-//! Guests are heavy, and two at once would starve each other: within a test binary they take turns.
+//! Guests are heavy, and would starve each other: within a test binary they take turns, but for two of User Mode Linux, which
+//! have one processor each.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,7 +40,29 @@ const BOOT: Duration = Duration::from_secs(90);
 /// How long a command in the guest may take, if it does not say otherwise.
 const COMMAND: Duration = Duration::from_secs(20);
 
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// Places for guests that are free.
+static FREE: Mutex<usize> = Mutex::new(2);
+/// Some became free.
+static FREED: Condvar = Condvar::new();
+
+/// A guest's turn, until it is dropped.
+struct Turn(usize);
+
+impl Turn {
+    fn wait_for(vmm: Vmm) -> Self {
+        let places = if vmm == Vmm::Uml { 1 } else { 2 };
+        let free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        *FREED.wait_while(free, |free| *free < places).unwrap_or_else(PoisonError::into_inner) -= places;
+        Self(places)
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        *FREE.lock().unwrap_or_else(PoisonError::into_inner) += self.0;
+        FREED.notify_all();
+    }
+}
 
 /// What runs the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,7 +200,7 @@ pub struct Bench {
     pub(super) seat: Seat,
     pub namespace: NetNs,
     queue_pairs: usize,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Turn,
 }
 
 impl Bench {
@@ -188,7 +211,7 @@ impl Bench {
 
     /// Boots a guest in a namespace that has further devices.
     pub fn boot_in(namespace: NetNs, spec: &GuestSpec<'_>) -> Self {
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = Turn::wait_for(spec.vmm);
         let device = spec.device.make(&namespace, spec.queue_pairs);
         let seat = Seat::take(spec, &namespace, device);
         let mut command = match spec.vmm {
