@@ -64,19 +64,19 @@ fn frame_larger_than_its_buffer_is_dropped_and_the_next_one_has_the_buffer() {
     }
 }
 
-/// Else a driver's one such buffer would keep all but small frames from its good ones.
+/// iPXE posts buffers for its MTU, and takes one that comes back with nothing in it for a frame of less than nothing.
 #[test]
-fn buffer_shorter_than_a_standard_frame_that_a_frame_does_not_fit_is_returned_unused() {
+fn buffer_shorter_than_a_standard_frame_that_a_frame_does_not_fit_stays_for_the_next() {
     for features in FEATURE_SETS.into_iter().filter(|features| features & MERGEABLE == 0) {
         let mut bench = Bench::new(features);
+        bench.driver.repost = false;
         bench.driver.post_rx(1, 200);
         bench.driver.post_rx(1, 2048);
         bench.tap().send(&VnetHdr::default(), &rx_frame(9, 189));
-        let (_, used_len) = bench.driver.rx.wait_used(PATIENCE).expect("the short one back");
-        assert_eq!(used_len, 0);
-        bench.pass_rx(1, 1514);
-        assert_eq!((bench.counter("rx_drop_too_large"), bench.counter("rx_bad_chains")), (1, 1));
-        bench.assert_balance(2, 0);
+        bench.pass_rx(1, 188);
+        bench.pass_rx(2, 1514);
+        assert_eq!((bench.counter("rx_drop_too_large"), bench.counter("rx_bad_chains")), (1, 0));
+        bench.assert_balance(3, 0);
     }
 }
 

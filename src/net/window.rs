@@ -22,9 +22,6 @@ const READ_PIECES_MAX: usize = IOV_MAX - 2;
 /// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
 const CHAIN_MIN: usize = HEADER_LEN + 60;
 
-/// And a driver is to post chains of at least this (VIRTIO 1.3, "Setting Up Receive Buffers").
-const CHAIN_STANDARD: usize = 1526;
-
 /// What [`Window::fill`] came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Filled {
@@ -155,23 +152,17 @@ impl Window {
         if self.bytes < len && self.fill(queue, len, ahead, counters)? == Filled::ReturnedUnused {
             return Ok(Room::LookAgain);
         }
-        Ok(if self.bytes >= len { Room::There } else { self.too_little(queue, counters) })
+        Ok(if self.bytes >= len { Room::There } else { self.too_little(queue) })
     }
 
     /// What it means that the ring has no more.
     #[cold]
-    fn too_little(&mut self, queue: &mut Queue, counters: &PairCounters) -> Room {
-        // One chain is all that there can be, or all that the ring can hold is there: it never fits.
+    fn too_little(&self, queue: &Queue) -> Room {
+        // One chain is all that there can be, or all that the ring can hold is there: it never fits. A chain too short for
+        // this frame stays for the next: there are drivers that take one with nothing in it for a frame.
         let ring_descriptors: usize = self.chains.iter().map(|buffer| usize::from(buffer.ring_descriptors)).sum();
         let is_all = !self.mergeable || ring_descriptors >= usize::from(queue.size());
-        if self.bytes == 0 || !is_all {
-            return Room::NotYet;
-        }
-        // It would be in the way of all frames but small ones for as long as none of those comes.
-        if !self.mergeable && self.bytes < CHAIN_STANDARD {
-            self.return_all_unused(queue, counters);
-        }
-        Room::Never
+        if self.bytes == 0 || !is_all { Room::NotYet } else { Room::Never }
     }
 
     #[inline]
@@ -183,15 +174,8 @@ impl Window {
     /// Returns a malformed entry unused, and before it the good ones that a frame cannot use across it.
     #[cold]
     fn return_unused(&mut self, queue: &mut Queue, bad: Head, counters: &PairCounters) {
-        self.return_all_unused(queue, counters);
-        queue.push_used(bad, 0);
-        counters.rx_bad_chains.add(1);
-    }
-
-    /// Returns everything unused, as malformed.
-    fn return_all_unused(&mut self, queue: &mut Queue, counters: &PairCounters) {
-        for buffer in self.chains.drain(..) {
-            queue.push_used(buffer.head, 0);
+        for head in self.chains.drain(..).map(|buffer| buffer.head).chain([bad]) {
+            queue.push_used(head, 0);
             counters.rx_bad_chains.add(1);
         }
         self.clear();
