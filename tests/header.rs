@@ -395,8 +395,11 @@ const RX_BITS: [u64; 7] = [
     feature::GUEST_USO6,
 ];
 
-/// What a guest may be given, told independently: the features that a header needs.
+/// What a guest may be given, told independently: the features that a header needs, if there are any with which it may be.
 fn rx_needs(flags: u8, gso_type: u8) -> Option<u64> {
+    if gso_type != gso::NONE && flags & net_flag::NEEDS_CSUM == 0 {
+        return None;
+    }
     let csum = if flags & net_flag::NEEDS_CSUM != 0 { feature::GUEST_CSUM } else { 0 };
     let ecn = if gso_type & gso::ECN != 0 { feature::GUEST_ECN } else { 0 };
     let segmentation = match gso_type & !gso::ECN {

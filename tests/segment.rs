@@ -48,7 +48,8 @@ fn is_negotiated(shown: &VnetHdr, guest: GuestOffloads) -> bool {
         _ => false,
     };
     let ecn = shown.gso_type & gso::ECN == 0 || guest.has(feature::GUEST_ECN);
-    segmentation && ecn && (shown.flags == 0 || guest.has(feature::GUEST_CSUM))
+    let is_whole = shown.gso_type == gso::NONE || shown.flags & net_flag::NEEDS_CSUM != 0;
+    segmentation && ecn && is_whole && (shown.flags == 0 || guest.has(feature::GUEST_CSUM))
 }
 
 /// A frame that is to be cut: IP version, protocol, payload, segment size, tags, TCP flags.

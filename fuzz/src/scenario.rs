@@ -222,6 +222,9 @@ impl Writer<'_> {
 
 /// The features without which a guest may not see this header; `None` where it may not at all.
 pub fn rx_needs(header: &VnetHdr) -> Option<u64> {
+    if header.gso_type != gso::NONE && header.flags & net_flag::NEEDS_CSUM == 0 {
+        return None;
+    }
     let segmentation = match header.gso_type & !gso::ECN {
         gso::NONE => 0,
         gso::TCPV4 => feature::GUEST_TSO4,
