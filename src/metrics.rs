@@ -74,6 +74,8 @@ counters! {
     rx_drop_too_large,
     /// Dropped: the frame needs an offload that the guest did not negotiate.
     rx_drop_not_negotiated,
+    /// Dropped: frames of a tunnel that came to be cut, which nobody here can.
+    rx_drop_tunnel,
     /// Dropped: not for an address or VLAN that the guest asked for.
     rx_drop_filtered,
     /// Dropped: the device gave less than a header and an Ethernet header, or a TUN what is no IP packet.

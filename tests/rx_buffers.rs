@@ -422,6 +422,49 @@ fn frame_that_cannot_be_finished_is_dropped() {
     bench.assert_balance(4, 0);
 }
 
+/// A packet socket says of a tunnel's frame what is within. Whoever cut it by that would take the tunnel's headers for TCP's.
+#[test]
+fn frame_of_a_tunnel_that_is_to_be_cut_is_dropped() {
+    const TAKES: u64 =
+        feature::GUEST_CSUM | feature::GUEST_TSO4 | feature::GUEST_TSO6 | feature::GUEST_USO4 | feature::GUEST_USO6;
+    let content = payload(Stamp { stream: 2, seq: 0 }, 20_000);
+    let tcp = frames::tcp4(&Ends::RX, 1, &content, L4Csum::Partial);
+    let udp = frames::udp4(&Ends::RX, &content, L4Csum::Partial);
+    // VXLAN and its like over IPv4 and IPv6; IPIP over IPv4, and over IPv6 behind an option.
+    let ip =
+        |protocol| [&[0x45, 0, 0x4e, 0x84, 0, 0, 0, 0, 64, protocol, 0, 0][..], &[10, 99, 0, 1, 10, 99, 0, 2]].concat();
+    let vxlan = |frame: &[u8]| [&[0x12, 0xb5, 0x12, 0xb5, 0x4e, 0x70, 0, 0, 8, 0, 0, 0, 0, 0, 5, 0], frame].concat();
+    let ipv6 = |next| [&[0x60, 0, 0, 0, 0x4e, 0x70, next, 64][..], &[0xfd; 32]].concat();
+    let tunnelled = [
+        (gso::TCPV4, 0x0800, [ip(17), vxlan(&tcp)].concat()),
+        (gso::UDP_L4, 0x0800, [ip(17), vxlan(&udp)].concat()),
+        (gso::TCPV4, 0x86dd, [ipv6(17), vxlan(&tcp)].concat()),
+        (gso::TCPV4, 0x0800, [&ip(4)[..], &tcp[14..]].concat()),
+        (gso::TCPV4, 0x86dd, [&ipv6(60)[..], &[4, 0, 4, 1, 4, 1, 1, 0], &tcp[14..]].concat()),
+    ];
+    for (features, len) in [(0, 70_000), (MERGEABLE, 2048), (TAKES, 70_000), (TAKES | MERGEABLE, 2048)] {
+        let mut bench = Bench::new(features);
+        bench.driver.post_rx(64, len);
+        for (count, (gso_type, ethertype, packet)) in (1..).zip(tunnelled.iter().chain(&tunnelled)) {
+            let frame = frames::ethernet(&Ends::RX, *ethertype, packet);
+            let transport = if *gso_type == gso::UDP_L4 { 8 } else { 20 };
+            let hdr_len = (frame.len() - content.len()) as u16;
+            let csum = (hdr_len - transport, if transport == 8 { 6 } else { 16 });
+            let header = VnetHdr {
+                flags: net_flag::NEEDS_CSUM,
+                gso_type: *gso_type,
+                hdr_len,
+                gso_size: 1000,
+                ..VnetHdr::default()
+            };
+            bench.tap().send(&VnetHdr { csum_start: csum.0, csum_offset: csum.1, ..header }, &frame);
+            bench.wait_counter("rx_drop_tunnel", count);
+        }
+        bench.pass_rx(1, 1514);
+        bench.assert_balance(11, 0);
+    }
+}
+
 #[test]
 fn buffers_outside_a_frame_stay_untouched() {
     let mut bench = Bench::new(MERGEABLE);

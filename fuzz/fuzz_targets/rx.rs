@@ -3,7 +3,7 @@
 //! Oracle: buffers come back in order; with nothing in them those of no use, and good ones only where a frame may take
 //! several. Those with something in them are whole frames: `num_buffers` says how many, all but the last are full. Each is
 //! one that was sent (as it was, completed, or a segment that the kit's splitter makes of it), in the order of sending; its
-//! header says nothing that was not negotiated. Canaries around the buffers: nothing is written but there and in the used
+//! header says nothing that was not negotiated, and nothing else than the frame does. Canaries around the buffers: nothing is written but there and in the used
 //! ring. Counters balance: each frame is delivered, held, or counted once.
 #![no_main]
 
@@ -24,6 +24,7 @@ use vhost_user_net::virtqueue::Queue;
 use vhost_user_net::virtqueue::queue::RingFeatures;
 use vhost_user_net_fuzz::chain_model::{Chain, Ring, Walk, walk};
 use vhost_user_net_fuzz::guest::{self, DATA, Guest, START};
+use vhost_user_net_fuzz::header_model::is_mislabelled;
 use vhost_user_net_fuzz::input::Input;
 use vhost_user_net_fuzz::kit::device_side::find;
 use vhost_user_net_fuzz::kit::memory::GuestMemory;
@@ -241,6 +242,7 @@ impl Scene {
         self.delivered += 1;
         let needs = rx_needs(&got.header).unwrap_or(u64::MAX);
         assert_eq!(needs & !self.features, 0, "{:?} is not negotiated", got.header);
+        assert!(!is_mislabelled(&got.header, &got.frame), "{:?} is not of this frame", got.header);
         // What it is, maybe with its checksum left to the guest, and which of the frames before it were dropped.
         let completed = got.completed();
         let is = |forms: &Vec<Vec<u8>>| forms.is_empty() || forms.contains(&got.frame) || forms.contains(&completed);

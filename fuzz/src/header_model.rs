@@ -61,6 +61,17 @@ pub fn check(features: u64, header: VnetHdr, len: usize, start: &[u8]) -> Option
     (segments <= SEGMENTS_MAX).then_some(VnetHdr { flags: net_flag::NEEDS_CSUM, hdr_len, num_buffers: 0, ..header })
 }
 
+/// Whether a frame that is to be cut has, behind its own IP header, another thing than its header says.
+pub fn is_mislabelled(header: &VnetHdr, frame: &[u8]) -> bool {
+    let protocol = match header.gso_type & !gso::ECN {
+        gso::TCPV4 | gso::TCPV6 => TCP,
+        gso::UDP_L4 => UDP,
+        _ => return false,
+    };
+    let own = transport(&frame[..frame.len().min(START)]);
+    own.is_some_and(|(_, found, l4)| (found, l4) != (protocol, header.csum_start.into()))
+}
+
 /// IP version, protocol and place of the transport header.
 fn transport(frame: &[u8]) -> Option<(u8, u8, usize)> {
     let word = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));

@@ -36,7 +36,7 @@ use super::frame::Reason;
 use super::framing::Framing;
 use super::header::{HEADER_LEN, NotNegotiated, PROTOCOL_HEADERS_MAX, VnetHeader, check_rx_in_place};
 use super::ip_link::Answer;
-use super::segment::{Need as Finishing, Plan, complete_checksum, plan};
+use super::segment::{Need as Finishing, Plan, complete_checksum, is_of_tunnel, plan};
 use super::window::{Filled, Room, Window};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
@@ -254,12 +254,12 @@ impl Rx {
         let question = framing.link().and_then(|link| link.question(first));
         question.into_iter().for_each(|question| say(answers, question, counters));
         let first = &*first;
-        let put_together = |backlog: &mut Backlog, place: &[u8; HEADER_LEN]| {
-            backlog.put_together(place, len, room, |frame| {
-                window.copy_frame_to(frame);
-                frame.iter_mut().zip(first).for_each(|(to, from)| *to = *from);
-            });
+        let copy_to = |frame: &mut [u8]| {
+            window.copy_frame_to(frame);
+            frame.iter_mut().zip(first).for_each(|(to, from)| *to = *from);
         };
+        let put_together =
+            |backlog: &mut Backlog, place: &[u8; HEADER_LEN]| backlog.put_together(place, len, room, copy_to);
         if let Some(tag) = tag {
             put_together(backlog, place);
             if !backlog.put_tag(tag) {
@@ -277,6 +277,9 @@ impl Rx {
         if check_rx_in_place(place, self.admission.offloads).is_err() {
             put_together(backlog, place);
             return Step::Again;
+        }
+        if is_read_of_tunnel(place, len, copy_to) {
+            return Step::Counted(|c| &c.rx_drop_tunnel);
         }
         self.expect.note(HEADER_LEN + len);
         if !self.admission.filter.passes_all() {
@@ -389,6 +392,19 @@ impl Rx {
     }
 }
 
+/// Whether a frame of `len` bytes, whose start `copy_to` copies, is one of a tunnel that comes to be cut.
+#[inline]
+fn is_read_of_tunnel(place: &[u8; HEADER_LEN], len: usize, copy_to: impl FnOnce(&mut [u8])) -> bool {
+    let header = VnetHeader::from_bytes(place);
+    if !header.is_gso() {
+        return false;
+    }
+    let mut start = [0; PROTOCOL_HEADERS_MAX];
+    let start = start.get_mut(..len.min(PROTOCOL_HEADERS_MAX)).unwrap_or_default();
+    copy_to(start);
+    is_of_tunnel(header, start)
+}
+
 /// What is still to be done to a frame before the guest may have it.
 enum Finish {
     /// It was as it should be.
@@ -405,6 +421,10 @@ fn look_at(bytes: &mut [u8], admission: &Admission) -> Result<Finish, Reason> {
     let Some((place, frame)) = bytes.split_first_chunk_mut::<HEADER_LEN>() else { return Err(|c| &c.rx_drop_short) };
     if !admission.filter.passes_all() && frame.first_chunk().is_some_and(|start| !admission.filter.accepts(start)) {
         return Err(|c| &c.rx_drop_filtered);
+    }
+    let header = VnetHeader::from_bytes(place);
+    if header.is_gso() && is_of_tunnel(header, frame) {
+        return Err(|c| &c.rx_drop_tunnel);
     }
     match check_rx_in_place(place, admission.offloads) {
         Ok(()) => Ok(Finish::Nothing),

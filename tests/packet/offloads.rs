@@ -2,13 +2,13 @@
 
 use std::net::UdpSocket;
 
-use crate::common::PATIENCE;
 use crate::common::frames::{
     self, Ends, L4Csum, Stamp, TCP_CSUM_OFFSET, UDP_CSUM_OFFSET, checksums_are_right, payload,
 };
 use crate::common::netns::segment_datagrams;
 use crate::common::split;
 use crate::common::virtio::{VnetHdr, feature, gso, net_flag};
+use crate::common::{PATIENCE, skip};
 use crate::{CSUM, Kind, MAC, Place, TSO, guest_with};
 
 const USO: u64 = TSO | feature::GUEST_USO4 | feature::GUEST_USO6 | feature::HOST_USO;
@@ -194,4 +194,53 @@ fn coalesced_datagrams_arrive_as_they_were_sent() {
     backend.wait_counter("tx_frames", u64::from(DATAGRAMS));
     let kernel_can = !backend.log().contains("Only TCP frames are coalesced");
     assert_eq!(backend.counters(1)[0]["tx_coalesced_frames"], if kernel_can { u64::from(DATAGRAMS) } else { 0 });
+}
+
+/// Datagrams of a socket in a VXLAN over the other end: one by one they come; to be cut here, nobody could.
+#[test]
+fn datagrams_in_a_tunnel_come_only_if_the_host_cuts_them() {
+    const SIZE: usize = 1200;
+    /// What docs/devices.md has the operator switch off.
+    const SWITCHES: [&str; 7] = [
+        "tx-udp_tnl-segmentation",
+        "tx-udp_tnl-csum-segmentation",
+        "tx-gre-segmentation",
+        "tx-gre-csum-segmentation",
+        "tx-ipxip4-segmentation",
+        "tx-ipxip6-segmentation",
+        "tx-sctp-segmentation",
+    ];
+    let test = "datagrams_in_a_tunnel_come_only_if_the_host_cuts_them";
+    for features in FEATURES {
+        let Some(place) = Place::new(test) else { return };
+        host_socket(&place);
+        if !place.namespace.try_ip("link add vx type vxlan id 5 remote 10.99.0.2 dstport 4789 dev outside") {
+            return skip(test, "this kernel has no VXLAN");
+        }
+        place.namespace.ip("addr add 10.98.0.1/24 dev vx");
+        place.namespace.ip("link set vx up");
+        place.namespace.ip(&format!("neigh add 10.98.0.2 lladdr {MAC} dev vx"));
+        let socket = place.namespace.within(|| UdpSocket::bind("10.98.0.1:5000").unwrap());
+        socket.connect("10.98.0.2:4000").unwrap();
+        let mut backend = place.start(&["--interface", "card"]);
+        let mut guest = guest_with(1, features);
+        let _front_end = place.connect(&guest);
+        segment_datagrams(&socket, SIZE);
+        let content = payload(Stamp { stream: 1, seq: 0 }, 10 * SIZE);
+        socket.send(&content).unwrap();
+        backend.wait_counter("rx_drop_tunnel", 1);
+        let off = SWITCHES.into_iter().flat_map(|switch| [switch, "off"]);
+        let switched = place.namespace.command("ethtool").args(["-K", "outside"]).args(off).status();
+        if switched.is_err() {
+            return skip(test, "there is no ethtool");
+        }
+        socket.send(&content).unwrap();
+        let mut came = Vec::new();
+        while came.len() < content.len() {
+            let (header, frame) = guest.pairs[0].recv(PATIENCE).expect("a datagram in the tunnel");
+            assert_eq!(header.gso_type, gso::NONE);
+            came.extend_from_slice(&frame[frame.len() - SIZE..]);
+        }
+        assert!(came == content);
+    }
 }
