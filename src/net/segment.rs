@@ -49,6 +49,9 @@ pub struct Plan {
     payload: usize,
     is_ipv4: bool,
     is_tcp: bool,
+    /// Whether CWR is the first segment's alone (RFC 3168, "6.1.2 The TCP Sender"). Else it is part of a counter, the same in
+    /// all segments (RFC 9768, "The ACE Field").
+    is_cwr_first: bool,
     /// Whether the addresses in the IP header may not be those of the checksum.
     is_routed: bool,
     /// Whether the segments' checksums are left to the guest.
@@ -167,8 +170,8 @@ impl Plan {
         if !whole || end > PROTOCOL_HEADERS_MAX || payload == 0 || size == 0 || payload.div_ceil(size) > SEGMENTS_MAX {
             return None;
         }
-        let leaves_checksum = guest.has(GUEST_CSUM);
-        Some(Plan { l3, l4, end, size, payload, is_ipv4, is_tcp, is_routed, leaves_checksum })
+        let (is_cwr_first, leaves_checksum) = (header.gso_type & GSO_ECN != 0, guest.has(GUEST_CSUM));
+        Some(Plan { l3, l4, end, size, payload, is_ipv4, is_tcp, is_cwr_first, is_routed, leaves_checksum })
     }
 
     /// How many segments it makes.
@@ -186,9 +189,10 @@ impl Plan {
         out.copy_from_slice(frame.get(..self.end)?);
         let pseudo = self.write_ip(out, index, len)?;
         let l4 = out.get_mut(self.l4..)?;
-        let is_last = index + 1 == self.segments();
         if self.is_tcp {
-            write_tcp(l4, from, index == 0, is_last)?;
+            let not_last = if index + 1 < self.segments() { TCP_FIN_PSH } else { 0 };
+            let not_first = if index > 0 && self.is_cwr_first { TCP_CWR } else { 0 };
+            write_tcp(l4, from, not_last | not_first)?;
         } else {
             *l4.get_mut(4..)?.first_chunk_mut()? = ((UDP_HEADER + len) as u16).to_be_bytes();
         }
@@ -238,16 +242,11 @@ impl Plan {
     }
 }
 
-/// Sequence number and flags of the segment whose payload begins at `from`.
-fn write_tcp(l4: &mut [u8], from: usize, is_first: bool, is_last: bool) -> Option<()> {
+/// Writes the sequence number of the segment whose payload begins at `from`, and clears flags that it does not have.
+fn write_tcp(l4: &mut [u8], from: usize, cleared: u8) -> Option<()> {
     let tcp: &mut [u8; TCP_HEADER] = l4.first_chunk_mut()?;
     let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]).wrapping_add(from as u32);
     [tcp[4], tcp[5], tcp[6], tcp[7]] = sequence.to_be_bytes();
-    if !is_last {
-        tcp[13] &= !TCP_FIN_PSH;
-    }
-    if !is_first {
-        tcp[13] &= !TCP_CWR;
-    }
+    tcp[13] &= !cleared;
     Some(())
 }

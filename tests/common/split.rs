@@ -12,7 +12,6 @@ use super::virtio::{VnetHdr, gso, net_flag};
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const FIN_AND_PSH: u8 = 0x09;
-const CWR: u8 = 0x80;
 const DF: u16 = 0x4000;
 
 /// Fills in the checksum that the header asks for, over what is there: the frame as the guest means it.
@@ -147,10 +146,7 @@ impl<'a> Request<'a> {
             if !is_last {
                 frame[l4 + 13] &= !FIN_AND_PSH;
             }
-            // Congestion is reported once (RFC 3168, "6.1.2 The TCP Sender").
-            if index > 0 {
-                frame[l4 + 13] &= !CWR;
-            }
+            // CWR stays: the request, which says nothing of ECN, has it as part of a counter (RFC 9768, "The ACE Field").
         } else {
             put(&mut frame, l4 + 4, l4_len as u16);
         }
