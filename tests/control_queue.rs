@@ -140,11 +140,17 @@ impl Bench {
     }
 
     fn ok(&mut self, class: u8, command: u8, data: &[u8]) {
-        assert_eq!(self.ctrl.command(class, command, data), ctrl::OK, "class {class}, command {command}, {data:x?}");
+        self.answered(ctrl::OK, class, command, data);
     }
 
     fn refused(&mut self, class: u8, command: u8, data: &[u8]) {
-        assert_eq!(self.ctrl.command(class, command, data), ctrl::ERR, "class {class}, command {command}, {data:x?}");
+        self.answered(ctrl::ERR, class, command, data);
+    }
+
+    fn answered(&mut self, status: u8, class: u8, command: u8, data: &[u8]) {
+        let start = &data[..data.len().min(32)];
+        let got = self.ctrl.command(class, command, data);
+        assert_eq!(got, status, "class {class}, command {command}, {} bytes: {start:x?}", data.len());
     }
 
     fn mode(&mut self, mode: u8, on: bool) {
@@ -237,6 +243,8 @@ fn mac_table_and_address_decide_which_frames_arrive() {
     assert_eq!(bench.addresses(), ["own", "group", "other group", "all"], "more groups than are kept: all");
     bench.macs(&[[2; 6]; 65], &[]);
     assert_eq!(bench.addresses(), ["own", "other", "all"], "more addresses than are kept: all");
+    bench.macs(&[[2; 6]; 100_000], &[GROUP]);
+    assert_eq!(bench.addresses(), ["own", "other", "group", "all"], "many more: the groups behind them count");
     bench.macs(&[], &[]);
     bench.ok(ctrl::CLASS_MAC, MAC_ADDR_SET, &OTHER);
     assert_eq!(bench.addresses(), ["other", "all"]);
@@ -408,7 +416,7 @@ fn unknown_or_oversized_command_is_refused() {
     for class in 6..=255 {
         bench.refused(class, 0, &[1]);
     }
-    bench.refused(ctrl::CLASS_MAC, MAC_TABLE_SET, &vec![0; 17 << 10]);
+    bench.refused(ctrl::CLASS_MAC, MAC_TABLE_SET, &mac_table(&[[2; 6]; 175_000], &[]));
     bench.mode(PROMISCUOUS, true);
 }
 

@@ -293,12 +293,14 @@ impl CtrlDriver {
 
     /// Gives a command; `None` when `timeout` passed without an answer, or the device wrote no status.
     pub fn try_command(&mut self, class: u8, command: u8, data: &[u8], timeout: Duration) -> Option<u8> {
-        self.mem.write(self.command, &[class, command]);
-        self.mem.write(self.command + 2, data);
+        let len = 2 + data.len();
+        let addr = if len <= Self::ROOM { self.command } else { self.mem.alloc(len, 1) };
+        self.mem.write(addr, &[class, command]);
+        self.mem.write(addr + 2, data);
         self.mem.write(self.status, &[Self::UNANSWERED]);
-        let mut bufs = vec![Buf::readable(self.command, 2)];
+        let mut bufs = vec![Buf::readable(addr, 2)];
         if !data.is_empty() {
-            bufs.push(Buf::readable(self.command + 2, data.len()));
+            bufs.push(Buf::readable(addr + 2, data.len()));
         }
         bufs.push(Buf::writable(self.status, 1));
         self.ring.add(&bufs);
