@@ -82,6 +82,8 @@ counters! {
     rx_drop_short,
     /// Dropped: the kernel could not hand the frame over.
     rx_drop_refused,
+    /// Dropped: read for a queue pair that the guest then stopped using.
+    rx_drop_disabled,
     /// Answers of the gateway to ARP requests and neighbour solicitations, and questions of its own.
     rx_neighbour_answers,
     /// Dropped: such an answer, because too many waited.

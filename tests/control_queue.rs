@@ -366,6 +366,28 @@ fn queue_pairs_that_the_driver_does_not_use_get_no_frames() {
     bench.refused(ctrl::CLASS_MQ, 1, &[1, 0]);
 }
 
+/// They were read when the driver used the pair, and are old once it does so again.
+#[test]
+fn frames_that_wait_for_buffers_of_a_pair_that_falls_out_of_use_are_dropped() {
+    let mut bench = Bench::new(COMMANDS | feature::MQ | feature::MRG_RXBUF);
+    let set = |bench: &mut Bench, pairs: u8| bench.ok(ctrl::CLASS_MQ, ctrl::MQ_VQ_PAIRS_SET, &[pairs, 0]);
+    let large = |seq| test_frame(&Ends::RX, Stamp { stream: 2, seq }, 60_000);
+    let send = |bench: &Bench, seq| bench.backend.taps[1].send(&VnetHdr::default(), &large(seq));
+    set(&mut bench, 2);
+    // In its 32 buffers of 9000 bytes there is room for four.
+    (0..4).for_each(|seq| send(&bench, seq));
+    bench.backend.wait_counter(1, "rx_frames", 4);
+    let held = bench.backend.counter(1, "rx_held");
+    send(&bench, 4);
+    bench.backend.wait_counter(1, "rx_held", held + 1);
+    set(&mut bench, 1);
+    assert_eq!(bench.backend.counter(1, "rx_drop_disabled"), 1);
+    set(&mut bench, 2);
+    (0..4).for_each(|seq| assert!(bench.pairs[1].recv(PATIENCE).unwrap().1 == large(seq)));
+    send(&bench, 5);
+    assert!(bench.pairs[1].recv(PATIENCE).unwrap().1 == large(5));
+}
+
 /// C-10
 #[test]
 fn guest_offloads_decide_which_unfinished_frames_arrive() {

@@ -138,6 +138,14 @@ impl Rx {
         self.backlog.into_held()
     }
 
+    /// Drops the frames that could not be delivered yet.
+    pub fn discard(&mut self, counters: &PairCounters) {
+        while !self.backlog.is_empty() {
+            self.forget_front();
+            counters.rx_drop_disabled.add(1);
+        }
+    }
+
     /// Carries on with another view of memory; `queue` gets back the buffers that were popped ahead.
     pub fn relocate(&mut self, queue: &mut Queue, mem: Arc<MemView>) {
         self.window.give_back(queue);

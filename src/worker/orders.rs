@@ -133,10 +133,17 @@ impl QueuePair {
         }
     }
 
-    /// Says whether the driver may use this pair; the kernel gives one that it may not use no frames.
+    /// Says whether the driver may use this pair; the kernel gives one that it may not use no frames, and those that wait
+    /// for its buffers would be old once it may.
     pub fn set_allowed(&mut self, allowed: bool) {
         self.allowed = allowed;
-        if allowed { self.look_again() } else { self.detach() }
+        if allowed {
+            return self.look_again();
+        }
+        self.detach();
+        if let Some((_, rx)) = &mut self.rx {
+            rx.discard(&self.counters);
+        }
     }
 
     /// Whether this pair passes frames, and whether the kernel gives it any.
