@@ -1,0 +1,62 @@
+//! The messages that hand over guest memory: as a whole, or region by region; and what becomes of the rings in it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+
+use super::payload::{region, single_region};
+use super::refusal::Refusal;
+use super::{Answer, Handled, Session, Slot};
+use crate::memory::MemView;
+use crate::vhost_user::memory;
+use crate::vhost_user::ring::Ring;
+
+impl Session {
+    /// The payload may be longer than its regions need: some front-ends always send room for the most that they have.
+    pub(super) fn set_mem_table(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
+        let short = Refusal::PayloadLength { got: payload.len(), expected: 8 };
+        let Some((head, regions)) = payload.split_first_chunk::<8>() else { return Err(short) };
+        let [a, b, c, d, ..] = *head;
+        let count = u32::from_ne_bytes([a, b, c, d]) as usize;
+        let each = size_of::<VhostUserMemoryRegion>();
+        let expected = count.saturating_mul(each);
+        let regions =
+            regions.get(..expected).ok_or(Refusal::PayloadLength { got: regions.len(), expected })?.chunks_exact(each);
+        let setups = regions.map(region).collect::<Result<Vec<_>, _>>()?;
+        let view = memory::table(&setups, fds)?;
+        self.replace_memory(&view)
+    }
+
+    pub(super) fn add_mem_reg(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
+        let setup = single_region(payload)?;
+        if memory::has(&self.mem, setup) {
+            return Ok(Answer::Done);
+        }
+        let view = memory::with(&self.mem, setup, fds)?;
+        self.replace_memory(&view)
+    }
+
+    pub(super) fn rem_mem_reg(&mut self, payload: &[u8]) -> Handled {
+        let setup = single_region(payload)?;
+        // QEMU 7 removes each region once for every queue pair, too, and by the second time another may be there that the first
+        // pair has added. Refused, it would go on adding it for ever.
+        let Some(view) = memory::without(&self.mem, setup)? else { return Ok(Answer::Done) };
+        self.replace_memory(&view)
+    }
+
+    /// Gives every running ring the new view, with the log that there is. The old one goes with the last worker that lets go
+    /// of it: before this returns.
+    pub(super) fn replace_memory(&mut self, view: &MemView) -> Handled {
+        self.mem = Arc::new(self.logged(view, self.features)?);
+        for index in 0..self.slots.len() {
+            let Some(Slot { ring: Ring::Started(layout), .. }) = self.slots.get(index) else { continue };
+            match layout.find(&self.mem) {
+                Ok(found) => self.nic.relocate(index, &self.mem, found)?,
+                Err(error) => self.lose_ring(index, &error)?,
+            }
+        }
+        (0..self.slots.len()).try_for_each(|index| self.recover_ring(index))?;
+        Ok(Answer::Done)
+    }
+}
