@@ -241,7 +241,7 @@ impl Nic {
         act(&mut self.initial_config.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Reads the configuration space; `None` where not all of the range exists.
+    /// Reads the configuration space; `None` where not all of the range can be read.
     pub fn read_config(&self, offset: u32, size: u32, shown: LinkShown) -> Option<Vec<u8>> {
         self.with_config(|config| config.read(offset, size, shown))
     }

@@ -7,6 +7,8 @@ const UNKNOWN_SPEED: u32 = u32::MAX;
 const UNKNOWN_DUPLEX: u8 = u8::MAX;
 /// Bytes of `struct virtio_net_config`.
 pub const CONFIG_LEN: usize = 24;
+/// Bytes that can be asked for (vhost-user, "Virtio device config space"): behind the end are zeros.
+const READABLE_LEN: usize = 256;
 /// Smallest MTU that the specification allows.
 pub const MTU_MIN: u16 = 68;
 
@@ -50,11 +52,14 @@ impl ConfigSpace {
         bytes
     }
 
-    /// The bytes `offset .. offset + size`, if there are any and all of them exist.
+    /// The bytes `offset .. offset + size`, if there are any and all of them can be asked for. Front-ends that know no device by
+    /// its kind read all that there can be, at once.
     pub fn read(&self, offset: u32, size: u32, shown: LinkShown) -> Option<Vec<u8>> {
         let start = usize::try_from(offset).ok()?;
         let end = start.checked_add(usize::try_from(size).ok()?)?;
-        self.to_bytes(shown).get(start..end).filter(|bytes| !bytes.is_empty()).map(<[u8]>::to_vec)
+        let mut readable = [0; READABLE_LEN];
+        readable[..CONFIG_LEN].copy_from_slice(&self.to_bytes(shown));
+        readable.get(start..end).filter(|bytes| !bytes.is_empty()).map(<[u8]>::to_vec)
     }
 }
 
@@ -80,11 +85,13 @@ mod tests {
     }
 
     #[test]
-    fn read_beyond_the_end_is_refused() {
+    fn read_beyond_the_end_is_zeros_and_beyond_what_can_be_read_refused() {
         let read = |offset, size| SPACE.read(offset, size, LinkShown::AsItIs);
         assert_eq!(read(0, 24).map(|b| b.len()), Some(24));
         assert_eq!(read(6, 2), Some(vec![1, 0]));
-        for (offset, size) in [(0, 0), (0, 25), (24, 1), (23, 2), (u32::MAX, 1), (0xffff_ff00, 0x200)] {
+        assert_eq!(read(23, 2), Some(vec![0, 0]));
+        assert_eq!(read(0, 256).map(|b| b.len()), Some(256));
+        for (offset, size) in [(0, 0), (0, 257), (256, 1), (255, 2), (u32::MAX, 1), (0xffff_ff00, 0x200)] {
             assert_eq!(read(offset, size), None, "{offset} {size}");
         }
     }

@@ -88,7 +88,7 @@ pub(crate) const ROWS: &[Row] = &[
     row("U-47", "inflight region of random content", "refused", Absent),
     row("U-48", "kick that is no eventfd", "refused, or judged by what it does", Tested),
     row("U-49", "descriptor and its flag disagree", "refused; none at all: polled", Tested),
-    row("U-50", "configuration space beyond its end", "empty reply", Tested),
+    row("U-50", "configuration space beyond its end", "zeros; beyond 256 bytes an empty reply", Tested),
     row("U-51", "kick replaced while signalled", "no spin", Tested),
     row("U-52", "kick drained by its sender", "ignored", Tested),
     row("U-53", "call that blocks", "never waited for", Tested),

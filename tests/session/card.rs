@@ -51,12 +51,23 @@ fn configuration_space_is_read_without_room_in_the_question() {
     }
 }
 
+/// U-50. OpenVMM reads all that there can be, once.
+#[test]
+fn configuration_space_behind_its_end_is_zeros() {
+    let bench = with_mac_and_mtu();
+    let mut wanted = bench.front_end.get_config(0, CONFIG_LEN).unwrap();
+    wanted.resize(256, 0);
+    for (offset, size) in [(0, 25), (24, 1), (23, 2), (12, 13), (0, 60), (0, 256), (255, 1), (100, 156)] {
+        let part = bench.front_end.get_config(offset, size).unwrap();
+        assert_eq!(part, wanted[offset as usize..(offset + size) as usize], "{offset} {size}");
+    }
+}
+
 /// U-50
 #[test]
-fn configuration_space_beyond_its_end_is_answered_with_nothing() {
+fn configuration_space_beyond_what_can_be_read_is_answered_with_nothing() {
     let bench = with_mac_and_mtu();
-    for (offset, size) in [(0, 0), (0, 25), (24, 1), (23, 2), (12, 13), (0xffff_ff00, 0x200), (u32::MAX, 1), (1, 4000)]
-    {
+    for (offset, size) in [(0, 0), (0, 257), (256, 1), (255, 2), (0xffff_ff00, 0x200), (u32::MAX, 1), (1, 4000)] {
         assert_eq!(bench.front_end.get_config(offset, size), Ok(Vec::new()), "{offset:#x} {size:#x}");
     }
     // The room for a read of 4 GiB cannot come along.
