@@ -79,6 +79,24 @@ fn configuration_space_beyond_what_can_be_read_is_answered_with_nothing() {
     assert_eq!(bench.front_end.get_config(0, 6).unwrap(), MAC);
 }
 
+/// "Payload size MUST match" the question's, which may have room for more than it asks for.
+#[test]
+fn configuration_space_is_answered_in_the_size_of_the_question() {
+    let bench = with_mac_and_mtu();
+    for (room, size) in [(256, 6), (256, 256), (7, 6), (4084, 24)] {
+        let mut body = [0, size, 0].map(u32::to_ne_bytes).concat();
+        body.resize(12 + room, 0xa5);
+
+        let reply = bench.front_end.get(&Message::new(request::GET_CONFIG, body.clone())).unwrap();
+
+        assert_eq!(reply.body.len(), body.len(), "{room} {size}");
+        assert_eq!(reply.body[..12], body[..12], "{room} {size}");
+        let (asked, rest) = reply.body[12..].split_at(size as usize);
+        assert_eq!(asked, bench.front_end.get_config(0, size).unwrap(), "{room} {size}");
+        assert!(rest.iter().all(|byte| *byte == 0), "{room} {size}");
+    }
+}
+
 #[test]
 fn configuration_space_that_is_not_offered_is_not_read() {
     let options = SessionOptions { offers_config: false, queue_size_max: QueueSize::try_from(256).unwrap() };

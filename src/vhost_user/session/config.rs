@@ -22,7 +22,10 @@ impl Session {
         let shown = if self.takes_config_changes() { LinkShown::AsItIs } else { LinkShown::Up };
         let bytes =
             self.nic.read_config(offset, size, shown).ok_or(Refusal::Range { what, value: u64::from(offset) })?;
-        Ok(Answer::Payload([head, &bytes].concat()))
+        let mut answer = [head, &bytes].concat();
+        // "Payload size MUST match" the question's; some front-ends (User Mode Linux) send no room for the bytes.
+        answer.resize(answer.len().max(payload.len()), 0);
+        Ok(Answer::Payload(answer))
     }
 
     /// Whether the front-end can be told of changes of the configuration space.
