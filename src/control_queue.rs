@@ -137,7 +137,7 @@ impl RunsRings for ControlQueue {
     }
 
     fn change(&mut self, _: Direction, change: RingChange) -> io::Result<()> {
-        self.ring.as_mut().map_or(Ok(()), |(ring, _)| ring.change(change, &self.poll))
+        self.ring.as_mut().map_or(Ok(()), |(ring, _)| ring.change(change, &self.poll, &self.counters))
     }
 
     fn relocate(&mut self, _: Direction, mem: &Arc<MemView>, found: SplitRing) {

@@ -69,6 +69,8 @@ pub enum RingChange {
     Call(Option<Call>),
     /// Where its break is reported.
     Err(Option<Call>),
+    /// Where the front-end says that it carries on.
+    Base(u16),
 }
 
 /// A thread's object that runs one ring of each direction, or one in all.
@@ -118,6 +120,8 @@ pub(crate) struct RunningRing {
     asleep: bool,
     /// Whether it is parked until it is set up anew.
     broken: bool,
+    /// Where the front-end says that it carries on.
+    base: u16,
     event: Event,
     /// The acknowledged virtio features.
     pub(crate) features: u64,
@@ -132,16 +136,25 @@ impl RunningRing {
         counters: &PairCounters,
     ) -> io::Result<RunningRing> {
         let StartRing { queue, kick, call, err, base, mode, features } = start;
-        if base != queue.position() {
-            counters.rings_resumed_off_base.add(1);
-        }
         if let Some(kick) = &kick {
             poll.add(kick, event, EventSet::IN)?;
         }
         if let Some(call) = &call {
             call.signal();
         }
-        Ok(RunningRing { queue, kick, call, err, mode, can_run: true, asleep: false, broken: false, event, features })
+        let (can_run, asleep, broken) = (true, false, false);
+        let ring = RunningRing { queue, kick, call, err, mode, can_run, asleep, broken, base, event, features };
+        if mode != RingMode::Waiting {
+            ring.compare_base(counters);
+        }
+        Ok(ring)
+    }
+
+    /// Counts a base that is not where the ring carries on. Until frames pass it may change.
+    fn compare_base(&self, counters: &PairCounters) {
+        if self.base != self.queue.position() {
+            counters.rings_resumed_off_base.add(1);
+        }
     }
 
     pub(crate) fn stop(self, poll: &Poll) -> StoppedRing {
@@ -172,9 +185,15 @@ impl RunningRing {
 
     /// Changes one thing about it. A kick that is replaced is unwatched before it is closed; a new call is signalled,
     /// as the old one's last signal may not have been seen.
-    pub(crate) fn change(&mut self, change: RingChange, poll: &Poll) -> io::Result<()> {
+    pub(crate) fn change(&mut self, change: RingChange, poll: &Poll, counters: &PairCounters) -> io::Result<()> {
         match change {
-            RingChange::Mode(mode) => self.mode = mode,
+            RingChange::Mode(mode) => {
+                let was_waiting = std::mem::replace(&mut self.mode, mode) == RingMode::Waiting;
+                if was_waiting && mode != RingMode::Waiting {
+                    self.compare_base(counters);
+                }
+            }
+            RingChange::Base(base) => self.base = base,
             // A broken ring is not kicked any more.
             RingChange::Kick(_) if self.broken => {}
             RingChange::Kick(kick) => {

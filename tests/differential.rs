@@ -154,7 +154,7 @@ const QUESTIONS: &[(&str, Stage, Make)] = &[
     ("the same addresses to a running ring", Stage::Running, |guest| Message::set_vring_addr(1, &guest.pairs[0].tx)),
     ("other addresses to a running ring", Stage::Running, |guest| Message::set_vring_addr(1, &guest.pairs[0].rx)),
     ("size of a running ring", Stage::Running, |_| Message::set_vring_num(1, 128)),
-    ("base to a running ring", Stage::Running, |_| Message::set_vring_base(1, 0)),
+    ("base to an enabled ring", Stage::Running, |_| Message::set_vring_base(1, 0)),
     ("new call of a running ring", Stage::Running, |guest| Message::set_vring_call(1, fd_of(&guest.pairs[0].tx.call))),
     ("disable", Stage::Running, |_| Message::set_vring_enable(1, 0)),
     ("the same features while rings run", Stage::Running, |_| Message::set_features(BASE)),
@@ -259,7 +259,7 @@ const DIFFERENCES: &[Difference] = &[
         questions: &[
             "other addresses to a running ring",
             "size of a running ring",
-            "base to a running ring",
+            "base to an enabled ring",
             "other features while rings run",
         ],
     },

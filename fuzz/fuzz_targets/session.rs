@@ -400,7 +400,12 @@ impl Scene {
             7 => {
                 let base = if input.flag() { u32::from(input.u16()) } else { input.u32() };
                 self.tell(Message::set_vring_base(index, base), |model| {
-                    let is_good = is_ring && base < 0x1_0000 && model.is_stopped(at);
+                    let is_good = is_ring && base < 0x1_0000;
+                    // One that is complete and was not used carries on where it is, whatever is said.
+                    if is_good && model.rings[at].is_started && model.rings[at].mode == Mode::Waiting {
+                        return Answer::Ack(true);
+                    }
+                    let is_good = is_good && model.is_stopped(at);
                     if is_good {
                         model.rings[at].base = base;
                     }

@@ -58,7 +58,7 @@ impl RunsRings for QueuePair {
 
     fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()> {
         let ring = ring_of(direction, &mut self.rx, &mut self.tx);
-        let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll));
+        let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll, &self.counters));
         self.look_again();
         changed
     }

@@ -156,6 +156,11 @@ impl RingModel {
         !self.started
     }
 
+    /// Complete, and not enabled yet.
+    fn is_waiting(&self) -> bool {
+        self.started && !self.enabled && !self.disabled
+    }
+
     fn start_if_complete(&mut self) {
         if self.size.is_some() && self.addressed && self.kick && !self.started {
             (self.started, self.kick) = (true, false);
@@ -204,8 +209,9 @@ fn random_messages_are_answered_as_a_model_of_the_protocol_says() {
                 }
                 1 => {
                     let base = random.one_of(&[0, 7, 0xffff, 0x1_0000]);
-                    let accepted = base < 0x1_0000 && ring.describe();
-                    if accepted {
+                    let accepted = base < 0x1_0000 && (ring.is_waiting() || ring.describe());
+                    // One that is complete carries on where it is.
+                    if accepted && !ring.started {
                         ring.base = base as u16;
                     }
                     (Message::set_vring_base(index, base), accepted)

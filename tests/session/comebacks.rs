@@ -90,3 +90,40 @@ fn ring_disabled_while_stopped_keeps_its_frames_until_it_is_enabled() {
     assert!(bench.backend.taps[0].recv(crate::common::PATIENCE).is_some());
     assert_eq!(bench.backend.counter(0, "tx_drop_disabled"), 0);
 }
+
+/// libkrun's restore says last where the rings carry on, when they are complete already.
+#[test]
+fn base_of_a_ring_that_was_not_enabled_yet_is_taken_and_compared_when_it_is() {
+    for off in [0, 5] {
+        let mut bench = Bench::running(1);
+        bench.assert_frames_pass();
+        bench.reconnect();
+        let protocol = bench.front_end.get_u64(&Message::get_protocol_features()).unwrap();
+        assert!(bench.front_end.tell(&Message::set_protocol_features(protocol)));
+        assert_eq!(bench.ask(Message::set_mem_table(&bench.guest.mem)), Answer::Ack);
+        for index in 0..2 {
+            let session = bench.guest.session();
+            let ring = session.rings[index as usize];
+            let kick = Message::set_vring_kick(index.into(), fd_of(&ring.kick));
+            let call = Message::set_vring_call(index.into(), fd_of(&ring.call));
+            let num = Message::set_vring_num(index, u32::from(ring.size));
+            for message in [num, Message::set_vring_base(index, 0), Message::set_vring_addr(index, ring), kick, call] {
+                assert_eq!(bench.ask(message), Answer::Ack);
+            }
+        }
+        assert_eq!(bench.ask(Message::set_features(BASE)), Answer::Ack);
+
+        for index in 0..2 {
+            assert_eq!(bench.ask(Message::set_vring_base(index, 1 + off)), Answer::Ack);
+            assert_eq!(bench.ask(Message::set_vring_base(index, 0x1_0000)), Answer::Nack(1));
+        }
+
+        for index in 0..2 {
+            assert_eq!(bench.ask(Message::set_vring_enable(index, 1)), Answer::Ack);
+            assert_eq!(bench.ask(Message::set_vring_base(index, 1)), Answer::Nack(1), "it may have moved on");
+        }
+        let counted = u64::from(off != 0) * 2;
+        assert_eq!(bench.backend.counter(0, "rings_resumed_off_base"), counted, "base off by {off}");
+        bench.assert_frames_pass();
+    }
+}

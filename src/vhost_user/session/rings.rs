@@ -59,7 +59,13 @@ impl Session {
         let index = self.index(state.index)?;
         let base = u16::try_from(state.num);
         let base = base.map_err(|_| Refusal::Range { what: "Ring base", value: u64::from(state.num) })?;
-        self.stopped(index)?.base = base;
+        match self.slot(index)? {
+            // Complete, and nothing of it was used: libkrun says it once more at the end.
+            Slot { ring: Ring::Started(_), mode: RingMode::Waiting } => {
+                self.nic.change(index, RingChange::Base(base))?
+            }
+            _ => self.stopped(index)?.base = base,
+        }
         Ok(Answer::Done)
     }
 
