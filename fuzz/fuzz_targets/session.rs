@@ -59,7 +59,6 @@ type VringWords = (u64, u64, u64);
 #[derive(Default)]
 struct Model {
     offered: u64,
-    is_owned: bool,
     protocol: u64,
     features: u64,
     status: u8,
@@ -322,7 +321,7 @@ impl Scene {
         let is_ring = (index as usize) < RINGS;
         let at = index as usize;
         match input.below(19) {
-            0 => self.tell(Message::set_owner(), |model| Answer::Ack(!std::mem::replace(&mut model.is_owned, true))),
+            0 => self.tell(Message::set_owner(), |_| Answer::Ack(true)),
             1 => {
                 let offered = self.offered_protocol();
                 let bits = if input.flag() { offered & !input.u64() } else { input.u64() };

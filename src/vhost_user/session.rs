@@ -118,7 +118,6 @@ pub struct Session {
     codec: Codec,
     nic: Arc<Nic>,
     options: SessionOptions,
-    is_owned: bool,
     protocol: Protocol,
     features: u64,
     /// Whether the last features were refused for want of VIRTIO 1.
@@ -147,7 +146,6 @@ impl Session {
             codec: Codec::new(stream)?,
             nic,
             options,
-            is_owned: false,
             protocol: Protocol::empty(),
             features: 0,
             is_legacy: false,
@@ -248,7 +246,8 @@ impl Session {
             FrontendReq::SET_FEATURES => self.set_features(number(payload)?),
             FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::number(self.offered_protocol_features().bits())),
             FrontendReq::SET_PROTOCOL_FEATURES => self.set_protocol_features(number(payload)?),
-            FrontendReq::SET_OWNER => self.set_owner(),
+            // The owner is who is connected. Said again (libkrun: whenever its device is activated) it changes nothing.
+            FrontendReq::SET_OWNER => Ok(Answer::Done),
             // No longer used; back-ends may ignore it (vhost-user, "VHOST_USER_RESET_OWNER").
             FrontendReq::RESET_OWNER => Ok(Answer::Done),
             FrontendReq::GET_QUEUE_NUM => Ok(Answer::number(self.nic.queue_number())),
@@ -296,10 +295,6 @@ impl Session {
             | Protocol::RESET_DEVICE
             | Protocol::CONFIGURE_MEM_SLOTS
             | Protocol::STATUS
-    }
-
-    fn set_owner(&mut self) -> Handled {
-        if std::mem::replace(&mut self.is_owned, true) { Err(Refusal::Owned) } else { Ok(Answer::Done) }
     }
 
     fn set_protocol_features(&mut self, bits: u64) -> Handled {

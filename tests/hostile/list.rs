@@ -45,7 +45,7 @@ pub(crate) const ROWS: &[Row] = &[
     row("U-11", "features changed while rings run", "refused, but for the logging of writes", Tested),
     row("U-12", "message of a feature not negotiated", "refused", Tested),
     row("U-13", "10,000 random messages", "each as a model says", Tested),
-    row("U-14", "second owner", "refused; the next session has its own", Tested),
+    row("U-14", "second owner", "the same one; of another connection turned away", Tested),
     row("U-15", "too few descriptors", "refused", Tested),
     row("U-16", "surplus descriptors, every request", "refused, all closed", Tested),
     row("U-17", "more descriptors than any message has", "closed, none leaks", Tested),

@@ -258,7 +258,7 @@ fn random_messages_are_answered_as_a_model_of_the_protocol_says() {
                     assert_eq!(bench.ask(Message::reset_device()), Answer::Ack, "seed {seed}, step {step}");
                     (Message::set_features(crate::common::bench::BASE), true)
                 }
-                10 => (Message::set_owner(), false),
+                10 => (Message::set_owner(), true),
                 _ => (Message::set_features(u64::MAX), false),
             };
             let wanted = if accepted { Answer::Ack } else { Answer::Nack(1) };

@@ -35,9 +35,6 @@ pub(super) enum Refusal {
         /// What the message has.
         expected: usize,
     },
-    /// A second owner.
-    #[error("The session has an owner already")]
-    Owned,
     /// There is no such ring.
     #[error("Ring {index} does not exist; there are {rings}")]
     NoRing {
