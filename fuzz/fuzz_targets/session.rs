@@ -160,6 +160,9 @@ impl Model {
         if self.features & feature::VERSION_1 == 0 || ring.is_started {
             return true;
         }
+        if ring.is_lost && !self.fits(size, at, ring.used_log) {
+            return true;
+        }
         self.rings[index].has_kick = false;
         if index >= RUN {
             return true;

@@ -25,6 +25,27 @@ fn rings_run_again_once_their_memory_is_back() {
     }
 }
 
+/// A message that would start a complete ring does not cost one without memory its kick.
+#[test]
+fn rings_that_were_spoken_of_without_their_memory_run_again_once_it_is_back() {
+    let mut bench = Bench::running(1);
+    let kick = bench.guest.pairs[0].tx.kick.try_clone().unwrap();
+    let messages = [
+        ("features", Message::set_features(BASE)),
+        ("size", Message::set_vring_num(1, 256)),
+        ("kick", Message::set_vring_kick(1, fd_of(&kick))),
+    ];
+    for (name, message) in messages {
+        let info = bench.guest.mem.regions()[0].info;
+        assert_eq!(bench.ask(Message::rem_mem_reg(&info)), Answer::Ack, "{name}");
+
+        assert_eq!(bench.ask(message), Answer::Ack, "{name}");
+
+        assert_eq!(bench.ask(Message::add_mem_reg(&bench.guest.mem.regions()[0])), Answer::Ack, "{name}");
+        bench.assert_frames_pass();
+    }
+}
+
 /// What was lost and then stopped is not started behind the front-end's back.
 #[test]
 fn ring_that_was_stopped_without_its_memory_stays_stopped_when_that_is_back() {

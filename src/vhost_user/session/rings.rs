@@ -193,6 +193,10 @@ impl Session {
         if features & VERSION_1 == 0 {
             return Ok(Answer::Done);
         }
+        // It keeps its kick for the time when its memory is back.
+        if setup.is_lost && layout.find(&mem).is_err() {
+            return Ok(Answer::Done);
+        }
         // What starts it again after a failure is a new kick.
         let kick = setup.kick.take().and_then(Option::<Kick>::from);
         if let Some(why) = self.nic.why_idle(index) {
