@@ -330,15 +330,7 @@ impl Session {
         self.features = bits;
         log::debug!("Features: {}", features::names(bits));
         for index in 0..self.slots.len() {
-            // The features are settled, whatever is wrong with a ring; its own descriptor was told.
-            match self.start_if_complete(index) {
-                Ok(_) => {}
-                Err(stuck @ (Refusal::Stuck(_) | Refusal::Nic(NicError::Stuck(_)))) => return Err(stuck),
-                Err(refusal) if self.throttle.allows() => {
-                    log::warn!("Ring {index} does not start: {}", crate::error_chain(&refusal));
-                }
-                Err(_) => {}
-            }
+            self.start_if_it_can(index)?;
         }
         Ok(Answer::Done)
     }

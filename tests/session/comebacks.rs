@@ -46,6 +46,22 @@ fn rings_that_were_spoken_of_without_their_memory_run_again_once_it_is_back() {
     }
 }
 
+#[test]
+fn ring_that_broke_without_its_memory_keeps_neither_that_nor_the_others_from_coming_back() {
+    let mut bench = Bench::running(1);
+    let err = bench.guest.pairs[0].rx.err.try_clone().unwrap();
+    assert_eq!(bench.ask(Message::set_vring_err(0, fd_of(&err))), Answer::Ack);
+    let info = bench.guest.mem.regions()[0].info;
+    assert_eq!(bench.ask(Message::rem_mem_reg(&info)), Answer::Ack);
+    assert_eq!(err.read().unwrap(), 1, "its memory is gone");
+    bench.guest.pairs[0].rx.write_avail_idx(5000);
+
+    assert_eq!(bench.ask(Message::add_mem_reg(&bench.guest.mem.regions()[0])), Answer::Ack);
+
+    bench.guest.assert_tx(0, &bench.backend.taps[0]);
+    assert_eq!(err.read().unwrap(), 1, "the front-end is told of the other one");
+}
+
 /// What was lost and then stopped is not started behind the front-end's back.
 #[test]
 fn ring_that_was_stopped_without_its_memory_stays_stopped_when_that_is_back() {

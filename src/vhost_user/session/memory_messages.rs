@@ -56,7 +56,9 @@ impl Session {
                 Err(error) => self.lose_ring(index, &error)?,
             }
         }
-        (0..self.slots.len()).try_for_each(|index| self.recover_ring(index))?;
+        for index in 0..self.slots.len() {
+            self.recover_ring(index)?;
+        }
         Ok(Answer::Done)
     }
 }

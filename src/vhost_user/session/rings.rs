@@ -11,7 +11,7 @@ use super::refusal::Refusal;
 use super::{Answer, Handled, Session, Slot};
 use crate::mailbox::Stuck;
 use crate::net::features::{EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1};
-use crate::nic::Nic;
+use crate::nic::{Nic, NicError};
 use crate::notify::{Call, Kick};
 use crate::running_ring::{RingChange, RingMode, StartRing, StoppedRing};
 use crate::virtqueue::QueueSize;
@@ -229,6 +229,19 @@ impl Session {
         Ok(Answer::Done)
     }
 
+    /// The same after a message that is done whatever is wrong with a ring; the ring's own descriptor is told.
+    pub(super) fn start_if_it_can(&mut self, index: usize) -> Result<(), Refusal> {
+        match self.start_if_complete(index) {
+            Ok(_) => {}
+            Err(stuck @ (Refusal::Stuck(_) | Refusal::Nic(NicError::Stuck(_)))) => return Err(stuck),
+            Err(refusal) if self.throttle.allows() => {
+                log::warn!("Ring {index} does not start: {}", crate::error_chain(&refusal));
+            }
+            Err(_) => {}
+        }
+        Ok(())
+    }
+
     /// Stops a ring that is no longer in guest memory, until its memory is back or it is set up anew.
     pub(super) fn lose_ring(&mut self, index: usize, error: &StartError) -> Result<(), Refusal> {
         self.take_back(index, Nic::abandon, true)?;
@@ -248,7 +261,7 @@ impl Session {
         let mem = Arc::clone(&self.mem);
         let Ring::Stopped(setup) = &mut self.slot(index)?.ring else { return Ok(()) };
         let is_back = setup.is_lost && setup.layout().is_some_and(|layout| layout.find(&mem).is_ok());
-        if is_back { self.start_if_complete(index).map(drop) } else { Ok(()) }
+        if is_back { self.start_if_it_can(index) } else { Ok(()) }
     }
 
     fn stop_ring(&mut self, index: usize) -> Result<(), Refusal> {
