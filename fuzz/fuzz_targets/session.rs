@@ -61,6 +61,8 @@ struct Model {
     offered: u64,
     protocol: u64,
     features: u64,
+    /// Of a legacy driver, and refused.
+    is_legacy: bool,
     status: u8,
     regions: Vec<RegionInfo>,
     /// Bytes of the log of written pages.
@@ -157,7 +159,7 @@ impl Model {
     fn start(&mut self, index: usize) -> bool {
         let ring = self.rings[index];
         let (Some(size), Some(at), true) = (ring.size, ring.at, ring.has_kick) else { return true };
-        if self.features & feature::VERSION_1 == 0 || ring.is_started {
+        if self.is_legacy || self.features & feature::VERSION_1 == 0 || ring.is_started {
             return true;
         }
         if ring.is_lost && !self.fits(size, at, ring.used_log) {
@@ -181,7 +183,12 @@ impl Model {
     fn set_features(&mut self, bits: u64) -> bool {
         let front_ends_own = feature::PROTOCOL_FEATURES | feature::LOG_ALL;
         let is_modern = bits & feature::VERSION_1 != 0 || bits & !front_ends_own == 0;
-        if bits & !self.offered != 0 || !is_modern {
+        let rings_run = self.rings.iter().any(|ring| ring.is_started && ring.mode != Mode::Disabled);
+        if bits & !self.offered != 0 || !is_modern && rings_run {
+            return false;
+        }
+        self.is_legacy = !is_modern;
+        if self.is_legacy {
             return false;
         }
         if self.features & feature::VERSION_1 != 0 && bits ^ self.features == feature::LOG_ALL {
@@ -193,7 +200,7 @@ impl Model {
             self.features = bits;
             return self.set_regions(self.regions.clone());
         }
-        if self.rings.iter().any(|ring| ring.is_started && ring.mode != Mode::Disabled) {
+        if rings_run {
             return bits == self.features;
         }
         (0..RINGS)
@@ -254,7 +261,7 @@ impl Model {
             let ring = &mut self.rings[index];
             (ring.size, ring.at, ring.mode) = (None, None, Mode::Waiting);
         }
-        (self.features, self.status) = (0, 0);
+        (self.features, self.is_legacy, self.status) = (0, false, 0);
     }
 }
 
@@ -336,8 +343,9 @@ impl Scene {
             }
             2 => {
                 let base = feature::VERSION_1 | feature::PROTOCOL_FEATURES;
-                let bits = match input.below(5) {
+                let bits = match input.below(6) {
                     0 => input.u64(),
+                    5 => self.model.offered & input.u64(),
                     4 => self.model.features ^ feature::LOG_ALL,
                     1 => feature::VERSION_1,
                     2 => base | (self.model.offered & input.u64()),

@@ -311,16 +311,21 @@ impl Session {
         if surplus != 0 {
             return Err(Refusal::NotOffered(features::names(surplus)));
         }
+        let runs = |slot: &Slot| matches!(slot.ring, Ring::Started(_)) && slot.mode != RingMode::Disabled;
+        let rings_run = self.slots.iter().any(runs);
         // Before a driver is there, some front-ends set what concerns themselves alone.
-        self.is_legacy = bits & VERSION_1 == 0 && bits & !(PROTOCOL_FEATURES | LOG_ALL) != 0;
-        if self.is_legacy {
+        let is_legacy = bits & VERSION_1 == 0 && bits & !(PROTOCOL_FEATURES | LOG_ALL) != 0;
+        if is_legacy && rings_run {
+            return Err(Refusal::RingsRun);
+        }
+        self.is_legacy = is_legacy;
+        if is_legacy {
             return Err(Refusal::Legacy);
         }
         if self.features & VERSION_1 != 0 && bits ^ self.features == LOG_ALL {
             return self.set_logging(bits);
         }
-        let runs = |slot: &Slot| matches!(slot.ring, Ring::Started(_)) && slot.mode != RingMode::Disabled;
-        if self.slots.iter().any(runs) {
+        if rings_run {
             return if bits == self.features { Ok(Answer::Done) } else { Err(Refusal::RingsRun) };
         }
         self.stop_disabled_rings()?;

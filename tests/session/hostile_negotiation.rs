@@ -49,6 +49,19 @@ fn features_that_change_while_rings_run_are_refused() {
     assert_eq!(bench.ask(Message::set_features(BASE | feature::MRG_RXBUF)), Answer::Ack, "With all rings stopped");
 }
 
+/// U-11
+#[test]
+fn legacy_features_that_are_refused_while_rings_run_keep_no_ring_from_starting_again() {
+    let mut bench = Bench::running(1);
+    assert_eq!(bench.ask(Message::set_features(feature::PROTOCOL_FEATURES | feature::CSUM)), Answer::Nack(1));
+    bench.assert_frames_pass();
+    assert!(bench.front_end.get_vring_base(1).is_ok());
+
+    bench.start_ring(1);
+
+    bench.assert_frames_pass();
+}
+
 /// U-12, U-46, U-47, D-01, D-02, D-03, D-04
 #[test]
 fn messages_of_a_protocol_feature_that_was_not_negotiated_are_refused() {
