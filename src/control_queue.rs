@@ -18,7 +18,7 @@ use crate::net::control::{ControlState, ERR, Effect, OK};
 use crate::net::filter::{Mac, RxFilter};
 use crate::notify::KickState;
 use crate::poll::{Event, Poll, Wait};
-use crate::running_ring::{Direction, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
+use crate::running_ring::{Direction, NotStarted, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
 use crate::sandbox::syscalls::Role;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::throttle::Throttle;
@@ -116,7 +116,7 @@ impl ControlQueue {
 
 /// Its one ring, for the control thread, through the mailbox.
 impl RunsRings for ControlQueue {
-    fn start(&mut self, _: Direction, start: StartRing) -> io::Result<()> {
+    fn start(&mut self, _: Direction, start: StartRing) -> Result<(), NotStarted> {
         let iovecs = GuestIovecs::new(Arc::clone(start.queue.mem()), IOV_MAX + 1);
         // A driver that was reset begins with the first entry.
         let goes_on = start.queue.position() != 0;

@@ -26,7 +26,7 @@ use crate::net::filter::Mac;
 use crate::net::framing::Framing;
 use crate::net::header::HEADER_LEN;
 use crate::net::ip_link::{Gateway, IpLink};
-use crate::running_ring::{Direction, RingChange, RunsRings, StartRing, StoppedRing};
+use crate::running_ring::{Direction, NotStarted, RingChange, RunsRings, StartRing, StoppedRing};
 use crate::tuning::{Coalescing, Tuning};
 use crate::virtqueue::SplitRing;
 use crate::worker::{self, Fitting, QueuePair};
@@ -311,13 +311,12 @@ impl Nic {
         Ok(())
     }
 
-    /// Runs a ring.
+    /// Runs a ring, if it can be.
     ///
     /// # Errors
-    /// [`NicError`]; the ring does not run then.
-    pub fn start(&self, ring: usize, start: StartRing) -> Result<(), NicError> {
-        let started = self.on_ring(ring, Ok(()), move |owner, direction| owner.start(direction, start))?;
-        started.map_err(|cause| NicError::Kick { ring, cause })
+    /// [`Stuck`].
+    pub fn start(&self, ring: usize, start: StartRing) -> Result<Result<(), NotStarted>, Stuck> {
+        self.on_ring(ring, Ok(()), move |owner, direction| owner.start(direction, start))
     }
 
     /// Stops a ring; what was completed is published, and nothing of it is touched any more.

@@ -58,6 +58,17 @@ pub struct StoppedRing {
     pub err: Option<Call>,
 }
 
+/// What is left of a ring that did not start: all but its kick.
+#[derive(Debug)]
+pub struct NotStarted {
+    /// What `epoll_ctl(2)` said of the kick descriptor.
+    pub cause: io::Error,
+    /// Its call.
+    pub call: Option<Call>,
+    /// Its error descriptor.
+    pub err: Option<Call>,
+}
+
 /// One thing that may change about a running ring.
 #[derive(Debug)]
 pub enum RingChange {
@@ -78,8 +89,8 @@ pub trait RunsRings {
     /// Runs a ring from now on; it is looked at once without waiting for a kick.
     ///
     /// # Errors
-    /// What `epoll_ctl(2)` says of the kick descriptor.
-    fn start(&mut self, direction: Direction, start: StartRing) -> io::Result<()>;
+    /// [`NotStarted`], where the kick descriptor cannot be waited for.
+    fn start(&mut self, direction: Direction, start: StartRing) -> Result<(), NotStarted>;
 
     /// Stops a ring, if it runs. Nothing of it is touched after this.
     fn stop(&mut self, direction: Direction) -> Option<StoppedRing>;
@@ -134,10 +145,12 @@ impl RunningRing {
         poll: &Poll,
         event: Event,
         counters: &PairCounters,
-    ) -> io::Result<RunningRing> {
+    ) -> Result<RunningRing, NotStarted> {
         let StartRing { queue, kick, call, err, base, mode, features } = start;
-        if let Some(kick) = &kick {
-            poll.add(kick, event, EventSet::IN)?;
+        if let Some(kick) = &kick
+            && let Err(cause) = poll.add(kick, event, EventSet::IN)
+        {
+            return Err(NotStarted { cause, call, err });
         }
         if let Some(call) = &call {
             call.signal();

@@ -15,14 +15,14 @@ use crate::net::filter::RxFilter;
 use crate::net::rx::Rx;
 use crate::net::tx::Tx;
 use crate::poll::Event;
-use crate::running_ring::{Direction, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
+use crate::running_ring::{Direction, NotStarted, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
 use crate::sandbox::syscalls::Role;
 use crate::sandbox::{Level, Sandbox, SandboxError};
 use crate::virtqueue::SplitRing;
 
 /// Its rings, for the control thread, through the mailbox.
 impl RunsRings for QueuePair {
-    fn start(&mut self, direction: Direction, start: StartRing) -> io::Result<()> {
+    fn start(&mut self, direction: Direction, start: StartRing) -> Result<(), NotStarted> {
         let (mem, features) = (Arc::clone(start.queue.mem()), start.features);
         drop(self.stop(direction));
         match direction {

@@ -102,6 +102,45 @@ fn odd_kick_descriptor_stops_nothing_but_its_ring() {
     }
 }
 
+/// U-48: with a proper kick the ring runs, and its call and error descriptors are those that it had.
+#[test]
+fn ring_whose_kick_cannot_be_waited_for_keeps_its_other_descriptors() {
+    let mut bench = Bench::running(1);
+    bench.assert_frames_pass();
+    let tx = &mut bench.guest.pairs[0].tx;
+    let (kick, err) = (tx.kick.try_clone().unwrap(), tx.err.try_clone().unwrap());
+    assert_eq!(bench.front_end.ask(Message::set_vring_err(1, fd_of(&err))), Answer::Ack);
+    assert!(bench.front_end.get_vring_base(1).is_ok());
+    tx.take_calls();
+    let epolls = epolls_within_epolls();
+
+    let answer = bench.front_end.ask(Message::set_vring_kick(1, epolls.last().unwrap().as_fd()));
+
+    assert_eq!(answer, Answer::Nack(1));
+    assert_eq!(bench.front_end.ask(Message::set_vring_kick(1, fd_of(&kick))), Answer::Ack);
+    assert_eq!(tx.take_calls(), 1, "a ring that starts calls");
+    bench.assert_frames_pass();
+    let tx = &bench.guest.pairs[0].tx;
+    tx.write_avail_idx(tx.used_idx().wrapping_add(tx.size + 1));
+    tx.kick();
+    bench.backend.wait_counter(0, "broken_rings", 1);
+    assert_eq!(err.read().unwrap(), 1);
+}
+
+/// As deep as they may be: the last one cannot be added to another.
+fn epolls_within_epolls() -> Vec<OwnedFd> {
+    let fresh = || epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    let mut chain = vec![fresh()];
+    loop {
+        let outer = fresh();
+        let data = epoll::EventData::new_u64(0);
+        if epoll::add(&outer, chain.last().unwrap(), data, epoll::EventFlags::IN).is_err() {
+            return chain;
+        }
+        chain.push(outer);
+    }
+}
+
 fn borrowed(timer: &TimerFd) -> BorrowedFd<'_> {
     // SAFETY: `timer` owns its descriptor and outlives the borrow.
     unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) }

@@ -13,7 +13,7 @@ use crate::mailbox::Stuck;
 use crate::net::features::{EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1};
 use crate::nic::{Nic, NicError};
 use crate::notify::{Call, Kick};
-use crate::running_ring::{RingChange, RingMode, StartRing, StoppedRing};
+use crate::running_ring::{NotStarted, RingChange, RingMode, StartRing, StoppedRing};
 use crate::virtqueue::QueueSize;
 use crate::virtqueue::queue::RingFeatures;
 
@@ -220,12 +220,12 @@ impl Session {
         let described = RingSetup { size: Some(layout.size), addresses: Some(layout.addresses), ..Default::default() };
         log::debug!("Ring {index} starts at {} (base {base}), {:?}", queue.position(), slot.mode);
         let start = StartRing { queue, kick, call, err, base, mode: slot.mode, features };
-        slot.ring = Ring::Started(layout);
         self.is_unsettled = true;
-        if let Err(error) = self.nic.start(index, start) {
-            slot.ring = Ring::Stopped(RingSetup { base, ..described });
-            return Err(error.into());
+        if let Err(NotStarted { cause, call, err }) = self.nic.start(index, start)? {
+            slot.ring = Ring::Stopped(RingSetup { base, call, err, ..described });
+            return Err(NicError::Kick { ring: index, cause }.into());
         }
+        slot.ring = Ring::Started(layout);
         Ok(Answer::Done)
     }
 
