@@ -21,7 +21,7 @@ use common::message::Message;
 use common::netns::{ChildGuard, NetNs, PacketSocket, TapSpec, require_root};
 use common::place::{Place, assert_frames_pass};
 use common::virtio::{VnetHdr, feature};
-use common::{PATIENCE, skip, wait_readable, wait_until};
+use common::{PATIENCE, QUIET, fd_of, skip, wait_readable, wait_until};
 use nix::sys::signal::Signal;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
@@ -36,17 +36,16 @@ const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 struct Informed {
     front_end: RawFrontend,
     channel: UnixStream,
+    guest: Guest,
 }
 
 impl Informed {
     fn connect(place: &Place) -> Informed {
-        let front_end = RawFrontend::connect(place.socket()).unwrap();
-        let protocol = front_end.get_u64(&Message::get_protocol_features()).unwrap();
-        assert!(front_end.tell(&Message::set_protocol_features(protocol)));
-        assert_eq!(front_end.ask(Message::set_owner()), Answer::Ack);
+        let guest = Guest::new(1, 0);
+        let front_end = place.connect(&guest);
         let (channel, theirs) = UnixStream::pair().unwrap();
         assert_eq!(front_end.ask(Message::set_backend_req_fd(theirs.as_fd())), Answer::Ack);
-        let mut informed = Informed { front_end, channel };
+        let mut informed = Informed { front_end, channel, guest };
         // The guest may have been told otherwise by a process before.
         informed.expect_news();
         informed
@@ -92,6 +91,31 @@ fn link_and_mtu_reach_a_front_end_that_takes_news() {
     drop(informed);
     let informed = Informed::connect(&place);
     assert_eq!((informed.number(STATUS), informed.number(MTU)), (0, 1400));
+}
+
+/// vhost-user, "Suspended device state".
+#[test]
+fn change_while_no_ring_runs_is_told_once_one_does() {
+    if !require_root("change_while_no_ring_runs_is_told_once_one_does") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec::new("tap0"));
+    let mut backend = place.start(&["--tap", "tap0", "--front-end", "generic", "--mac", GUEST_MAC]);
+    let mut informed = Informed::connect(&place);
+    informed.front_end.stop_like_cloud_hypervisor(2).unwrap();
+    for (change, status) in [("down", 0), ("up", 1)] {
+        place.namespace.ip(&format!("link set dev tap0 {change}"));
+        backend.wait_line(&format!("Interface \"tap0\": link {change}; the guest is told once its rings run"));
+        assert!(!wait_readable(&informed.channel, QUIET), "{change}");
+        assert_eq!(informed.number(STATUS), status);
+    }
+
+    let kick = Message::set_vring_kick(0, fd_of(&informed.guest.pairs[0].rx.kick));
+    assert_eq!(informed.front_end.ask(kick), Answer::Ack);
+
+    informed.expect_news();
+    assert!(!wait_readable(&informed.channel, QUIET), "told once");
 }
 
 #[test]

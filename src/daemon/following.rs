@@ -14,6 +14,7 @@ use super::{Daemon, DaemonError, Token, unwatch, watch};
 use crate::device::link_watch::{LinkEvent, LinkState, LinkStatistics, LinkWatch};
 use crate::host_side::{HostSide, OnLoss, OpenError, Opened};
 use crate::nic::ConfigChange;
+use crate::vhost_user::session::{Session, Told};
 
 /// How often an interface that would not tell is asked whether it was deleted.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
@@ -125,9 +126,10 @@ impl Daemon {
         if change.is_none() {
             return;
         }
-        let told = match &self.session {
-            Some(session) if session.tell_config_change() => "; the guest is told",
-            Some(_) => {
+        let told = match self.session.as_mut().map(Session::tell_config_change) {
+            Some(Told::Now) => "; the guest is told",
+            Some(Told::Later) => "; the guest is told once its rings run",
+            Some(Told::Never) => {
                 self.nic.count_untold_change();
                 "; this front-end has no way to tell the guest"
             }

@@ -24,6 +24,7 @@ use std::time::Instant;
 use thiserror::Error;
 use vhost::vhost_user::message::{FrontendReq, VhostUserLog, VhostUserProtocolFeatures as Protocol};
 
+pub use self::config::Told;
 use self::payload::{number, record};
 use self::refusal::Refusal;
 use super::codec::{Codec, Message, Received, StreamError};
@@ -125,6 +126,8 @@ pub struct Session {
     status: u8,
     /// For requests of ours. Its end tells the front-end that we are gone.
     backend_channel: Option<OwnedFd>,
+    /// The configuration space changed while no ring ran.
+    owes_config_change: bool,
     mem: Arc<MemView>,
     /// Kept from one view of memory to the next.
     log: Option<Arc<DirtyLog>>,
@@ -151,6 +154,7 @@ impl Session {
             is_legacy: false,
             status: 0,
             backend_channel: None,
+            owes_config_change: false,
             mem: Arc::default(),
             log: None,
             slots,

@@ -1,15 +1,19 @@
 //! What concerns the network card: MTU, RARP, device status, resets, the configuration space.
 
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
 use vhost_user_net::nic::NicSetup;
 use vhost_user_net::vhost_user::session::SessionOptions;
 use vhost_user_net::virtqueue::QueueSize;
 
-use crate::common::PATIENCE;
 use crate::common::backend::InProcess;
 use crate::common::bench::{BASE, Bench, Guest};
 use crate::common::frontend::Answer;
 use crate::common::message::{Message, request};
 use crate::common::virtio::{VnetHdr, feature, protocol, status};
+use crate::common::{PATIENCE, QUIET, wait_readable};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const CONFIG_LEN: u32 = 24;
@@ -111,6 +115,29 @@ fn configuration_space_that_is_not_offered_is_not_read() {
     assert_eq!(bench.ask(Message::set_mem_table(&bench.guest.mem)), Answer::Ack);
     (0..2).for_each(|index| bench.start_ring(index));
     bench.assert_frames_pass();
+}
+
+/// vhost-user, "Suspended device state".
+#[test]
+fn news_of_the_configuration_space_wait_until_a_ring_runs() {
+    let setup = NicSetup { is_generic: true, ..NicSetup::default() };
+    let bench = Bench::before(InProcess::start_as(1, setup), Guest::new(1, 0));
+    bench.negotiate();
+    assert_eq!(bench.ask(Message::set_mem_table(&bench.guest.mem)), Answer::Ack);
+    let (mut channel, theirs) = UnixStream::pair().unwrap();
+    assert_eq!(bench.ask(Message::set_backend_req_fd(theirs.as_fd())), Answer::Ack);
+    assert!(!wait_readable(&channel, QUIET), "no ring runs");
+
+    bench.start_ring(0);
+
+    assert!(wait_readable(&channel, PATIENCE), "the first ring runs");
+    let mut news = [0; 12];
+    channel.read_exact(&mut news).unwrap();
+    assert_eq!(news, *[2_u32, 1, 0].map(u32::to_ne_bytes).as_flattened());
+    bench.start_ring(1);
+    assert!(!wait_readable(&channel, QUIET), "told once");
+    assert_eq!(bench.ask(Message::set_backend_req_fd(theirs.as_fd())), Answer::Ack);
+    assert!(wait_readable(&channel, PATIENCE), "rings run");
 }
 
 #[test]
@@ -226,7 +253,7 @@ fn assert_ring_needs_features(bench: &mut Bench) {
     bench.start_ring(1);
     assert_eq!(bench.ask(Message::set_vring_enable(1, 1)), Answer::Ack);
     bench.guest.pairs[0].tx.kick();
-    assert!(bench.backend.taps[0].recv(crate::common::QUIET).is_none());
+    assert!(bench.backend.taps[0].recv(QUIET).is_none());
     // It would start with the features; to stop it is to forget its kick.
     assert!(bench.front_end.get_vring_base(1).is_ok());
 }

@@ -10,6 +10,18 @@ use super::refusal::Refusal;
 use super::{Answer, Handled, Session};
 use crate::net::config_space::LinkShown;
 use crate::vhost_user::codec;
+use crate::vhost_user::ring::Ring;
+
+/// Whether a front-end is told of a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// It was.
+    Now,
+    /// It will be, when a ring runs.
+    Later,
+    /// It has no way to be told, or does not take it.
+    Never,
+}
 
 impl Session {
     pub(super) fn get_config(&mut self, payload: &[u8]) -> Handled {
@@ -33,12 +45,28 @@ impl Session {
         self.protocol.contains(Protocol::CONFIG | Protocol::BACKEND_REQ) && self.backend_channel.is_some()
     }
 
-    /// Tells the front-end that the configuration space changed (vhost-user, `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`); tells
-    /// whether that went out.
-    pub fn tell_config_change(&self) -> bool {
-        let Some(channel) = self.backend_channel.as_ref().filter(|_| self.takes_config_changes()) else { return false };
+    /// Tells the front-end that the configuration space changed (vhost-user, `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`), once a
+    /// ring runs: before that, nothing may be sent (vhost-user, "Suspended device state").
+    pub fn tell_config_change(&mut self) -> Told {
+        let Some(channel) = self.backend_channel.as_ref().filter(|_| self.takes_config_changes()) else {
+            return Told::Never;
+        };
+        self.owes_config_change = !self.slots.iter().any(|slot| matches!(slot.ring, Ring::Started(_)));
+        if self.owes_config_change {
+            return Told::Later;
+        }
         let message = codec::request_of_ours(BackendReq::CONFIG_CHANGE_MSG.into());
-        send(channel, &message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).is_ok()
+        match send(channel, &message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(_) => Told::Now,
+            Err(_) => Told::Never,
+        }
+    }
+
+    /// Tells what had to wait, now that a ring runs.
+    pub(super) fn tell_what_is_owed(&mut self) {
+        if self.owes_config_change {
+            self.tell_config_change();
+        }
     }
 
     pub(super) fn set_backend_channel(&mut self, fds: Vec<OwnedFd>) -> Handled {

@@ -226,6 +226,7 @@ impl Session {
             return Err(NicError::Kick { ring: index, cause }.into());
         }
         slot.ring = Ring::Started(layout);
+        self.tell_what_is_owed();
         Ok(Answer::Done)
     }
 
