@@ -331,7 +331,13 @@ impl Scene {
         let is_ring = (index as usize) < RINGS;
         let at = index as usize;
         match input.below(19) {
-            0 => self.tell(Message::set_owner(), |_| Answer::Ack(true)),
+            0 if input.flag() => self.tell(Message::set_owner(), |_| Answer::Ack(true)),
+            0 => self.tell(Message::reset_owner(), |model| {
+                for ring in &mut model.rings {
+                    ring.mode = if ring.is_started { Mode::Disabled } else { Mode::Waiting };
+                }
+                Answer::Ack(true)
+            }),
             1 => {
                 let offered = self.offered_protocol();
                 let bits = if input.flag() { offered & !input.u64() } else { input.u64() };

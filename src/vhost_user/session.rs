@@ -252,8 +252,7 @@ impl Session {
             FrontendReq::SET_PROTOCOL_FEATURES => self.set_protocol_features(number(payload)?),
             // The owner is who is connected. Said again (libkrun: whenever its device is activated) it changes nothing.
             FrontendReq::SET_OWNER => Ok(Answer::Done),
-            // No longer used; back-ends may ignore it (vhost-user, "VHOST_USER_RESET_OWNER").
-            FrontendReq::RESET_OWNER => Ok(Answer::Done),
+            FrontendReq::RESET_OWNER => self.disable_rings(),
             FrontendReq::GET_QUEUE_NUM => Ok(Answer::number(self.nic.queue_number())),
             FrontendReq::GET_MAX_MEM_SLOTS => Ok(Answer::number(MEMORY_SLOTS as u64)),
             FrontendReq::SET_MEM_TABLE => self.set_mem_table(payload, fds),

@@ -176,6 +176,34 @@ fn reconnect_in_the_order_of_dpdks_virtio_user_is_answered() {
     bench.assert_frames_pass();
 }
 
+/// It used to stop so: the pairs that the driver used are disabled, and none is asked for its position.
+#[test]
+fn owner_reset_ends_the_rings_that_dpdks_virtio_user_describes_anew() {
+    let mut bench = Bench::negotiated(2);
+    for index in 0..4 {
+        let session = bench.guest.session();
+        let ring = session.rings[index as usize];
+        let kick = Message::set_vring_kick(index.into(), crate::common::fd_of(&ring.kick));
+        for message in [Message::set_vring_num(index, 256), Message::set_vring_addr(index, ring), kick] {
+            assert_eq!(bench.ask(message), Answer::Ack);
+        }
+    }
+    // The second pair is started, and never enabled.
+    for enable in [1, 0] {
+        for index in 0..2 {
+            assert_eq!(bench.ask(Message::set_vring_enable(index, enable)), Answer::Ack);
+        }
+    }
+
+    assert_eq!(bench.ask(Message::reset_owner()), Answer::Ack);
+
+    bench.guest = Guest::new(2, feature::MRG_RXBUF);
+    assert_eq!(bench.ask(Message::set_features(BASE | feature::MRG_RXBUF)), Answer::Ack);
+    assert_eq!(bench.ask(Message::set_mem_table(&bench.guest.mem)), Answer::Ack);
+    (0..4).for_each(|index| bench.start_ring(index));
+    bench.assert_frames_pass();
+}
+
 /// N-04
 #[test]
 fn early_enables_are_remembered() {

@@ -161,11 +161,26 @@ impl Session {
             (0, false) => RingMode::Waiting,
             (other, _) => return Err(Refusal::Range { what: "Ring enable", value: u64::from(other) }),
         };
+        self.set_mode(index, mode)
+    }
+
+    fn set_mode(&mut self, index: usize, mode: RingMode) -> Handled {
+        let slot = self.slot(index)?;
         slot.mode = mode;
         if matches!(slot.ring, Ring::Started(_)) {
             self.nic.change(index, RingChange::Mode(mode))?;
         }
         self.is_unsettled = true;
+        Ok(Answer::Done)
+    }
+
+    /// What is left of the meaning of `RESET_OWNER`. Old front-ends (DPDK's virtio-user) stop with it: they describe the rings
+    /// anew and never ask for a position, of those neither that were started and not enabled.
+    pub(super) fn disable_rings(&mut self) -> Handled {
+        for index in 0..self.slots.len() {
+            let is_started = matches!(self.slot(index)?.ring, Ring::Started(_));
+            self.set_mode(index, if is_started { RingMode::Disabled } else { RingMode::Waiting })?;
+        }
         Ok(Answer::Done)
     }
 
