@@ -488,8 +488,8 @@ impl Scene {
             17 => self.set_log(input),
             _ => match input.below(4) {
                 0 => self.tell(Message::get_features(), |model| Answer::Number(model.offered)),
-                1 => self.tell_if(protocol::STATUS, Message::get_status(), |model| Answer::Number(model.status.into())),
-                2 => self.tell_if(protocol::MQ, Message::get_queue_num(), |_| Answer::Number(3)),
+                1 => self.tell(Message::get_status(), |model| Answer::Number(model.status.into())),
+                2 => self.tell(Message::get_queue_num(), |_| Answer::Number(3)),
                 // Refused or not, it has an answer of its own.
                 _ => self.tell(Message::get_config(input.u32() >> input.below(32), input.u8().into()), |_| Answer::Any),
             },

@@ -407,20 +407,18 @@ fn request_name(request: u32, known: Option<FrontendReq>) -> String {
     known.map_or_else(|| format!("request {request}"), |known| format!("{known:?} ({request})"))
 }
 
-/// The protocol feature that must have been negotiated for a message.
+/// The protocol feature that must have been negotiated for a message. Questions that change nothing need none: refused, they
+/// have no answer, and their front-end waits for ever.
 fn protocol_feature_of(request: FrontendReq) -> Option<Protocol> {
     Some(match request {
-        FrontendReq::GET_QUEUE_NUM => Protocol::MQ,
         FrontendReq::SET_LOG_BASE => Protocol::LOG_SHMFD,
         FrontendReq::SEND_RARP => Protocol::RARP,
         FrontendReq::NET_SET_MTU => Protocol::MTU,
         FrontendReq::GET_CONFIG => Protocol::CONFIG,
         FrontendReq::RESET_DEVICE => Protocol::RESET_DEVICE,
-        FrontendReq::SET_STATUS | FrontendReq::GET_STATUS => Protocol::STATUS,
+        FrontendReq::SET_STATUS => Protocol::STATUS,
         FrontendReq::SET_BACKEND_REQ_FD => Protocol::BACKEND_REQ,
-        FrontendReq::GET_MAX_MEM_SLOTS | FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG => {
-            Protocol::CONFIGURE_MEM_SLOTS
-        }
+        FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG => Protocol::CONFIGURE_MEM_SLOTS,
         _ => return None,
     })
 }

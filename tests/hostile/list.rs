@@ -43,7 +43,7 @@ pub(crate) const ROWS: &[Row] = &[
     row("U-09", "features not offered", "refused", Tested),
     row("U-10", "protocol features not offered", "refused", Tested),
     row("U-11", "features changed while rings run", "refused, but for the logging of writes", Tested),
-    row("U-12", "message of a feature not negotiated", "refused", Tested),
+    row("U-12", "message of a feature not negotiated", "refused; a harmless question answered", Tested),
     row("U-13", "10,000 random messages", "each as a model says", Tested),
     row("U-14", "second owner", "the same one; of another connection turned away", Tested),
     row("U-15", "too few descriptors", "refused", Tested),

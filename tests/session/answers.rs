@@ -29,6 +29,17 @@ fn memory_slots_are_509_before_and_after_memory_is_there() {
     assert_eq!([before, bench.front_end.get_u64(&Message::get_max_mem_slots())], [Ok(509), Ok(509)]);
 }
 
+/// U-12: the front-end would wait for ever, and they tell nothing that it may not know.
+#[test]
+fn questions_are_answered_before_their_protocol_feature_is_negotiated() {
+    let bench = Bench::connected(1);
+    for (question, answer) in
+        [(Message::get_queue_num(), 3), (Message::get_max_mem_slots(), 509), (Message::get_status(), 0)]
+    {
+        assert_eq!(bench.front_end.get_u64(&question), Ok(answer), "request {}", question.request);
+    }
+}
+
 #[test]
 fn control_queue_features_are_always_offered() {
     let offered = Bench::connected(1).front_end.get_u64(&Message::get_features()).unwrap();
