@@ -1,11 +1,14 @@
 //! The two notifications of a virtqueue, as descriptors that a front-end sent: [`Kick`] from the guest, [`Call`] to it.
 //!
-//! The front-end chose what they are: eventfds, pipes, or worse. They are made non-blocking on arrival, so no read or
-//! write of one ever waits; what one does on an error is its sender's problem and never ours.
+//! The front-end chose what they are: eventfds, pipes, or worse. Kicks, and the ends of pipes and sockets, are made non-blocking on
+//! arrival, so no read or write of one ever waits. A call that is an eventfd stays as it came: that it blocks is a property
+//! of the file, which a front-end (libkrun) may share and read, and there is a look before each write to one that may
+//! block. What a descriptor does on an error is its sender's problem and never ours.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
@@ -28,7 +31,9 @@ impl Kick {
     /// # Errors
     /// `EINVAL` for what is plainly no eventfd, pipe or socket: files and devices.
     pub fn new(fd: OwnedFd) -> io::Result<Kick> {
-        Ok(Kick(notifier(fd)?))
+        kind(&fd)?;
+        set_nonblocking(&fd)?;
+        Ok(Kick(fd))
     }
 
     /// Takes what was signalled.
@@ -49,7 +54,10 @@ impl AsFd for Kick {
 
 /// A descriptor by which the guest learns of used buffers, or the front-end of an error.
 #[derive(Debug)]
-pub struct Call(OwnedFd);
+pub struct Call {
+    fd: OwnedFd,
+    may_block: bool,
+}
 
 impl Call {
     /// Takes a descriptor as a call.
@@ -57,24 +65,39 @@ impl Call {
     /// # Errors
     /// `EINVAL` for what is plainly no eventfd, pipe or socket: files and devices.
     pub fn new(fd: OwnedFd) -> io::Result<Call> {
-        Ok(Call(notifier(fd)?))
+        let may_block = kind(&fd)? == FileType::Unknown && !rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::NONBLOCK);
+        if !may_block {
+            set_nonblocking(&fd)?;
+        }
+        Ok(Call { fd, may_block })
     }
 
     /// Signals. A full eventfd or pipe is a signal that was not taken yet, and a closed one has nobody to tell.
     pub(crate) fn signal(&self) {
-        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+        if !self.may_block || self.has_room() {
+            let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let mut out = [PollFd::new(&self.fd, PollFlags::OUT)];
+        poll(&mut out, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1) && out[0].revents().contains(PollFlags::OUT)
     }
 }
 
-fn notifier(fd: OwnedFd) -> io::Result<OwnedFd> {
-    let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
+/// What sort of file it is, if it can be a notification.
+fn kind(fd: &OwnedFd) -> io::Result<FileType> {
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
     // An eventfd is of no kind that a file can be; what User Mode Linux calls a pipe is a socket.
     if !matches!(kind, FileType::Fifo | FileType::Socket | FileType::Unknown) {
         return Err(Errno::INVAL.into());
     }
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
-    Ok(fd)
+    Ok(kind)
+}
+
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(fd)?;
+    Ok(rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?)
 }
 
 #[cfg(test)]

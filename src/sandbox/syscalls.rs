@@ -81,7 +81,7 @@ const EVERYWHERE: &[Permit] = &[
     any(libc::SYS_sigaltstack, "sigaltstack", "the end of a thread, or of the process"),
     any(libc::SYS_rt_sigreturn, "rt_sigreturn", "after a signal, such as those of a debugger"),
     any(libc::SYS_restart_syscall, "restart_syscall", "after a stop, by the kernel's own doing"),
-    any(libc::SYS_ppoll, "ppoll", "whether a log line would have to wait; whether a front-end has hung up"),
+    any(libc::SYS_ppoll, "ppoll", "whether a call or a log line would have to wait; whether a front-end has hung up"),
     any(libc::SYS_clock_gettime, "clock_gettime", "the time, on a host whose clock only the kernel can read"),
 ];
 

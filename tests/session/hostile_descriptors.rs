@@ -246,6 +246,30 @@ fn call_descriptor_that_takes_nothing_delays_nobody() {
     }
 }
 
+/// libkrun waits for calls in a read of the eventfd that it handed over, and for a call that it does not take the read must wait.
+#[test]
+fn eventfd_that_its_front_end_reads_blocking_stays_blocking_and_is_signalled() {
+    let mut bench = Bench::running(1);
+    let call = EventFd::new(0).unwrap();
+    let is_blocking = || !rustix::fs::fcntl_getfl(fd_of(&call)).unwrap().contains(rustix::fs::OFlags::NONBLOCK);
+    for request in [request::SET_VRING_CALL, request::SET_VRING_ERR] {
+        assert_eq!(bench.ask(Message::u64(request, 1).with_fd(fd_of(&call))), Answer::Ack);
+        assert!(is_blocking(), "request {request}");
+    }
+    // A new call is signalled at once.
+    assert_eq!(call.read().unwrap(), 1);
+    for _ in 0..10 {
+        bench.guest.pairs[0].send(&Default::default(), &[1; 60]);
+        // Waits for it.
+        assert_eq!(call.read().unwrap(), 1);
+    }
+    let tx = &bench.guest.pairs[0].tx;
+    tx.write_avail_idx(0x4000);
+    tx.kick();
+    assert_eq!(call.read().unwrap(), 1, "the ring broke");
+    assert!(is_blocking());
+}
+
 /// Both ends of a blocking pipe with no room left.
 fn full_pipe() -> (io::PipeReader, OwnedFd) {
     let (reader, writer) = io::pipe().unwrap();
