@@ -430,20 +430,20 @@ fn look_at(bytes: &mut [u8], admission: &Admission) -> Result<Finish, Reason> {
     if !admission.filter.passes_all() && frame.first_chunk().is_some_and(|start| !admission.filter.accepts(start)) {
         return Err(|c| &c.rx_drop_filtered);
     }
+    // Where nothing is said, as of most, nothing is to be done.
+    if *place == [0; HEADER_LEN] { Ok(Finish::Nothing) } else { finish(place, frame, admission.offloads) }
+}
+
+/// The same for a frame of which its header says something.
+#[inline(never)]
+fn finish(place: &mut [u8; HEADER_LEN], frame: &mut [u8], offloads: GuestOffloads) -> Result<Finish, Reason> {
     let header = VnetHeader::from_bytes(place);
     if header.is_gso() && is_of_tunnel(header, frame) {
         return Err(|c| &c.rx_drop_tunnel);
     }
-    match check_rx_in_place(place, admission.offloads) {
-        Ok(()) => Ok(Finish::Nothing),
-        Err(NotNegotiated) => finish(place, frame, admission.offloads),
+    if check_rx_in_place(place, offloads).is_ok() {
+        return Ok(Finish::Nothing);
     }
-}
-
-/// The same for a frame that the guest may not have as it is.
-#[inline(never)]
-fn finish(place: &mut [u8; HEADER_LEN], frame: &mut [u8], offloads: GuestOffloads) -> Result<Finish, Reason> {
-    let header = VnetHeader::from_bytes(place);
     let finished = match plan(header, frame, offloads) {
         Ok(Finishing::Segmentation(plan)) => return Ok(Finish::Cut(plan)),
         Ok(Finishing::Checksum) => complete_checksum(header, frame),
