@@ -327,7 +327,10 @@ fn start_with_too_little_memory_works_or_fails_with_a_message() {
             let last = backend.log().lines().last().unwrap_or_default().to_owned();
             let is_before = status.code() == Some(127) || backend.log().contains("memory allocation of ");
             assert!(is_before || last.starts_with("vhost-user-net: Cannot "), "{mib} MiB: {last}");
-            assert!(!place.socket().exists(), "{mib} MiB");
+            // One that the library ends after it listens, for want of a few bytes more, cannot take its socket away. The
+            // next start does.
+            let is_aborted = status.signal() == Some(Signal::SIGABRT as i32);
+            assert!(is_aborted || !place.socket().exists(), "{mib} MiB");
         } else {
             started += 1;
         }
