@@ -314,6 +314,9 @@ vmm_command() {
             --serial tty --console off)
         return
     fi
+    # Emulated processors with a thread each run now and then into a breakpoint that their kernel has taken away (Oops: int3, on
+    # QEMU 7.2 at least). Two have time enough on one.
+    [ "$SMP" -gt 2 ] || accel=tcg,thread=single
     [ "$ACCEL" = tcg ] || { cpu=host accel=kvm; }
     # shellcheck disable=SC2054 # the commas are QEMU's
     COMMAND=(qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot
