@@ -203,14 +203,14 @@ impl Model {
         if rings_run {
             return bits == self.features;
         }
+        if !self.may_have(bits, &self.regions) {
+            return false;
+        }
         (0..RINGS)
             .filter(|index| self.rings[*index].mode == Mode::Disabled)
             .collect::<Vec<_>>()
             .into_iter()
             .for_each(|index| self.stop(index));
-        if !self.may_have(bits, &self.regions) {
-            return false;
-        }
         self.features = bits;
         for index in 0..RINGS {
             self.start(index);

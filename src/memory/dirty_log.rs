@@ -9,6 +9,7 @@
 //! (`virtqueue::split`). What is not to be logged costs a look at one flag.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering::Release;
 
@@ -63,7 +64,7 @@ impl DirtyLog {
 /// Where in the log a used ring is, which need not be guest memory there (vhost-user, "Migration").
 #[derive(Clone, Debug)]
 pub(crate) struct UsedLog {
-    pub(crate) log: std::sync::Arc<DirtyLog>,
+    pub(crate) log: Arc<DirtyLog>,
     /// Of the ring's first byte.
     pub(crate) addr: u64,
 }

@@ -7,6 +7,7 @@ pub mod config_space;
 pub mod control;
 pub mod features;
 pub mod filter;
+mod finish;
 pub mod flow;
 mod frame;
 pub mod framing;

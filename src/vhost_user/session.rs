@@ -331,8 +331,8 @@ impl Session {
         if rings_run {
             return if bits == self.features { Ok(Answer::Done) } else { Err(Refusal::RingsRun) };
         }
-        self.stop_disabled_rings()?;
         let mem = self.logged(&self.mem, bits)?;
+        self.stop_disabled_rings()?;
         self.nic.set_features(bits)?;
         self.mem = Arc::new(mem);
         self.features = bits;

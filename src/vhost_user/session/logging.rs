@@ -23,17 +23,16 @@ impl Session {
     pub(super) fn set_log_base(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
         let VhostUserLog { mmap_size, mmap_offset } = record(payload)?;
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
-        let log = DirtyLog::map(mmap_size, mmap_offset, fd).map_err(Refusal::Log)?;
+        let log = Arc::new(DirtyLog::map(mmap_size, mmap_offset, fd).map_err(Refusal::Log)?);
         check_size(&self.mem, &log)?;
-        let view = Arc::new(self.mem.logged(Some(Arc::new(log)), false));
+        let view = Arc::new(self.mem.logged(Some(Arc::clone(&log)), false));
         for slot in &self.slots {
             if let Ring::Started(layout) = &slot.ring {
                 layout.find(&view)?;
             }
         }
-        self.log = view.log().cloned();
-        let (size, offset) = (mmap_size, mmap_offset);
-        log::debug!("Log of written pages: {size} bytes from {offset:#x} of its file on");
+        self.log = Some(log);
+        log::debug!("Log of written pages: {mmap_size} bytes from {mmap_offset:#x} of its file on");
         self.renew_view()?;
         Ok(Answer::Payload(payload.to_vec()))
     }
