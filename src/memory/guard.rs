@@ -21,7 +21,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// Mappings at a time: twice the most regions of a session, since a new set is mapped before the old one is let go.
+/// Mappings at a time: twice the most regions of a session and its log, as new ones are mapped before the old are let go.
 const MAPPINGS_MAX: usize = 1024;
 
 /// A mapping, or room for one. The addresses are read and written under [`locked`] only.
