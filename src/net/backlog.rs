@@ -14,7 +14,7 @@ use crate::device::{DeviceQueue, VlanTag};
 use crate::metrics::PairCounters;
 
 /// How many frames are read at a time at most.
-const SLOTS: usize = 16;
+pub(super) const SLOTS: usize = 16;
 /// The largest frame with its header, and one byte more: to fill that is to be cut.
 const SLOT_LEN: usize = HEADER_LEN + FRAME_MAX + 1;
 

@@ -7,6 +7,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use super::FRAME_MAX;
+use super::backlog::SLOTS;
 use super::filter::FILTER_LEN;
 use super::header::{HEADER_LEN, NUM_BUFFERS};
 use crate::device::mmsg::CONTROL_LEN;
@@ -18,6 +20,15 @@ use crate::virtqueue::{Direction, GuestIovecs, Head, Queue, RingBroken, Shape};
 
 /// Pieces that a read can take besides our header and our private buffer.
 const READ_PIECES_MAX: usize = IOV_MAX - 2;
+
+/// The most pieces of guest memory that the window holds. A chain has up to [`IOV_MAX`]; all but the last one popped have
+/// fewer bytes together than the largest frame, and a piece has one byte at least, or they are of the chains popped ahead,
+/// which are few; and as many again may be of completed chains. A driver decides how many of these there are, so room for
+/// all is taken when the ring starts: a longer list would have to be moved while frames are.
+const PIECES_MAX: usize = HEADER_LEN + FRAME_MAX + 3 * IOV_MAX;
+const _: () = assert!(SLOTS * IOV_MAX < HEADER_LEN + FRAME_MAX);
+/// The most chains: mergeable buffers have room for a header each.
+const CHAINS_MAX: usize = FRAME_MAX / HEADER_LEN + SLOTS + 2;
 
 /// Without mergeable buffers a chain must hold the header and the smallest frame, else no frame ever fits it.
 const CHAIN_MIN: usize = HEADER_LEN + 60;
@@ -77,9 +88,9 @@ impl Window {
     pub(super) fn new(mem: Arc<MemView>, mergeable: bool) -> Window {
         Window {
             mergeable,
-            iovecs: GuestIovecs::new(mem, 3 * IOV_MAX),
+            iovecs: GuestIovecs::new(mem, PIECES_MAX),
             gone: 0,
-            chains: VecDeque::with_capacity(IOV_MAX),
+            chains: VecDeque::with_capacity(CHAINS_MAX),
             bytes: 0,
         }
     }
