@@ -7,7 +7,8 @@
 use std::sync::Arc;
 
 use super::features::{
-    self, CTRL_GUEST_OFFLOADS, CTRL_MAC_ADDR, CTRL_RX, CTRL_RX_EXTRA, CTRL_VLAN, GUEST_ANNOUNCE, GuestOffloads, MQ,
+    self, CTRL_GUEST_OFFLOADS, CTRL_MAC_ADDR, CTRL_RX, CTRL_RX_EXTRA, CTRL_VLAN, GUEST_ANNOUNCE, GuestOffloads,
+    LOG_ALL, MQ, PROTOCOL_FEATURES,
 };
 use super::filter::{Mac, MacTable, RxFilter, VlanTable};
 
@@ -79,7 +80,8 @@ pub struct ControlState {
 impl ControlState {
     /// The state after a reset, for a guest that acknowledged `features`.
     pub fn new(features: u64, max_queue_pairs: u16, mac: Option<Mac>) -> ControlState {
-        let features = features::consistent(features);
+        // Front-ends add and take away what concerns themselves alone; it is the same guest.
+        let features = features::consistent(features) & !(LOG_ALL | PROTOCOL_FEATURES);
         let vlans = (features & CTRL_VLAN != 0).then(VlanTable::default);
         let filter = RxFilter { mac, vlans, ..RxFilter::default() };
         let offloads = (features & CTRL_GUEST_OFFLOADS != 0).then(|| GuestOffloads::of(features));
