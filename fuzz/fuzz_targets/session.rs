@@ -191,10 +191,10 @@ impl Model {
         if self.is_legacy {
             return false;
         }
-        if self.features & feature::VERSION_1 != 0 && bits ^ self.features == feature::LOG_ALL {
-            let runs = self.rings.iter().any(|ring| ring.is_started);
+        let any_started = self.rings.iter().any(|ring| ring.is_started);
+        if self.features & feature::VERSION_1 != 0 && bits ^ self.features == feature::LOG_ALL && any_started {
             let begins = bits & feature::LOG_ALL != 0;
-            if begins && self.log.is_none() && runs || !self.may_have(bits, &self.regions) {
+            if begins && self.log.is_none() || !self.may_have(bits, &self.regions) {
                 return false;
             }
             self.features = bits;
@@ -505,8 +505,13 @@ impl Scene {
         if self.model.protocol & protocol::LOG_SHMFD == 0 {
             return self.tell(message, |_| Answer::Ack(false));
         }
-        // An empty one at the start is as the answer to a refusal.
-        self.tell(message, |model| Answer::Log(is_file_good && model.set_log(size)));
+        let is_good = is_file_good && self.model.set_log(size);
+        // The session would end.
+        let is_copied = self.model.features & feature::LOG_ALL != 0 && self.model.log.is_some();
+        if is_good || !is_copied {
+            // An empty one at the start is as the answer to a refusal.
+            self.tell(message, |_| Answer::Log(is_good));
+        }
     }
 
     fn set_address(&mut self, input: &mut Input<'_>, index: u32) {

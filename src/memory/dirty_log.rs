@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering::Release;
 
-use super::{MapError, Region, RegionSetup};
+use super::{MapError, MemView, Region, RegionSetup};
 
 /// Bytes that a bit stands for, whatever the host's pages are (`VHOST_LOG_PAGE`).
 const PAGE: u64 = 4096;
@@ -53,10 +53,21 @@ impl DirtyLog {
     ///
     /// Release: who sees the bit sees what was written before.
     pub(crate) fn mark(&self, addr: u64, len: u64) {
-        let Some(last) = len.checked_sub(1).map(|more| addr.saturating_add(more)) else { return };
-        for page in addr / PAGE..=last / PAGE {
-            let Some(byte) = self.bits.atomic::<AtomicU8>(page / 8) else { return };
-            byte.fetch_or(1 << (page % 8), Release);
+        let Some(last) = len.checked_sub(1).map(|more| addr.saturating_add(more) / PAGE) else { return };
+        let first = addr / PAGE;
+        for at in first / 8..=last / 8 {
+            let Some(byte) = self.bits.atomic::<AtomicU8>(at) else { return };
+            // Of the first byte without the pages before, of the last without those behind.
+            let from = if at == first / 8 { 0xff << (first % 8) } else { 0xff };
+            let to = if at == last / 8 { 0xff >> (7 - last % 8) } else { 0xff };
+            byte.fetch_or(from & to, Release);
+        }
+    }
+
+    /// Marks all pages of guest memory.
+    pub(crate) fn mark_all(&self, mem: &MemView) {
+        for RegionSetup { guest, size, .. } in mem.regions().iter().map(|region| region.setup()) {
+            self.mark(*guest, *size);
         }
     }
 }

@@ -85,6 +85,9 @@ pub enum LostMemory {
 enum SessionError {
     Stream(StreamError),
     Stuck(Stuck),
+    /// What is written to the guest's memory is being logged, and a log was refused that was to take the place of the one
+    /// there is. QEMU does not look at the answer, and would move a guest that lacks what is written from now on.
+    LogRefused(Refusal),
 }
 
 impl From<StreamError> for SessionError {
@@ -131,10 +134,13 @@ pub struct Session {
     mem: Arc<MemView>,
     /// Kept from one view of memory to the next.
     log: Option<Arc<DirtyLog>>,
+    /// Whether a ring started with `LOG_ALL` since the log came, or without one.
+    started_before_log: bool,
     slots: Vec<Slot>,
     /// Rings changed in a way after which device queues may be unused.
     is_unsettled: bool,
     throttle: Throttle,
+    rarp_throttle: Throttle,
 }
 
 impl Session {
@@ -157,9 +163,11 @@ impl Session {
             owes_config_change: false,
             mem: Arc::default(),
             log: None,
+            started_before_log: false,
             slots,
             is_unsettled: false,
             throttle: Throttle::default(),
+            rarp_throttle: Throttle::default(),
         })
     }
 
@@ -194,6 +202,10 @@ impl Session {
                 log::warn!("Front-end connection closed: {}", crate::error_chain(&error));
                 SessionState::Over
             }
+            Err(SessionError::LogRefused(refusal)) => {
+                log::warn!("Front-end connection closed in a migration: {}", crate::error_chain(&refusal));
+                SessionState::Over
+            }
         }
     }
 
@@ -226,6 +238,9 @@ impl Session {
             Ok(Answer::Done) => acknowledge.then(|| 0_u64.to_ne_bytes().to_vec()),
             Err(Refusal::Stuck(stuck) | Refusal::Nic(NicError::Stuck(stuck))) => {
                 return Err(SessionError::Stuck(stuck));
+            }
+            Err(refusal) if known == Some(FrontendReq::SET_LOG_BASE) && self.needs_log(&refusal) => {
+                return Err(SessionError::LogRefused(refusal));
             }
             Err(refusal) => {
                 // Of a legacy driver is told once it starts a ring: some front-ends hand over features half by half.
@@ -325,7 +340,8 @@ impl Session {
         if is_legacy {
             return Err(Refusal::Legacy);
         }
-        if self.features & VERSION_1 != 0 && bits ^ self.features == LOG_ALL {
+        let any_started = self.slots.iter().any(|slot| matches!(slot.ring, Ring::Started(_)));
+        if self.features & VERSION_1 != 0 && bits ^ self.features == LOG_ALL && any_started {
             return self.set_logging(bits);
         }
         if rings_run {
@@ -372,7 +388,9 @@ impl Session {
         let mac = number(payload)?.to_ne_bytes();
         let mac = mac.first_chunk().copied().unwrap_or_default();
         self.nic.send_rarp(mac)?;
-        log::info!("Sent a RARP frame for {}", crate::net::filter::MacDisplay(mac));
+        if self.rarp_throttle.allows() {
+            log::info!("Sent a RARP frame for {}", crate::net::filter::MacDisplay(mac));
+        }
         Ok(Answer::Done)
     }
 }

@@ -125,6 +125,11 @@ fn changed_pages(before: &[Vec<u8>], bench: &Bench) -> BTreeSet<u64> {
     pages.filter(|(_, (before, after))| before != after).map(|(page, _)| first + page as u64).collect()
 }
 
+fn all_pages(bench: &Bench) -> BTreeSet<u64> {
+    let info = bench.guest.mem.regions()[0].info;
+    (info.guest / PAGE..(info.guest + info.size) / PAGE).collect()
+}
+
 fn used_ring_pages(bench: &Bench) -> BTreeSet<u64> {
     let session = bench.guest.session();
     session.rings.iter().flat_map(|ring| ring.addrs.used / PAGE..=(ring.addrs.used + 6 + 8 * 256) / PAGE).collect()
@@ -246,8 +251,26 @@ fn log_may_come_after_the_features_and_the_rings() {
     assert_eq!(copied.take_marked(), BTreeSet::new(), "U-43: nothing to log to");
 
     assert!(set_log(&copied.bench.front_end, LOG_SIZE, 0, copied.log.as_fd()));
+    assert_eq!(copied.take_marked(), all_pages(&copied.bench), "whatever was written before");
     let changed = copied.pass_frames(&[100, 20_000]);
-    assert!(changed.is_subset(&copied.take_marked()));
+    let marked = copied.take_marked();
+    assert!(changed.is_subset(&marked) && marked.len() < 100, "{marked:?}");
+}
+
+/// QEMU gives a log up when the guest stops, and hands over the next one when it goes on and its rings run.
+#[test]
+fn rings_that_started_since_the_log_came_have_all_pages_marked_in_the_next() {
+    let mut copied = Copied::begin(MERGEABLE);
+    assert!(set_log(&copied.bench.front_end, LOG_SIZE, 0, copied.log.as_fd()));
+    assert_eq!(copied.take_marked(), BTreeSet::new(), "another log for rings that run");
+    (0..2).for_each(|index| assert!(copied.bench.front_end.get_vring_base(index).is_ok()));
+    (0..2).for_each(|index| copied.bench.start_ring(index));
+    copied.pass_frames(&[100]);
+    copied.take_marked();
+    for pages in [all_pages(&copied.bench), BTreeSet::new()] {
+        assert!(set_log(&copied.bench.front_end, LOG_SIZE, 0, copied.log.as_fd()));
+        assert_eq!(copied.take_marked(), pages);
+    }
 }
 
 /// U-11, U-43: QEMU goes on after a log that was refused, but not after features that were.
@@ -309,10 +332,23 @@ fn used_ring_logged_behind_the_end_of_the_log_is_refused() {
     let changed = copied.pass_frames(&[100]);
     assert!(changed.is_subset(&copied.take_marked()), "as it was");
     assert_eq!(ask(&copied.bench, &VringAddr { log: end - used_len, ..addr }), Answer::Ack);
-    // A smaller log would lose what this ring has to say.
-    assert!(!set_log(&copied.bench.front_end, LOG_SIZE - 1, 0, copied.log.as_fd()));
     let changed = copied.pass_frames(&[100]);
     assert!(!changed.is_subset(&copied.take_marked()), "its used ring is logged elsewhere");
+    copied.log_buffers(false);
+    // A smaller log would lose what this ring has to say.
+    assert!(!set_log(&copied.bench.front_end, LOG_SIZE - 1, 0, copied.log.as_fd()));
+    copied.pass_frames(&[100]);
+}
+
+/// QEMU does not look at the answer, and reads the new log alone from then on.
+#[test]
+fn log_that_is_refused_while_the_guest_is_copied_ends_the_session() {
+    let mut copied = Copied::begin(MERGEABLE);
+    let pipe = std::io::pipe().unwrap().0;
+    let message = Message::set_log_base(LOG_SIZE, 0, pipe.as_fd());
+    assert!(copied.bench.front_end.get(&message).is_err());
+    copied.bench.start_over();
+    copied.bench.assert_frames_pass();
 }
 
 /// U-12

@@ -20,6 +20,9 @@ use crate::vhost_user::ring::Ring;
 
 impl Session {
     /// Answered with what came: front-ends wait for an answer, and take one without a size for a refusal.
+    ///
+    /// QEMU starts rings with `LOG_ALL` and hands over the log when they run, where it connects again during a migration, or a
+    /// guest goes on: what they wrote until then is in no log that it reads, so all pages are marked in this one.
     pub(super) fn set_log_base(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
         let VhostUserLog { mmap_size, mmap_offset } = record(payload)?;
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
@@ -31,17 +34,25 @@ impl Session {
                 layout.find(&view)?;
             }
         }
-        self.log = Some(log);
+        self.log = Some(Arc::clone(&log));
         log::debug!("Log of written pages: {mmap_size} bytes from {mmap_offset:#x} of its file on");
         self.renew_view()?;
+        if std::mem::take(&mut self.started_before_log) {
+            log.mark_all(&self.mem);
+        }
         Ok(Answer::Payload(payload.to_vec()))
     }
 
-    /// Changes whether writes to buffers are logged, which is all that `bits` differ in from the features that there are.
+    /// Whether the session cannot go on after a log was refused: what is written is being logged, where the front-end may
+    /// not look any more.
+    pub(super) fn needs_log(&self, refusal: &Refusal) -> bool {
+        self.features & LOG_ALL != 0 && self.log.is_some() && !matches!(refusal, Refusal::NotNegotiated(_))
+    }
+
+    /// Changes whether writes to buffers are logged, while rings run. In nothing else `bits` differ from the features that there are.
     pub(super) fn set_logging(&mut self, bits: u64) -> Handled {
-        let runs = self.slots.iter().any(|slot| matches!(slot.ring, Ring::Started(_)));
         // A front-end that goes on all the same would move a guest that lacks what was written meanwhile.
-        if bits & LOG_ALL != 0 && self.log.is_none() && runs {
+        if bits & LOG_ALL != 0 && self.log.is_none() {
             return Err(Refusal::NoLog);
         }
         let before = std::mem::replace(&mut self.features, bits);

@@ -10,7 +10,7 @@ use super::super::ring::{Addresses, KickSource, Layout, Ring, RingSetup, StartEr
 use super::refusal::Refusal;
 use super::{Answer, Handled, Session, Slot};
 use crate::mailbox::Stuck;
-use crate::net::features::{EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1};
+use crate::net::features::{EVENT_IDX, INDIRECT_DESC, LOG_ALL, PROTOCOL_FEATURES, VERSION_1};
 use crate::nic::{Nic, NicError};
 use crate::notify::{Call, Kick};
 use crate::running_ring::{NotStarted, RingChange, RingMode, StartRing, StoppedRing};
@@ -241,6 +241,7 @@ impl Session {
             return Err(NicError::Kick { ring: index, cause }.into());
         }
         slot.ring = Ring::Started(layout);
+        self.started_before_log |= features & LOG_ALL != 0;
         self.tell_what_is_owed();
         Ok(Answer::Done)
     }
