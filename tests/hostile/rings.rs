@@ -227,12 +227,11 @@ fn payload_rewritten_while_it_is_sent_stays_a_frame_of_its_length() {
         while wrong.is_none() && began.elapsed() < Duration::from_millis(200) {
             bench.driver.tx.add(&[Buf::readable(addr, 12 + 1500)]);
             bench.driver.tx.publish_and_kick();
-            wrong = bench.tap().recv(PATIENCE).map(|(_, frame)| frame.len()).filter(|len| *len != 1500);
-            if bench.driver.tx.wait_used(PATIENCE).is_none() {
-                wrong = Some(0);
-            }
+            let frame = bench.tap().recv(PATIENCE).map(|(_, frame)| frame.len());
+            let is_returned = bench.driver.tx.wait_used(PATIENCE).is_some();
+            wrong = Some((frame, is_returned)).filter(|seen| *seen != (Some(1500), true));
         }
-        assert_eq!(wrong, None);
+        assert_eq!(wrong, None, "the frame's length, and whether its buffer came back");
     });
     bench.pass_tx(1, 100);
 }
