@@ -109,10 +109,10 @@ impl Held {
     }
 }
 
-/// U-30
+/// U-30, U-55
 #[test]
-fn queue_sizes_by_the_hundred_thousand_leave_memory_flat() {
-    if !require_root("queue_sizes_by_the_hundred_thousand_leave_memory_flat") {
+fn queue_sizes_and_enables_by_the_hundred_thousand_leave_memory_flat() {
+    if !require_root("queue_sizes_and_enables_by_the_hundred_thousand_leave_memory_flat") {
         return;
     }
     let mut bench = Bench::new(1);
@@ -124,6 +124,9 @@ fn queue_sizes_by_the_hundred_thousand_leave_memory_flat() {
         for _ in 0..count {
             // A ring that nothing runs, so that it is never started.
             assert!(front_end.tell(&Message::set_vring_num(2, sizes.next().unwrap())));
+            // And one that runs.
+            assert!(front_end.tell(&Message::set_vring_enable(1, 0)));
+            assert!(front_end.tell(&Message::set_vring_enable(1, 1)));
         }
         assert!(front_end.is_alive());
     };

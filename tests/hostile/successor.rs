@@ -11,8 +11,8 @@ use crate::common::backend::{Spawned, arg, inherit};
 use crate::common::bench::Guest;
 use crate::common::frames::{Ends, Stamp, test_frame};
 use crate::common::message::Message;
-use crate::common::netns::{PacketSocket, require_root};
-use crate::common::place::assert_frames_pass;
+use crate::common::netns::{PacketSocket, TapSpec, require_root};
+use crate::common::place::{Place, assert_frames_pass};
 use crate::common::virtio::{VnetHdr, feature};
 use crate::common::{PATIENCE, times};
 use crate::outlived::{BINARY, place_with_tap, wait_operational};
@@ -63,6 +63,34 @@ fn process_killed_in_the_middle_of_a_message_leaves_a_guest_that_the_next_one_se
             guest.resume_at_used_index();
         }
     }
+}
+
+/// I-06
+#[test]
+fn process_started_again_with_fewer_queue_pairs_says_which_rings_stay_idle() {
+    if !require_root("process_started_again_with_fewer_queue_pairs_says_which_rings_stay_idle") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec { multi_queue: true, ..TapSpec::new(TAP) });
+    let mut guest = Guest::new(2, 0);
+    let mut backend = place.start(&["--tap", TAP, "--queue-pairs", "2"]);
+    let front_end = place.connect(&guest);
+    let host = PacketSocket::open(&place.namespace, TAP);
+    wait_operational(&place);
+    assert_frames_pass(&mut guest, &host, 0);
+    assert!(!backend.log().contains("stays idle"), "{}", backend.log());
+    backend.signal(Signal::SIGKILL);
+    backend.wait_end(PATIENCE);
+    drop(front_end);
+
+    guest.resume_at_used_index();
+    let mut backend = place.start(&["--tap", TAP]);
+    let _front_end = place.connect(&guest);
+
+    let line = backend.wait_line("stays idle");
+    assert!(line.contains("warn: Ring 2 was set up, and stays idle: "), "{line}");
+    assert_frames_pass(&mut guest, &host, 1);
 }
 
 /// I-09: whoever keeps the TAP's descriptor keeps the frames.

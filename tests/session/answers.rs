@@ -218,8 +218,7 @@ fn avail_index_too_far_ahead_of_the_used_index_breaks_the_ring_and_a_new_set_up_
 }
 
 /// I-06: after a restart with fewer queue pairs there are rings that nothing runs any more. They are not refused, as
-/// a front-end that takes the queue number for pairs sets such up at any time; what passes frames goes on, and the log
-/// says why the others are idle.
+/// a front-end that takes the queue number for pairs sets such up at any time; what passes frames goes on.
 #[test]
 fn ring_beyond_the_queue_pairs_stays_idle_without_harm() {
     let backend = InProcess::start(1);
