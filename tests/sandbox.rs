@@ -184,6 +184,12 @@ fn assert_all(backend: &Spawned, field: &str, wanted: impl Fn(&str) -> &'static 
 
 const NONE: &str = "0000000000000000";
 
+fn assert_leaves_no_core_file(backend: &Spawned) {
+    let limits = fs::read_to_string(format!("/proc/{}/limits", backend.pid())).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap();
+    assert_eq!(line.split_whitespace().collect::<Vec<_>>(), ["0", "0", "bytes"]);
+}
+
 #[test]
 fn process_has_no_files_no_network_and_no_rights_left() {
     if !require_root("process_has_no_files_no_network_and_no_rights_left") {
@@ -207,6 +213,7 @@ fn process_has_no_files_no_network_and_no_rights_left() {
         let of = |process: &str| fs::read_link(format!("{process}/ns/{namespace}")).unwrap();
         assert_ne!(of(&proc), of("/proc/self"), "{namespace}");
     }
+    assert_leaves_no_core_file(&backend);
     let devices = fs::read_to_string(format!("{proc}/net/dev")).unwrap();
     assert!(!devices.contains("tap0"), "{devices}");
     // The process goes on, hears of its interface, and tidies up.
@@ -282,6 +289,9 @@ fn level_that_is_chosen_is_what_there_is() {
         }
         for (name, rights) in of_threads(&backend, "CapEff") {
             assert_eq!(rights, wanted(&name).1, "{said}: {name}");
+        }
+        if said == "Sandbox seccomp" {
+            assert_leaves_no_core_file(&backend);
         }
         backend.signal(Signal::SIGTERM);
         assert!(backend.wait_end(PATIENCE).success());

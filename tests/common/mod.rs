@@ -5,7 +5,7 @@
 //! frames that tell loss from corruption ([`frames`]), what a segmentation request stands for ([`split`]). For what a
 //! double cannot show: kernel devices in a namespace ([`netns`]), a stock QEMU ([`qtest`]), Linux guests ([`guest`],
 //! [`transfer`], [`migration`]). [`reference`] is a back-end that we did not design, for a second opinion; [`qemu_shim`] lets QEMU
-//! talk to it, and [`recorder`] shows a front-end's message order.
+//! talk to it, and [`recorder`] shows a front-end's message order. [`refused`] makes a kernel of ours as poor as others are.
 //!
 //! A back-end's thread that panics fails the test ([`panics`]).
 //!
@@ -38,6 +38,7 @@ pub mod qmp;
 pub mod qtest;
 pub mod recorder;
 pub mod reference;
+pub mod refused;
 pub mod split;
 pub mod split_ring;
 pub mod tap_double;

@@ -1,7 +1,6 @@
 //! Frames in io_uring batches on a real TAP: their order, what happens without io_uring, and a killed process's ring.
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use crate::common::backend::{Spawned, arg, for_any_user, inherit};
 use crate::common::bench::Guest;
 use crate::common::frames::{Checker, Ends, Stamp, test_frame};
 use crate::common::netns::{TapSpec, require_root};
+use crate::common::refused::refuse_to;
 use crate::common::virtio::{VnetHdr, feature};
 use crate::common::{PATIENCE, say, skip};
 use crate::extras::{is_forwarding, place_with_bridge};
@@ -147,29 +147,10 @@ fn process_killed_in_the_middle_of_batches_can_be_started_again_at_once() {
     }
 }
 
-/// Makes the kernel refuse `io_uring_setup` to this process, as a container's filter does.
-fn forbid_io_uring() -> std::io::Result<()> {
-    let deny = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
-    let step = |code: u32, k, jf| libc::sock_filter { code: code as u16, jt: 0, jf, k };
-    let mut program = [
-        // The system call's number is the first word.
-        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
-        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_io_uring_setup as u32, 1),
-        step(libc::BPF_RET | libc::BPF_K, deny, 0),
-        step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
-    ];
-    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
-    // SAFETY: PR_SET_NO_NEW_PRIVS takes numbers only.
-    let unprivileged = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    // SAFETY: `filter` names `program`; both outlive the call.
-    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) };
-    if unprivileged == 0 && set == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-}
-
+/// In a container whose filter forbids io_uring.
 fn without_io_uring(place: &Place, more: &[&str]) -> Command {
     let mut command = place.command(&[&["--tap", TAP], more].concat());
-    // SAFETY: between fork and exec the filter is set by system calls alone.
-    unsafe { command.pre_exec(forbid_io_uring) };
+    refuse_to(&mut command, libc::SYS_io_uring_setup, libc::EPERM);
     command
 }
 
