@@ -47,5 +47,6 @@ fn datagrams_that_went_as_one_arrive_as_they_were_sent() {
         return;
     }
     assert_eq!(stream(&[]), u64::from(DATAGRAMS));
+    assert_eq!(stream(&["--coalesce", "on"]), u64::from(DATAGRAMS));
     assert_eq!(stream(&["--coalesce", "off"]), 0);
 }
