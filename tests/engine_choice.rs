@@ -31,6 +31,8 @@ fn median(contender: &Value) -> f64 {
     costs[costs.len() / 2]
 }
 
+/// Nothing is measured: the figures are those of the last run that was committed. What fails is a choice in the source that
+/// they speak against, or new figures that speak against the choice; slower code does not show before it is measured.
 #[test]
 fn auto_takes_the_engine_that_the_benchmark_shows_to_be_better() {
     let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/datapath.json")).unwrap();

@@ -46,10 +46,14 @@ fn units_are_what_systemd_takes() {
         std::fs::write(&path, lines.map(|line| format!("{line}\n")).collect::<String>()).unwrap();
         path
     });
-    let Ok(output) = Command::new("systemd-analyze").arg("verify").args(paths).output() else {
+    // What has to be complained of shows that it looks: its status does not, which others' units have a part in.
+    let wrong = dir.path().join("wrong.service");
+    std::fs::write(&wrong, "[Service]\nExecStart=/bin/true\nNoSuchSetting=yes\n").unwrap();
+    let Ok(output) = Command::new("systemd-analyze").arg("verify").args(paths).arg(&wrong).output() else {
         return skip(TEST, "there is no systemd-analyze (Debian: systemd)");
     };
     let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.lines().any(|line| line.contains("wrong.service") && line.contains("NoSuchSetting")), "{said}");
     // Of others' units it has its words too.
     let ours = said.lines().filter(|line| line.contains("vhost-user-net") && !line.contains("OpenFile"));
     assert_eq!(ours.count(), 0, "{said}");
