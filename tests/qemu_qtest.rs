@@ -4,13 +4,17 @@
 mod common;
 use std::path::Path;
 
-use common::PATIENCE;
 use common::backend::{InProcess, Spawned, arg};
 use common::frames::{Ends, Stamp, test_frame};
 use common::netns::{NetNs, PacketSocket, TapSpec, require_root};
+use common::place::Place;
+use common::qmp;
 use common::qtest::{BUFFERS, Qemu, QemuSpec, QtestDriver, is_at_least, require_qemu};
+use common::refused::refuse_ioctl_bits_to;
 use common::split_ring::Buf;
 use common::virtio::{VnetHdr, ctrl, feature};
+use common::{PATIENCE, wait_until};
+use serde_json::json;
 use tempfile::TempDir;
 
 const HEADER: usize = VnetHdr::LEN;
@@ -202,5 +206,63 @@ fn back_end_restarted_between_frames_carries_on_in_the_same_rings() {
         assert_eq!(host.recv(PATIENCE), Some(out), "{}", backend.log());
         assert_eq!(driver.wait_used(1, PATIENCE), Some((0, 0)));
         assert_eq!(backend.counters(1)[0].get("broken_rings"), None);
+    }
+}
+
+/// A back-end on `place`'s TAP; on a kernel that has no TCP segmentation for it, if so wanted.
+fn start_on(place: &Place, lacks_tso: bool) -> Spawned {
+    let mut command = place.namespace.command(env!("CARGO_BIN_EXE_vhost-user-net"));
+    command.args(["--socket-path", arg(&place.socket()), "--tap", "tap0"]);
+    if lacks_tso {
+        refuse_ioctl_bits_to(&mut command, libc::TUNSETOFFLOAD as u32, libc::TUN_F_TSO4, libc::EINVAL);
+    }
+    let mut backend = Spawned::run(&mut command);
+    backend.wait_line("Listening on");
+    backend
+}
+
+/// The destination's QEMU says what the guest has and would not have there, and the guest goes on where it was: by itself if
+/// that QEMU is told of the failure, and with a command where it is not.
+#[test]
+fn guest_that_a_lesser_back_end_cannot_take_goes_on_where_it_was() {
+    const TEST: &str = "guest_that_a_lesser_back_end_cannot_take_goes_on_where_it_was";
+    if !require_root(TEST) || !require_qemu(TEST) {
+        return;
+    }
+    for is_told in [true, false] {
+        let (here, there) = (Place::new(), Place::new());
+        [&here, &there].iter().for_each(|place| place.namespace.add_tap(&TapSpec::new("tap0")));
+        let _backends = [start_on(&here, false), start_on(&there, true)];
+        let host = PacketSocket::open(&here.namespace, "tap0");
+        let dir = TempDir::new().unwrap();
+        let (incoming, monitor) = (dir.path().join("incoming"), dir.path().join("qmp"));
+        let more = format!(" -qmp unix:{},server=on,wait=off", monitor.display());
+        let source = Qemu::start(&QemuSpec { more: &more, ..QemuSpec::new(&here.socket()) });
+        let mut driver = started(source, 1, feature::GUEST_CSUM | feature::GUEST_TSO4);
+        let uri = format!("unix:{}", incoming.display());
+        let more = format!(" -incoming {uri}");
+        let destination = Qemu::start(&QemuSpec { more: &more, ..QemuSpec::new(&there.socket()) });
+        wait_until("the destination listens", || incoming.exists());
+        let execute = |command, arguments| qmp::execute(&monitor, command, arguments);
+        let capability = json!({ "capability": "return-path", "state": is_told });
+        execute("migrate-set-capabilities", json!({ "capabilities": [capability] }));
+
+        execute("migrate", json!({ "uri": uri }));
+
+        wait_until("it says why not", || {
+            let said = destination.stderr();
+            said.lines().any(|line| line.contains("Features 0x") && line.contains(" unsupported. Allowed features: 0x"))
+        });
+        let status = if is_told { "failed" } else { "completed" };
+        wait_until(status, || execute("query-migrate", json!({}))["status"] == status);
+        if !is_told {
+            execute("cont", json!({}));
+        }
+        wait_until("it runs", || execute("query-status", json!({}))["running"] == true);
+        for seq in 0..3 {
+            let out = transmit(&mut driver, 0, seq, &[HEADER]);
+            assert!(host.recv(PATIENCE) == Some(out), "told {is_told}: frame {seq}");
+            assert_eq!(driver.wait_used(1, PATIENCE), Some((0, 0)));
+        }
     }
 }

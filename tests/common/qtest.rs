@@ -68,11 +68,13 @@ pub struct QemuSpec<'a> {
     /// More properties of the chardev, each with a comma in front: `,reconnect=1`.
     pub chardev: &'a str,
     pub memory_mib: u32,
+    /// More words of the command line, each with a space in front: ` -incoming defer`.
+    pub more: &'a str,
 }
 
 impl<'a> QemuSpec<'a> {
     pub fn new(socket: &'a Path) -> Self {
-        Self { socket, listen: false, queue_pairs: 1, device: "", chardev: "", memory_mib: 64 }
+        Self { socket, listen: false, queue_pairs: 1, device: "", chardev: "", memory_mib: 64, more: "" }
     }
 }
 
@@ -229,7 +231,7 @@ fn arguments(spec: &QemuSpec<'_>) -> Vec<String> {
         _ => format!(",mq=on,vectors={}", 2 * pairs + 2),
     };
     let chardev = spec.chardev;
-    let device = spec.device;
+    let (device, more) = (spec.device, spec.more);
     [
         "-nodefaults -no-user-config -display none -accel tcg".to_owned(),
         format!("-machine q35,memory-backend=m0 -m {memory}"),
@@ -238,7 +240,7 @@ fn arguments(spec: &QemuSpec<'_>) -> Vec<String> {
         format!("-netdev vhost-user,id=n0,chardev=c0,queues={pairs}"),
         format!(
             "-device virtio-net-pci,netdev=n0,addr={SLOT},mac=52:54:00:aa:00:01,\
-             disable-legacy=on,romfile={multi_queue}{device}"
+             disable-legacy=on,romfile={multi_queue}{device}{more}"
         ),
     ]
     .iter()
