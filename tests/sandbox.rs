@@ -8,6 +8,7 @@ mod common;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
@@ -16,16 +17,19 @@ use libc::c_long;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
+use rustix::process::{Resource, Rlimit, prlimit};
 use seccompiler::{BpfProgram, apply_filter};
 use vhost_user_net::sandbox::program;
 use vhost_user_net::sandbox::syscalls::{Only, Role};
 
 use crate::common::backend::{Spawned, arg};
 use crate::common::bench::Guest;
+use crate::common::frontend::RawFrontend;
+use crate::common::message::Message;
 use crate::common::netns::{PacketSocket, TapSpec, require_root};
 use crate::common::place::{Place, assert_frames_pass};
 use crate::common::virtio::feature;
-use crate::common::{PATIENCE, skip};
+use crate::common::{PATIENCE, fd_of, skip};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
 
@@ -431,4 +435,36 @@ fn process_whose_device_is_in_another_namespace_is_confined_each_time() {
         command.args(["--socket-path", arg(&socket)]);
         Spawned::run(&mut command).wait_line("Listening on");
     }
+}
+
+/// The list of no thread has a call to abort with. Memory for the frames of a ring is taken when it starts.
+#[test]
+fn ring_start_with_too_little_memory_is_said_and_ends_the_process_by_sigsys() {
+    if !require_root("ring_start_with_too_little_memory_is_said_and_ends_the_process_by_sigsys") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.add_tap(&TapSpec::new("tap0"));
+    let mut backend = place.start(&["--tap", "tap0"]);
+    let guest = Guest::new(1, 0);
+    let front_end = RawFrontend::connect(place.socket()).unwrap();
+    assert!(front_end.tell(&Message::set_owner()));
+    assert!(front_end.tell(&Message::set_features(feature::VERSION_1)));
+    assert!(front_end.tell(&Message::set_mem_table(&guest.mem)));
+    assert!(front_end.is_alive());
+    let pid = rustix::process::Pid::from_raw(backend.pid().as_raw());
+    prlimit(pid, Resource::Data, Rlimit { current: Some(0), maximum: Some(0) }).unwrap();
+    backend.may_end_by(Signal::SIGSYS);
+
+    for (index, ring) in (0..).zip(guest.session().rings) {
+        // It may have ended already.
+        front_end.tell(&Message::set_vring_num(index, ring.size.into()));
+        front_end.tell(&Message::set_vring_addr(index, ring));
+        front_end.tell(&Message::set_vring_call(index.into(), fd_of(&ring.call)));
+        front_end.tell(&Message::set_vring_kick(index.into(), fd_of(&ring.kick)));
+    }
+
+    let status = backend.wait_end(PATIENCE);
+    assert_eq!(status.signal(), Some(Signal::SIGSYS as i32), "{status}");
+    backend.wait_line("memory allocation of ");
 }
