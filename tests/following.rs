@@ -178,7 +178,7 @@ fn frames_do_not_pass_without_a_carrier_and_pass_again_with_one() {
     assert!(guest.pairs[0].wait_tx_done(PATIENCE));
     place.namespace.ip("link set dev tap0 carrier on");
     backend.wait_line("Interface \"tap0\": link up");
-    wait_for_carrier(&place.namespace, "tap0");
+    place.namespace.wait_operational("tap0");
     assert_frames_pass(&mut guest, &host, 0);
 }
 
@@ -197,14 +197,6 @@ fn link_option_is_for_devices_whose_carrier_can_be_set() {
     let (code, log) = Spawned::refusal(command.args(args));
     assert_eq!(code, Some(1));
     assert!(log.contains("Cannot set the carrier of \"dev0\", which --link asks for"), "{log}");
-}
-
-/// For a moment after it came up the kernel drops what is sent to an interface.
-fn wait_for_carrier(namespace: &NetNs, name: &str) {
-    wait_until("the interface is operational", || {
-        let shown = namespace.ip(&format!("link show dev {name}"));
-        !shown.contains("state DOWN") && !shown.contains("state LOWERLAYERDOWN")
-    });
 }
 
 const KINDS: [&str; 4] = ["tap", "macvtap", "macvlan", "veth"];
@@ -250,7 +242,7 @@ fn interface_that_is_deleted_and_made_again_under_load_is_gone_on_with() {
             let mut guest = Guest::new(queue_pairs, feature::MRG_RXBUF);
             guest.pairs.iter_mut().for_each(|pair| pair.post_rx(64, 2048));
             let front_end = place.connect(&guest);
-            wait_for_carrier(&place.namespace, "dev0");
+            place.namespace.wait_operational("dev0");
             for round in 0..3_usize {
                 let host = PacketSocket::open(&place.namespace, outside);
                 assert_every_pair_passes(&mut guest, &host, kind);
@@ -263,7 +255,7 @@ fn interface_that_is_deleted_and_made_again_under_load_is_gone_on_with() {
                 }
                 make(&place, kind, queue_pairs, TEST).unwrap();
                 backend.wait_line("Interface \"dev0\" is back; frames pass again");
-                wait_for_carrier(&place.namespace, "dev0");
+                place.namespace.wait_operational("dev0");
                 wait_until("the link is up", || backend.log().matches("link up").count() > round);
                 drain(&mut guest);
             }
@@ -343,13 +335,14 @@ fn interface_that_is_made_here_comes_back_with_what_it_was_made_on() {
         let mut guest = Guest::new(1, feature::MRG_RXBUF);
         guest.pairs[0].post_rx(64, 2048);
         let _front_end = place.connect(&guest);
+        place.namespace.wait_operational("made");
         for seq in 0..2 {
             assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, "outside"), seq);
             place.namespace.ip("link del card");
             backend.wait_line("was deleted; waiting for one of that name");
             place.make_card();
             backend.wait_line("is back; frames pass again");
-            wait_for_carrier(&place.namespace, "made");
+            place.namespace.wait_operational("made");
         }
         assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, "outside"), 2);
         backend.signal(Signal::SIGTERM);
@@ -443,7 +436,7 @@ fn interface_that_is_made_again_has_the_address_that_the_guest_was_told() {
                     place.make_card();
                     backend.wait_line("is back; frames pass again");
                 }
-                wait_for_carrier(&place.namespace, "made");
+                place.namespace.wait_operational("made");
                 let shown = place.namespace.ip("link show dev made");
                 assert!(shown.contains(&mac_text(told)), "{mode}: the guest was told {told:02x?}, and it is {shown}");
                 let frame = test_frame(&Ends { dst_mac: told, ..Ends::RX }, Stamp { stream: 2, seq }, 200);
@@ -519,7 +512,7 @@ fn interface_that_comes_back_before_it_can_be_opened_is_tried_again() {
     place.namespace.ip("link set dev tap0 up");
     backend.wait_line("Interface \"tap0\" is back; frames pass again");
     assert!(!backend.log().contains("Created"), "{}", backend.log());
-    wait_for_carrier(&place.namespace, "tap0");
+    place.namespace.wait_operational("tap0");
     assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, "tap0"), 0);
 }
 
@@ -605,7 +598,7 @@ fn tap_that_is_moved_to_another_namespace_goes_on() {
     place.namespace.ip(&format!("link set dev tap0 netns {}", elsewhere.name));
     backend.wait_line("Interface \"tap0\" was moved to another network namespace");
     elsewhere.ip("link set dev tap0 up");
-    wait_for_carrier(&elsewhere, "tap0");
+    elsewhere.wait_operational("tap0");
     assert_frames_pass(&mut guest, &PacketSocket::open(&elsewhere, "tap0"), 1);
     elsewhere.ip("link del tap0");
     backend.wait_line("Interface \"tap0\" was deleted");

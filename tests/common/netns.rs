@@ -211,16 +211,7 @@ impl NetNs {
     /// Waits until the interface takes frames: for a moment after it has got its carrier, the kernel drops what is sent to
     /// it (its queueing discipline is put in place by a deferred job). Nothing tells when.
     pub fn wait_operational(&self, device: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        // One that had its carrier from the start is UNKNOWN for ever.
-        let is_down = || {
-            let shown = self.ip(&format!("link show dev {device}"));
-            ["state DOWN", "state LOWERLAYERDOWN"].iter().any(|state| shown.contains(state))
-        };
-        while is_down() {
-            assert!(Instant::now() < deadline, "{device} does not come up");
-            thread::sleep(Duration::from_millis(10));
-        }
+        wait_operational(&self.name, device);
     }
 
     fn write_sysctl(&self, name: &str, value: &str) {
@@ -229,6 +220,20 @@ impl NetNs {
             // A kernel without IPv6 has no such file, and needs none.
             let _ = std::fs::write(format!("/proc/sys/{name}"), value);
         });
+    }
+}
+
+fn wait_operational(namespace: &str, device: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    // One that had its carrier from the start is UNKNOWN for ever.
+    let is_down = || {
+        let shown = must(Command::new("ip").args(["-n", namespace, "link", "show", "dev", device])).stdout;
+        let shown = String::from_utf8(shown).unwrap();
+        ["state DOWN", "state LOWERLAYERDOWN"].iter().any(|state| shown.contains(state))
+    };
+    while is_down() {
+        assert!(Instant::now() < deadline, "{device} does not come up");
+        thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -321,6 +326,9 @@ fn tun_queue(device: &str, wanted: libc::c_int) -> io::Result<OwnedFd> {
 /// their place.
 pub struct PacketSocket {
     fd: OwnedFd,
+    /// The names of both.
+    namespace: String,
+    device: String,
     vnet_hdr: bool,
 }
 
@@ -346,7 +354,12 @@ impl PacketSocket {
         if vnet_hdr {
             set_packet_option(&fd, libc::PACKET_VNET_HDR, 1);
         }
-        Self { fd, vnet_hdr }
+        Self { fd, namespace: namespace.name.clone(), device: device.to_owned(), vnet_hdr }
+    }
+
+    /// As [`NetNs::wait_operational`].
+    pub fn wait_operational(&self) {
+        wait_operational(&self.namespace, &self.device);
     }
 
     /// Sends a frame to the device, that is, towards the guest.

@@ -35,11 +35,6 @@ pub(crate) fn place_with_tap() -> Place {
     place
 }
 
-/// Until its carrier has settled, the kernel drops what is sent to a TAP.
-pub(crate) fn wait_operational(place: &Place) {
-    wait_until("the TAP is operational", || !place.namespace.ip("link show dev tap0").contains("state DOWN"));
-}
-
 /// I-04, P-12. Some say something first, some a whole session, some nothing.
 #[test]
 fn front_ends_that_come_and_go_by_the_thousand_are_served_and_leave_nothing() {
@@ -445,7 +440,6 @@ fn process_whose_log_is_lost_passes_frames_and_ends_when_told() {
             assert!(Instant::now() < deadline, "{redirection}");
         };
         front_end.negotiate_like_cloud_hypervisor(&guest.session()).unwrap();
-        wait_operational(&place);
         let host = PacketSocket::open(&place.namespace, TAP);
         assert_frames_pass(&mut guest, &host, round);
         // What is logged is not heard.
@@ -499,6 +493,5 @@ fn descriptors_that_it_was_started_with_by_mistake_are_closed() {
     let mut guest = Guest::new(1, 0);
     let front_end = RawFrontend::connect(place.socket()).unwrap();
     front_end.negotiate_like_cloud_hypervisor(&guest.session()).unwrap();
-    wait_operational(&place);
     assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, TAP), 0);
 }

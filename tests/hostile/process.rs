@@ -20,7 +20,6 @@ use crate::common::place::{Place, assert_frames_pass};
 use crate::common::split_ring::Desc;
 use crate::common::virtio::{VnetHdr, feature};
 use crate::common::{PATIENCE, fd_of, say, times};
-use crate::outlived::wait_operational;
 
 pub(crate) const TAP: &str = "tap0";
 
@@ -37,7 +36,7 @@ impl Bench {
         let place = Place::new();
         place.namespace.add_tap(&TapSpec { multi_queue: pairs > 1, ..TapSpec::new(TAP) });
         let backend = place.start(&["--tap", TAP, "--queue-pairs", &pairs.to_string()]);
-        wait_operational(&place);
+        place.namespace.wait_operational(TAP);
         let host = PacketSocket::open(&place.namespace, TAP);
         let mut this = Bench { backend, host, place, seq: 0 };
         // It logs that it listens before it has all its own descriptors; counters come from its loop.

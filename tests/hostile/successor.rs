@@ -15,7 +15,7 @@ use crate::common::netns::{PacketSocket, TapSpec, require_root};
 use crate::common::place::{Place, assert_frames_pass};
 use crate::common::virtio::{VnetHdr, feature};
 use crate::common::{PATIENCE, times};
-use crate::outlived::{BINARY, place_with_tap, wait_operational};
+use crate::outlived::{BINARY, place_with_tap};
 use crate::process::TAP;
 
 /// I-02
@@ -32,7 +32,6 @@ fn process_killed_in_the_middle_of_a_message_leaves_a_guest_that_the_next_one_se
         let mut backend = place.start(&["--tap", TAP]);
         let front_end = place.connect(&guest);
         let host = host.get_or_insert_with(|| PacketSocket::open(&place.namespace, TAP));
-        wait_operational(&place);
         assert_frames_pass(&mut guest, host, round);
         let frame = test_frame(&Ends::TX, Stamp { stream: 7, seq: round }, 100);
         guest.pairs[0].send(&VnetHdr::default(), &frame);
@@ -77,7 +76,6 @@ fn process_started_again_with_fewer_queue_pairs_says_which_rings_stay_idle() {
     let mut backend = place.start(&["--tap", TAP, "--queue-pairs", "2"]);
     let front_end = place.connect(&guest);
     let host = PacketSocket::open(&place.namespace, TAP);
-    wait_operational(&place);
     assert_frames_pass(&mut guest, &host, 0);
     assert!(!backend.log().contains("stays idle"), "{}", backend.log());
     backend.signal(Signal::SIGKILL);
@@ -114,7 +112,6 @@ fn frames_that_come_between_two_processes_wait_in_the_tap_that_somebody_holds() 
     guest.pairs[0].post_rx(240, 2048);
     let mut backend = start();
     let front_end = place.connect(&guest);
-    wait_operational(&place);
     let host = PacketSocket::open(&place.namespace, TAP);
     assert_frames_pass(&mut guest, &host, 0);
     backend.signal(Signal::SIGKILL);
