@@ -39,7 +39,6 @@ fn head_that_is_no_descriptor_parks_its_ring_alone() {
             let began = Instant::now();
             assert_eq!(bench.front_end.get_vring_base(index), Ok(0));
             say(&format!("A parked ring was stopped in {:?}", began.elapsed()));
-            assert!(began.elapsed() < Duration::from_secs(1));
 
             let ring = if index == RX { &mut bench.driver.rx } else { &mut bench.driver.tx };
             ring.reset();
