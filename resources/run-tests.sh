@@ -7,7 +7,7 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/resources/lib/common.sh"
 
 # What cannot run here is said to be skipped, in the table too, and is never shown as if it had passed.
-STAGES=(fmt clippy docs release guest vm build-tests doctests engines fuzz tests)
+STAGES=(fmt clippy docs release guest vm build-tests engines fuzz tests)
 
 usage() {
     cat <<USAGE
@@ -17,12 +17,11 @@ Installs what the tests need (apt) and runs these stages, in this order, up to t
 
   fmt          the sources are formatted
   clippy       no compiler or clippy warning, tests included
-  docs         no rustdoc warning
+  docs         no rustdoc warning, and the examples in the documentation, if there are any
   release      the release build
   guest        Linux guests for the tests: QEMU and User Mode Linux
   vm           launch-vm.sh --check passes, with two queue pairs too, and on each kind of device
   build-tests  the tests compile
-  doctests     the examples in the documentation
   engines      the data path's tests with each way to read and write frames, and with polling
   fuzz         each fuzz target for some seconds, a minute in all; see fuzz.sh
   tests        all other tests, then a table of hostile inputs: what is wanted, what was seen
@@ -42,7 +41,10 @@ FULL_LIMIT=1h
 
 stage_fmt() { run_rust cargo fmt --check; }
 stage_clippy() { run_rust cargo clippy --all-targets -- -D warnings; }
-stage_docs() { RUSTDOCFLAGS="-D warnings" run_rust cargo doc --no-deps; }
+stage_docs() {
+    RUSTDOCFLAGS="-D warnings" run_rust cargo doc --no-deps
+    run_rust cargo test --quiet --doc
+}
 stage_release() { run_rust cargo build --release; }
 stage_vm() {
     if [ "$(id -u)" != 0 ]; then
@@ -59,8 +61,6 @@ stage_vm() {
     done
 }
 stage_build-tests() { run_rust cargo test --lib --bins --tests --no-run; }
-# Apart, because rustdoc prints more after its "test result".
-stage_doctests() { run_rust cargo test --doc; }
 # The default way to read and write frames is the one of the tests themselves.
 stage_engines() {
     local way ways=(IO=uring IO=syscall POLL_US=100)
@@ -80,8 +80,10 @@ stage_engines() {
 }
 stage_fuzz() {
     local status=0
+    : >"$SKIPPED_TESTS"
     "$ROOT/resources/fuzz.sh" --minutes 1 || status=$?
     [ $status != 77 ] || { skip_stage "fuzz targets cannot be built here" && return; }
+    [ ! -s "$SKIPPED_TESTS" ] || skip_stage "$(paste -sd';' "$SKIPPED_TESTS")"
     return $status
 }
 stage_tests() {
