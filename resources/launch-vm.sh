@@ -591,7 +591,7 @@ main() {
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
 
-    WORK=$(mktemp -d /tmp/vhost-user-net.XXXXXX)
+    WORK=$(mktemp -d -t vhost-user-net.XXXXXX)
     speaking_step "Guest image"
     GUEST=$("$ROOT/resources/guest-image.sh")
     step_done "$GUEST"

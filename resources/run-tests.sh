@@ -27,16 +27,17 @@ Installs what the tests need (apt) and runs these stages, in this order, up to t
   tests        all other tests, then a table of hostile inputs: what is wanted, what was seen
 
   --full        what takes long as often as it is meant (1,000 kills, a million sessions): 15 minutes more
-  --only STAGE  this stage only; may be given several times. tests takes guest along
+  --only STAGE  this stage only; may be given several times
 
-Without root the tests that need namespaces, a TAP or a guest say SKIP. With it they find the
-guests through VHOST_USER_NET_GUEST, which this script sets.
+A stage that has no end within $LIMIT fails ($FULL_LIMIT with --full). Without root the tests that need
+namespaces, a TAP or a guest say SKIP. With it they find the guests through VHOST_USER_NET_GUEST,
+which this script sets.
 USAGE
 }
 
-# A test that hangs must not hang a CI machine.
-TESTS_LIMIT=15m
-# Of tests that do everything in full.
+# What hangs must not hang a CI machine.
+LIMIT=15m
+# Where tests do everything in full.
 FULL_LIMIT=1h
 
 stage_fmt() { run_rust cargo fmt --check; }
@@ -87,14 +88,15 @@ stage_fuzz() {
     return $status
 }
 stage_tests() {
-    local run=run_rust limit=()
-    [ "$(id -u)" != 0 ] || run=run_rust_as_root
-    # Not for people: timeout takes the command away from their Ctrl-C.
-    [ -z "${CI:-}" ] || limit=(timeout --kill-after=10 "$TESTS_LIMIT")
-    local printed held status=0
+    local run=run_rust printed held status=0
+    if [ "$(id -u)" = 0 ]; then
+        run=run_rust_as_root
+        VHOST_USER_NET_GUEST=$("$ROOT/resources/guest-image.sh" --uml)
+        export VHOST_USER_NET_GUEST
+    fi
     printed=$(mktemp) held=$(mktemp)
     : >"$SKIPPED_TESTS"
-    $run "${limit[@]}" cargo test --lib --bins --tests --no-fail-fast 2>&1 | tee "$printed" | count_skipped "$held" ||
+    $run cargo test --lib --bins --tests --no-fail-fast 2>&1 | tee "$printed" | count_skipped "$held" ||
         status=$?
     hostile_table "$printed"
     cat "$held"
@@ -124,8 +126,7 @@ stage_guest() {
         skip_stage "not root, so no guests, namespaces or TAPs"
         return
     fi
-    VHOST_USER_NET_GUEST=$("$ROOT/resources/guest-image.sh" --uml)
-    export VHOST_USER_NET_GUEST
+    "$ROOT/resources/guest-image.sh" --uml
 }
 
 require_components() {
@@ -137,15 +138,13 @@ require_components() {
 }
 
 TABLE=''
-# What the stage that runs did not do, and why.
-SKIPPED=''
-# What tests that cannot run write a line to each.
-SKIPPED_TESTS=''
+# timeout's, with whose number for a name all processes of the stage that runs are a group.
+STAGE_PID=''
 
 # `skip_stage WHY` says that a stage, or a part of it, cannot run here.
 skip_stage() {
     say "SKIP: $*"
-    SKIPPED+="${SKIPPED:+; }$*"
+    echo "$*" >>"$SKIPPED"
 }
 
 print_table() {
@@ -156,33 +155,80 @@ print_table() {
 }
 
 at_exit() {
-    local status=$?
-    [ $status = 0 ] || [ -z "$STEP" ] || {
-        TABLE+=$(printf '  %-12s %7s s  FAILED, exit status %s' "$STEP" "$(step_seconds)" $status)$'\n'
+    local status=$? why
+    trap '' INT TERM HUP
+    thaw_what_is_frozen
+    end_stage
+    [ -z "$STEP" ] || {
+        why="exit status $status"
+        [ $status != 0 ] || why="told to end"
+        [ $status != 124 ] || why="no end within $LIMIT"
+        TABLE+=$(printf '  %-12s %7s s  FAILED, %s' "$STEP" "$(step_seconds)" "$why")$'\n'
         print_table
     }
-    rm -f "$SKIPPED_TESTS"
-    remove_namespaces
+    remove_what_tests_left
+    rm -rf "$TMPDIR"
 }
 
-# Those of tests that were killed, which remove their own otherwise: their names begin with what this run had them called.
-remove_namespaces() {
+# What runs still, where the stage failed or hangs, or this script was told to end.
+end_stage() {
+    [ -n "$STAGE_PID" ] || return 0
+    kill -TERM -- "-$STAGE_PID" 2>/dev/null || return 0
+    wait_for 10 stage_gone || kill -KILL -- "-$STAGE_PID" || :
+}
+
+stage_gone() { ! kill -0 -- "-$STAGE_PID" 2>/dev/null; }
+
+# Tests that are killed leave what they remove otherwise; the names begin with what this run had them called.
+control_groups() { find /sys/fs/cgroup{/freezer,} -maxdepth 1 -name "vun-$VHOST_USER_NET_RUN-*" 2>/dev/null || :; }
+
+# It would not even end.
+thaw_what_is_frozen() {
+    local path
+    for path in $(control_groups); do
+        { echo THAWED >"$path/freezer.state" || echo 0 >"$path/cgroup.freeze"; } 2>/dev/null || :
+    done
+}
+
+remove_what_tests_left() {
     local path
     for path in /run/netns/vun-"$VHOST_USER_NET_RUN"-*; do
         [ -e "$path" ] || continue
         ip netns pids "${path##*/}" | xargs -r kill -KILL || :
         ip netns delete "${path##*/}" || :
     done
+    for path in $(control_groups); do
+        wait_for 3 rmdir "$path" 2>/dev/null || say "Cannot remove $path"
+    done
 }
 
 run_stage() {
+    local skipped
     # The table comes before the last stage: that one's own last lines are to be the last.
     [ "$1" != tests ] || print_table
     speaking_step "$1"
-    SKIPPED=''
-    "stage_$1"
-    TABLE+=$(printf '  %-12s %7s s%s' "$1" "$(step_seconds)" "${SKIPPED:+  SKIPPED: $SKIPPED}")$'\n'
-    if [ "$1" = tests ]; then STEP=''; else step_done "${SKIPPED:+SKIPPED}"; fi
+    : >"$SKIPPED"
+    # This script once more, in a process group of its own: so all of it can be ended.
+    timeout --kill-after=10 "$LIMIT" bash "$0" --stage "$1" &
+    STAGE_PID=$!
+    wait "$STAGE_PID"
+    STAGE_PID=''
+    skipped=$(paste -sd';' "$SKIPPED")
+    TABLE+=$(printf '  %-12s %7s s%s' "$1" "$(step_seconds)" "${skipped:+  SKIPPED: $skipped}")$'\n'
+    if [ "$1" = tests ]; then STEP=''; else step_done "${skipped:+SKIPPED}"; fi
+}
+
+# What this run keeps for its time, in a directory where all that it starts, whoever that runs as, has its temporary files.
+begin_run() {
+    TMPDIR=$(mktemp -d -t vun-XXXXXX)
+    chmod 1777 "$TMPDIR"
+    # To each of these a line is written: by a stage of what it did not do, and by tests that cannot run. Whoever builds
+    # runs tests too.
+    SKIPPED=$TMPDIR/skipped SKIPPED_TESTS=$TMPDIR/skipped-tests
+    touch "$SKIPPED" "$SKIPPED_TESTS"
+    chmod 666 "$SKIPPED_TESTS"
+    export TMPDIR SKIPPED SKIPPED_TESTS VHOST_USER_NET_SKIPPED=$SKIPPED_TESTS VHOST_USER_NET_RUN=run$$
+    trap at_exit EXIT
 }
 
 main() {
@@ -191,24 +237,25 @@ main() {
         case $1 in
             --only)
                 [[ " ${STAGES[*]} " == *" ${2:-} "* ]] || { usage >&2 && exit 2; }
-                [ "$2" != tests ] || only+=(guest)
                 only+=("$2")
                 shift
                 ;;
+            --stage)
+                # Of run_stage only.
+                find_rust
+                "stage_$2"
+                exit
+                ;;
             --full)
                 export VHOST_USER_NET_FULL=1
-                TESTS_LIMIT=$FULL_LIMIT
+                LIMIT=$FULL_LIMIT
                 ;;
             --help | -h) usage && exit 0 ;;
             *) usage >&2 && exit 2 ;;
         esac
         shift
     done
-    SKIPPED_TESTS=$(mktemp)
-    # Tests of whoever builds write to it too.
-    chmod 666 "$SKIPPED_TESTS"
-    export VHOST_USER_NET_SKIPPED=$SKIPPED_TESTS VHOST_USER_NET_RUN=run$$
-    trap at_exit EXIT
+    begin_run
     find_rust_to_build
     require_components
     for stage in "${STAGES[@]}"; do

@@ -216,7 +216,7 @@ impl Bench {
         let seat = Seat::take(spec, &namespace, device);
         let mut command = match spec.vmm {
             Vmm::Qemu => qemu_command(spec, &namespace, &seat),
-            Vmm::Uml => uml_command(spec, &seat),
+            Vmm::Uml => uml_command(spec, &namespace, &seat),
         };
         let guest = boot_emulated(&mut command);
         Self { guest, seat, namespace, queue_pairs: spec.queue_pairs, _turn: turn }
@@ -385,9 +385,10 @@ pub fn vectors(queue_pairs: usize) -> usize {
     if qtest::is_at_least(9, 0) { 2 * queue_pairs + 2 } else { 0 }
 }
 
-fn uml_command(spec: &GuestSpec<'_>, seat: &Seat) -> Command {
+/// In the namespace too, so that whoever ends what is in there finds it.
+fn uml_command(spec: &GuestSpec<'_>, namespace: &NetNs, seat: &Seat) -> Command {
     let image = image().expect("require_guest was asked");
-    let mut command = Command::new(image.join("uml/linux"));
+    let mut command = namespace.command(arg(&image.join("uml/linux")));
     command
         .arg("mem=256M")
         .arg(format!("initrd={}", image.join("uml/initrd.gz").display()))

@@ -163,9 +163,11 @@ struct Freezer {
 }
 
 impl Freezer {
-    /// None where this process may not make one.
+    /// None where this process may not make one. Its name begins with what `VHOST_USER_NET_RUN` calls this run, as those of
+    /// namespaces do.
     fn new() -> Option<Freezer> {
-        let name = format!("vun-test-{}", std::process::id());
+        let run = std::env::var("VHOST_USER_NET_RUN").map_or(String::new(), |run| run + "-");
+        let name = format!("vun-{run}{}", std::process::id());
         for (root, file, values) in [
             ("/sys/fs/cgroup/freezer", "freezer.state", ["THAWED", "FROZEN"]),
             ("/sys/fs/cgroup", "cgroup.freeze", ["0", "1"]),
