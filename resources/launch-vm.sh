@@ -27,6 +27,8 @@ is gone with all that is in it; packages, the guest's parts in the cache and tar
                       tun: a routed network, with another host (10.98.0.1, fd98::1) beyond this one
   --backend NAME      vhost-user-net (default) or qemu-tap: QEMU's own, to compare with
   --accel NAME        auto (default: KVM if it runs a guest here, else emulation), kvm or tcg
+  --print-accel       no guest: print what auto stands for here, for the --accel of several runs
+  --seconds N         how long --check has iperf3 send, each way (3)
   --keep-logs DIR     copy the logs of guest, VMM and back-end there at the end
   --help              this text
 
@@ -66,8 +68,9 @@ parse_options() {
     while [ $# -gt 0 ]; do
         case $1 in
             --check) MODE=check ;;
+            --print-accel) MODE=print-accel ;;
             --help | -h) usage && exit 0 ;;
-            --queue-pairs | --memory | --smp | --vmm | --device | --backend | --accel | --keep-logs)
+            --queue-pairs | --memory | --smp | --vmm | --device | --backend | --accel | --seconds | --keep-logs)
                 [ $# -ge 2 ] || usage_error "$1 needs a value"
                 case $1 in
                     --queue-pairs) PAIRS=$2 ;;
@@ -77,6 +80,7 @@ parse_options() {
                     --device) DEVICE=$2 ;;
                     --backend) BACKEND=$2 ;;
                     --accel) ACCEL=$2 ;;
+                    --seconds) IPERF_SECONDS=$2 ;;
                     --keep-logs) LOGS=$2 ;;
                 esac
                 shift
@@ -89,6 +93,7 @@ parse_options() {
     SMP=${SMP:-$PAIRS}
     [[ $PAIRS =~ ^[1-9][0-9]*$ ]] || usage_error "--queue-pairs wants a number, not $PAIRS"
     [[ $SMP =~ ^[1-9][0-9]*$ ]] || usage_error "--smp wants a number, not $SMP"
+    [[ $IPERF_SECONDS =~ ^[1-9][0-9]*$ ]] || usage_error "--seconds wants a number, not $IPERF_SECONDS"
     [[ $MEMORY =~ ^[1-9][0-9]*[MG]$ ]] || usage_error "--memory wants a size such as 512M, not $MEMORY"
     [[ $VMM =~ ^(qemu|cloud-hypervisor)$ ]] || usage_error "unknown VMM $VMM"
     [[ $DEVICE =~ ^(tap|macvtap|macvlan|tun)$ ]] || usage_error "unknown device $DEVICE"
@@ -586,7 +591,7 @@ main() {
     start=$(now)
     parse_options "$@"
     [ "$(id -u)" = 0 ] || die "must be root to make a network namespace: sudo resources/launch-vm.sh"
-    [ $MODE = check ] || [ -t 0 ] || die "no terminal on standard input; --check needs none"
+    [ $MODE != console ] || [ -t 0 ] || die "no terminal on standard input; --check needs none"
     trap clean_up EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
@@ -595,6 +600,11 @@ main() {
     speaking_step "Guest image"
     GUEST=$("$ROOT/resources/guest-image.sh")
     step_done "$GUEST"
+    if [ $MODE = print-accel ]; then
+        choose_accelerator
+        echo "$ACCEL"
+        exit
+    fi
     [ "$VMM" = qemu ] || require_cloud_hypervisor
     if [ "$BACKEND" = vhost-user-net ]; then
         find_rust_to_build
