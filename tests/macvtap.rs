@@ -22,7 +22,7 @@ use common::frames::{
 use common::frontend::{Answer, RawFrontend};
 use common::message::Message;
 use common::netns::{NetNs, PacketSocket, TapSpec};
-use common::place::{Place, assert_frames_pass};
+use common::place::{Place, assert_frames_go_on_passing, assert_frames_pass};
 use common::virtio::{VnetHdr, ctrl, feature, gso, net_flag};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vhost-user-net");
@@ -49,7 +49,8 @@ fn frames_pass_both_ways_in_all_modes() {
         let mut guest = guest_with(1, feature::MRG_RXBUF);
         let _front_end = place.connect(&guest);
         let outside = place.outside();
-        (0..100).for_each(|seq| assert_frames_pass(&mut guest, &outside, seq));
+        assert_frames_pass(&mut guest, &outside, 0);
+        (1..100).for_each(|seq| assert_frames_go_on_passing(&mut guest, &outside, seq));
         // Too long for what a TAP would do with a burst, and in order.
         let burst = |seq| test_frame(&Ends::RX, Stamp { stream: 3, seq }, 1500);
         (0..100).for_each(|seq| outside.send(&burst(seq)));
