@@ -20,10 +20,11 @@
 //!   A UDP checksum of none (0) or one that is complete already would not come back.
 
 use super::checksum::{Sum, pseudo_header};
-use super::flow::{ALIKE, COPIED, same_headers};
-use super::flow::{IPV4_HEADER, IPV6_HEADER, Kind, Layout, TCP_HEADER, TCP_LAST_ONLY, UDP_HEADER};
-use super::header::{
-    ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, HEADER_LEN, IPPROTO_TCP, IPPROTO_UDP, VnetHeader, find_l3,
+use super::flow::{ALIKE, COPIED, Layout, same_headers};
+use super::header::{F_NEEDS_CSUM, HEADER_LEN, VnetHeader};
+use super::protocol::{
+    ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_HEADER, IPV6_HEADER, PacketKind, TCP_ACK, TCP_CHECKSUM, TCP_ECE, TCP_HEADER,
+    TCP_LAST_ONLY, UDP_CHECKSUM, UDP_HEADER, find_l3,
 };
 
 /// Longest frame that is put together. From 65536 bytes on, the usual `gso_max_size`, Linux cuts a frame itself however
@@ -31,9 +32,6 @@ use super::header::{
 pub const MERGED_FRAME_MAX: usize = 65_535;
 /// Most UDP datagrams in one frame: Linux before 6.10 puts no more into one itself (`UDP_MAX_SEGMENTS`).
 pub const UDP_FRAMES_MAX: usize = 64;
-
-const TCP_ACK: u8 = 0x10;
-const TCP_ECE: u8 = 0x40;
 
 /// Which protocols may be merged: those whose segmentation the device takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,12 +88,14 @@ impl Segment {
         let (ethertype, l3) = find_l3(start)?;
         let ip = Ip::parse(ethertype, start.get(l3..)?, len.checked_sub(l3)?)?;
         let l4 = l3 + ip.header_len;
-        let transport = match ip.protocol {
-            IPPROTO_TCP if allowed.tcp => Transport::tcp(start.get(l4..)?.first_chunk()?)?,
-            IPPROTO_UDP if allowed.udp => Transport::udp(start.get(l4..)?.first_chunk()?, ip.payload)?,
+        let kind = PacketKind::of(ethertype, ip.protocol)?;
+        let transport = match kind {
+            PacketKind::Tcp4 | PacketKind::Tcp6 if allowed.tcp => Transport::tcp(start.get(l4..)?.first_chunk()?)?,
+            PacketKind::Udp4 | PacketKind::Udp6 if allowed.udp => {
+                Transport::udp(start.get(l4..)?.first_chunk()?, ip.payload)?
+            }
             _ => return None,
         };
-        let kind = transport.kind(ip.header_len);
         let end = l4 + transport.header_len;
         let payload = ip.payload.checked_sub(transport.header_len as u16)?;
         let completes = usize::from(header.csum_start) == l4 && header.csum_offset == kind.checksum_offset();
@@ -228,7 +228,6 @@ fn has_right_checksum(ip: &[u8; IPV4_HEADER]) -> bool {
 
 /// What a TCP or UDP header says, if it is one that segmentation gives back.
 struct Transport {
-    is_tcp: bool,
     header_len: usize,
     checksum: u16,
     last_flags: u8,
@@ -248,9 +247,8 @@ impl Transport {
             return None;
         }
         Some(Transport {
-            is_tcp: true,
             header_len,
-            checksum: u16::from_be_bytes([tcp[16], tcp[17]]),
+            checksum: u16::from_be_bytes([tcp[TCP_CHECKSUM], tcp[TCP_CHECKSUM + 1]]),
             last_flags: flags & TCP_LAST_ONLY,
             sequence: u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]),
         })
@@ -263,21 +261,11 @@ impl Transport {
             return None;
         }
         Some(Transport {
-            is_tcp: false,
             header_len: UDP_HEADER,
-            checksum: u16::from_be_bytes([udp[6], udp[7]]),
+            checksum: u16::from_be_bytes([udp[UDP_CHECKSUM], udp[UDP_CHECKSUM + 1]]),
             last_flags: 0,
             sequence: 0,
         })
-    }
-
-    fn kind(&self, ip_header: usize) -> Kind {
-        match (self.is_tcp, ip_header) {
-            (true, IPV4_HEADER) => Kind::Tcp4,
-            (true, _) => Kind::Tcp6,
-            (false, IPV4_HEADER) => Kind::Udp4,
-            (false, _) => Kind::Udp6,
-        }
     }
 }
 
@@ -383,33 +371,16 @@ impl Run {
         let (ip, l4) = packet.split_at_mut_checked(kind.ip_header())?;
         // MERGED_FRAME_MAX bounds both lengths.
         let l4_len = (l4.len() + self.payload) as u16;
-        let pseudo = match kind {
-            Kind::Tcp4 | Kind::Udp4 => write_ipv4(ip.first_chunk_mut()?, l4_len)?,
-            Kind::Tcp6 | Kind::Udp6 => write_ipv6(ip.first_chunk_mut()?, l4_len)?,
-        };
+        let pseudo = kind.write_ip_length(ip, l4_len)?.fold();
         if kind.is_tcp() {
             let tcp: &mut [u8; TCP_HEADER] = l4.first_chunk_mut()?;
             tcp[13] |= self.last.last_flags;
-            [tcp[16], tcp[17]] = pseudo.to_be_bytes();
+            [tcp[TCP_CHECKSUM], tcp[TCP_CHECKSUM + 1]] = pseudo.to_be_bytes();
         } else {
             let udp: &mut [u8; UDP_HEADER] = l4.first_chunk_mut()?;
             [udp[4], udp[5]] = l4_len.to_be_bytes();
-            [udp[6], udp[7]] = pseudo.to_be_bytes();
+            [udp[UDP_CHECKSUM], udp[UDP_CHECKSUM + 1]] = pseudo.to_be_bytes();
         }
         Some(())
     }
-}
-
-/// Gives the packet behind this header `payload` bytes; returns the sum of its pseudo-header.
-fn write_ipv4(ip: &mut [u8; IPV4_HEADER], payload: u16) -> Option<u16> {
-    [ip[2], ip[3]] = payload.wrapping_add(IPV4_HEADER as u16).to_be_bytes();
-    [ip[10], ip[11]] = [0, 0];
-    [ip[10], ip[11]] = Sum::of(ip).complement().to_be_bytes();
-    Some(pseudo_header(ip.last_chunk::<8>()?, ip[9]).plus_word(payload).fold())
-}
-
-/// As [`write_ipv4`].
-fn write_ipv6(ip: &mut [u8; IPV6_HEADER], payload: u16) -> Option<u16> {
-    [ip[4], ip[5]] = payload.to_be_bytes();
-    Some(pseudo_header(ip.last_chunk::<32>()?, ip[6]).plus_word(payload).fold())
 }

@@ -3,58 +3,15 @@
 //! `coalesce` asks this of private copies. Nothing here judges a frame alone.
 
 use super::ETH_HEADER;
-use super::header::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4};
-
-pub(super) const IPV4_HEADER: usize = 20;
-pub(super) const IPV6_HEADER: usize = 40;
-pub(super) const UDP_HEADER: usize = 8;
-pub(super) const TCP_HEADER: usize = 20;
-
-const TCP_FIN: u8 = 0x01;
-const TCP_PSH: u8 = 0x08;
-/// Flags that end a run.
-pub(super) const TCP_LAST_ONLY: u8 = TCP_FIN | TCP_PSH;
-
-/// What a frame carries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    Tcp4,
-    Tcp6,
-    Udp4,
-    Udp6,
-}
-
-impl Kind {
-    pub(super) fn is_tcp(self) -> bool {
-        matches!(self, Kind::Tcp4 | Kind::Tcp6)
-    }
-
-    pub(super) fn is_ipv4(self) -> bool {
-        matches!(self, Kind::Tcp4 | Kind::Udp4)
-    }
-
-    pub(super) fn ip_header(self) -> usize {
-        if self.is_ipv4() { IPV4_HEADER } else { IPV6_HEADER }
-    }
-
-    /// Where the checksum stands in the transport header.
-    pub(super) fn checksum_offset(self) -> u16 {
-        if self.is_tcp() { 16 } else { 6 }
-    }
-
-    pub(super) fn gso_type(self) -> u8 {
-        match self {
-            Kind::Tcp4 => GSO_TCPV4,
-            Kind::Tcp6 => GSO_TCPV6,
-            Kind::Udp4 | Kind::Udp6 => GSO_UDP_L4,
-        }
-    }
-}
+use super::protocol::{
+    ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_HEADER, IPV6_HEADER, PacketKind, TCP_CHECKSUM, TCP_HEADER, TCP_LAST_ONLY,
+    UDP_HEADER,
+};
 
 /// What a frame's headers are, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
-    pub(super) kind: Kind,
+    pub(super) kind: PacketKind,
     /// Where the IP header begins.
     pub(super) l3: u8,
     /// Where the TCP or UDP header begins.
@@ -89,8 +46,11 @@ pub(super) struct Masks {
 /// What segmentation copies from the whole to each segment. It writes IPv4's total length, identification and checksum, or
 /// IPv6's payload length; UDP's length and checksum, or TCP's sequence number, last flags and checksum.
 pub(super) const COPIED: Masks = Masks {
-    tcp4: but_last_flags(all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4), (IPV4_HEADER + 16, 2)]), IPV4_HEADER),
-    tcp6: but_last_flags(all_but(&[(4, 2), (IPV6_HEADER + 4, 4), (IPV6_HEADER + 16, 2)]), IPV6_HEADER),
+    tcp4: but_last_flags(
+        all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4), (IPV4_HEADER + TCP_CHECKSUM, 2)]),
+        IPV4_HEADER,
+    ),
+    tcp6: but_last_flags(all_but(&[(4, 2), (IPV6_HEADER + 4, 4), (IPV6_HEADER + TCP_CHECKSUM, 2)]), IPV6_HEADER),
     udp4: all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4)]),
     udp6: all_but(&[(4, 2), (IPV6_HEADER + 4, 4)]),
 };
@@ -117,10 +77,10 @@ pub(super) fn same_headers(masks: &Masks, layout: Layout, first: &[u8], next: &[
     let (first_link, first) = first.get(..end)?.split_at_checked(layout.l3.into())?;
     let (next_link, next) = next.get(..end)?.split_at_checked(layout.l3.into())?;
     let same_packet = match layout.kind {
-        Kind::Tcp4 => same_under(&masks.tcp4, first, next),
-        Kind::Tcp6 => same_under(&masks.tcp6, first, next),
-        Kind::Udp4 => same_under(&masks.udp4, first, next),
-        Kind::Udp6 => same_under(&masks.udp6, first, next),
+        PacketKind::Tcp4 => same_under(&masks.tcp4, first, next),
+        PacketKind::Tcp6 => same_under(&masks.tcp6, first, next),
+        PacketKind::Udp4 => same_under(&masks.udp4, first, next),
+        PacketKind::Udp6 => same_under(&masks.udp6, first, next),
     };
     // The frame's addresses and type as one, and what VLAN tags there may be.
     let (first_start, first_tags) = first_link.split_first_chunk::<ETH_HEADER>()?;

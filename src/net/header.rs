@@ -12,6 +12,7 @@ use super::features::{
     self, CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_UFO, GUEST_USO4, GUEST_USO6, GuestOffloads,
     HOST_ECN, HOST_TSO4, HOST_TSO6, HOST_UFO, HOST_USO,
 };
+use super::protocol::find_l4;
 use super::{ETH_HEADER, FRAME_MAX};
 
 /// Bytes of the header; with `VIRTIO_F_VERSION_1`, which is required here, it has `num_buffers` always.
@@ -234,18 +235,21 @@ impl TxRules {
 
     fn check_gso(self, header: VnetHeader, len: usize, start: &[u8]) -> Result<CheckedHeader, HeaderFault> {
         let VnetHeader { flags, gso_type, gso_size, csum_start, csum_offset, .. } = header;
-        let l4 = self.negotiated_protocol(gso_type).ok_or(HeaderFault::NotNegotiated { flags, gso_type })?;
+        if !self.is_negotiated(gso_type) {
+            return Err(HeaderFault::NotNegotiated { flags, gso_type });
+        }
         if gso_size == 0 || gso_size == GSO_BY_FRAGS || flags & F_NEEDS_CSUM == 0 {
             return Err(HeaderFault::Contradictory { flags, gso_type, gso_size });
         }
         self.check_checksum(header, len)?;
         let start = start.get(..len.min(start.len())).unwrap_or_default();
-        let found = find_l4(start).filter(|found| found.protocol == l4.protocol && l4.ip.allows(found.version));
-        let found = found.ok_or(HeaderFault::WrongProtocol { gso_type })?;
-        if usize::from(csum_start) != found.offset || csum_offset != l4.checksum_offset {
+        let wrong_protocol = HeaderFault::WrongProtocol { gso_type };
+        let found = find_l4(start).ok_or(wrong_protocol)?;
+        let kind = found.kind().filter(|kind| kind.fits(gso_type)).ok_or(wrong_protocol)?;
+        if usize::from(csum_start) != found.l4 || csum_offset != kind.checksum_offset() {
             return Err(HeaderFault::Checksum { start: csum_start, offset: csum_offset });
         }
-        let headers = l4.headers_end(start, found.offset).ok_or(HeaderFault::WrongProtocol { gso_type })?;
+        let headers = kind.payload_start(start, found.l4).ok_or(wrong_protocol)?;
         let segments = len.saturating_sub(headers).div_ceil(usize::from(gso_size));
         if segments > usize::from(self.limit.0) {
             return Err(HeaderFault::TooManySegments { segments });
@@ -263,126 +267,18 @@ impl TxRules {
         Ok(CheckedHeader { header, protocol_headers: headers, segments })
     }
 
-    /// What a GSO type promises of its frame, if it exists and was negotiated.
-    fn negotiated_protocol(self, gso_type: u8) -> Option<L4> {
-        let (feature, l4) = match gso_type & !GSO_ECN {
-            GSO_TCPV4 => (HOST_TSO4, L4::tcp(IpVersions::V4)),
-            GSO_TCPV6 => (HOST_TSO6, L4::tcp(IpVersions::V6)),
-            GSO_UDP => (HOST_UFO, L4::udp()),
-            GSO_UDP_L4 => (HOST_USO, L4::udp()),
-            _ => return None,
+    /// Whether a GSO type exists and was negotiated.
+    fn is_negotiated(self, gso_type: u8) -> bool {
+        let (feature, is_tcp) = match gso_type & !GSO_ECN {
+            GSO_TCPV4 => (HOST_TSO4, true),
+            GSO_TCPV6 => (HOST_TSO6, true),
+            GSO_UDP => (HOST_UFO, false),
+            GSO_UDP_L4 => (HOST_USO, false),
+            _ => return false,
         };
-        let ecn = gso_type & GSO_ECN != 0;
-        let ecn_allowed = !ecn || (self.has(HOST_ECN) && l4.protocol == IPPROTO_TCP);
-        (self.has(feature) && ecn_allowed).then_some(l4)
+        let ecn_allowed = gso_type & GSO_ECN == 0 || (is_tcp && self.has(HOST_ECN));
+        self.has(feature) && ecn_allowed
     }
-}
-
-pub(super) const IPPROTO_TCP: u8 = 6;
-pub(super) const IPPROTO_UDP: u8 = 17;
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum IpVersions {
-    V4,
-    V6,
-    Both,
-}
-
-impl IpVersions {
-    fn allows(self, version: u8) -> bool {
-        match self {
-            IpVersions::V4 => version == 4,
-            IpVersions::V6 => version == 6,
-            IpVersions::Both => true,
-        }
-    }
-}
-
-/// The transport protocol that a GSO type segments.
-struct L4 {
-    ip: IpVersions,
-    protocol: u8,
-    checksum_offset: u16,
-}
-
-impl L4 {
-    fn tcp(ip: IpVersions) -> L4 {
-        L4 { ip, protocol: IPPROTO_TCP, checksum_offset: 16 }
-    }
-
-    fn udp() -> L4 {
-        L4 { ip: IpVersions::Both, protocol: IPPROTO_UDP, checksum_offset: 6 }
-    }
-
-    /// Where the headers end whose transport header is at `offset`, if all of it is there.
-    fn headers_end(&self, frame: &[u8], offset: usize) -> Option<usize> {
-        let len = match self.protocol {
-            IPPROTO_TCP => usize::from(*frame.get(offset + 12)? >> 4) * 4,
-            _ => 8,
-        };
-        let least = if self.protocol == IPPROTO_TCP { 20 } else { 8 };
-        let end = offset + len;
-        (len >= least && end <= frame.len()).then_some(end)
-    }
-}
-
-/// Where a frame's transport header is, and of what protocol.
-pub(super) struct Found {
-    pub(super) version: u8,
-    pub(super) protocol: u8,
-    pub(super) offset: usize,
-}
-
-pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
-pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
-/// 802.1Q and 802.1ad.
-const ETHERTYPES_VLAN: [u16; 2] = [0x8100, 0x88a8];
-const VLAN_TAGS_MAX: usize = 2;
-
-/// The network header's ethertype and offset, behind up to two VLAN tags.
-pub(super) fn find_l3(frame: &[u8]) -> Option<(u16, usize)> {
-    let mut at = 12;
-    for _ in 0..=VLAN_TAGS_MAX {
-        let ethertype = u16::from_be_bytes(*frame.get(at..)?.first_chunk()?);
-        if !ETHERTYPES_VLAN.contains(&ethertype) {
-            return Some((ethertype, at + 2));
-        }
-        at += 4;
-    }
-    None
-}
-
-pub(super) fn find_l4(frame: &[u8]) -> Option<Found> {
-    let (ethertype, at) = find_l3(frame)?;
-    let ip = frame.get(at..)?;
-    match (ethertype, ip.first()? >> 4) {
-        (ETHERTYPE_IPV4, 4) => {
-            let header_len = usize::from(ip.first()? & 15) * 4;
-            (header_len >= 20).then_some(())?;
-            Some(Found { version: 4, protocol: *ip.get(9)?, offset: at + header_len })
-        }
-        (ETHERTYPE_IPV6, 6) => {
-            let (protocol, len) = skip_ipv6_headers(ip)?;
-            Some(Found { version: 6, protocol, offset: at + len })
-        }
-        _ => None,
-    }
-}
-
-/// The transport protocol behind an IPv6 header and the extension headers that a segmented packet may have, and the
-/// length of all of them.
-fn skip_ipv6_headers(ip: &[u8]) -> Option<(u8, usize)> {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const DESTINATION: u8 = 60;
-    let mut protocol = *ip.get(6)?;
-    let mut at = 40;
-    while [HOP_BY_HOP, ROUTING, DESTINATION].contains(&protocol) {
-        let [next, units] = *ip.get(at..)?.first_chunk()?;
-        protocol = next;
-        at += (usize::from(units) + 1) * 8;
-    }
-    Some((protocol, at))
 }
 
 /// Where `num_buffers` is in a header.

@@ -22,7 +22,8 @@ use smoltcp::wire::{
 
 use super::ETH_HEADER;
 use super::filter::Mac;
-use super::header::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, HEADER_LEN, VnetHeader};
+use super::header::{F_NEEDS_CSUM, HEADER_LEN, VnetHeader};
+use super::protocol::{ETHERTYPE_IPV4, ETHERTYPE_IPV6};
 
 /// The gateway's address, the same for every guest and on every host, so that a guest that moves finds it again. Each
 /// is alone with its guest.

@@ -13,6 +13,7 @@ mod frame;
 pub mod framing;
 pub mod header;
 pub mod ip_link;
+mod protocol;
 pub mod rx;
 pub mod segment;
 pub mod tx;

@@ -9,21 +9,16 @@
 
 use std::ops::Range;
 
-use super::checksum::{Sum, crc32c, pseudo_header};
+use super::checksum::{Sum, crc32c};
 use super::features::{GUEST_CSUM, GuestOffloads};
 use super::header::{
-    ETHERTYPE_IPV4, ETHERTYPE_IPV6, F_NEEDS_CSUM, Found, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4,
-    IPPROTO_TCP, IPPROTO_UDP, NotNegotiated, PROTOCOL_HEADERS_MAX, SEGMENTS_MAX, VnetHeader, check_rx, find_l3,
-    find_l4,
+    F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NotNegotiated, PROTOCOL_HEADERS_MAX,
+    SEGMENTS_MAX, VnetHeader, check_rx,
 };
-
-const IPPROTO_SCTP: u8 = 132;
-const IPV4_HEADER: usize = 20;
-const IPV6_HEADER: usize = 40;
-const UDP_HEADER: usize = 8;
-const TCP_HEADER: usize = 20;
-const TCP_FIN_PSH: u8 = 0x09;
-const TCP_CWR: u8 = 0x80;
+use super::protocol::{
+    Found, IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP, IPV4_HEADER, PacketKind, SCTP_CHECKSUM, TCP_CWR, TCP_HEADER,
+    TCP_LAST_ONLY, UDP_CHECKSUM, UDP_HEADER, find_l4,
+};
 
 /// What has to be done to a frame before the guest may have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +34,7 @@ pub enum Need {
 /// How to cut a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
+    kind: PacketKind,
     l3: usize,
     l4: usize,
     /// Where the payload begins.
@@ -47,8 +43,6 @@ pub struct Plan {
     size: usize,
     /// Bytes of all payload.
     payload: usize,
-    is_ipv4: bool,
-    is_tcp: bool,
     /// Whether CWR is the first segment's alone (RFC 3168, "6.1.2 The TCP Sender"). Else it is part of a counter, the same in
     /// all segments (RFC 9768, "The ACE Field").
     is_cwr_first: bool,
@@ -96,7 +90,7 @@ pub(super) fn is_of_tunnel(header: VnetHeader, start: &[u8]) -> bool {
     };
     let is_elsewhere = |l4| header.flags & F_NEEDS_CSUM != 0 && usize::from(header.csum_start) != l4;
     let found = find_l4(start.get(..PROTOCOL_HEADERS_MAX).unwrap_or(start));
-    found.is_some_and(|found| found.protocol != protocol || is_elsewhere(found.offset))
+    found.is_some_and(|found| found.protocol != protocol || is_elsewhere(found.l4))
 }
 
 /// Completes the checksum of a frame that is not to be cut; returns its header for the guest. SCTP's is another
@@ -106,32 +100,27 @@ pub(super) fn is_of_tunnel(header: VnetHeader, start: &[u8]) -> bool {
 /// [`NotNegotiated`] where the checksum's field is not in the frame.
 pub fn complete_checksum(header: VnetHeader, frame: &mut [u8]) -> Result<VnetHeader, NotNegotiated> {
     let start = usize::from(header.csum_start);
-    if header.csum_offset == SCTP_CHECKSUM && find_l4(frame).is_some_and(|found| found.protocol == IPPROTO_SCTP) {
+    let at = usize::from(header.csum_offset);
+    if at == SCTP_CHECKSUM && find_l4(frame).is_some_and(|found| found.protocol == IPPROTO_SCTP) {
         return complete_crc(frame.get_mut(start..).ok_or(NotNegotiated)?);
     }
     let summed = frame.get_mut(start..).ok_or(NotNegotiated)?;
     let sum = Sum::of(summed).complement();
-    let at = usize::from(header.csum_offset);
     let field: &mut [u8; 2] = summed.get_mut(at..).and_then(<[u8]>::first_chunk_mut).ok_or(NotNegotiated)?;
-    *field = transmitted(sum, header.csum_offset == UDP_CHECKSUM).to_be_bytes();
+    *field = transmitted(sum, at == UDP_CHECKSUM).to_be_bytes();
     Ok(VnetHeader::default())
 }
 
 /// The same for an SCTP packet (RFC 9260, "CRC32c Checksum Calculation").
 fn complete_crc(packet: &mut [u8]) -> Result<VnetHeader, NotNegotiated> {
     let put = |packet: &mut [u8], crc: u32| {
-        let field = packet.get_mut(usize::from(SCTP_CHECKSUM)..).and_then(<[u8]>::first_chunk_mut);
+        let field = packet.get_mut(SCTP_CHECKSUM..).and_then(<[u8]>::first_chunk_mut);
         field.map(|field| *field = crc.to_le_bytes()).ok_or(NotNegotiated)
     };
     put(packet, 0)?;
     put(packet, crc32c(packet))?;
     Ok(VnetHeader::default())
 }
-
-/// Where the checksum stands in a UDP header, in a TCP one, and in an SCTP one.
-const UDP_CHECKSUM: u16 = 6;
-const TCP_CHECKSUM: u16 = 16;
-const SCTP_CHECKSUM: u16 = 8;
 
 /// To UDP a checksum of 0 means that there is none (RFC 768).
 fn transmitted(sum: u16, is_udp: bool) -> u16 {
@@ -140,38 +129,28 @@ fn transmitted(sum: u16, is_udp: bool) -> u16 {
 
 impl Plan {
     fn of(header: VnetHeader, frame: &[u8], guest: GuestOffloads) -> Option<Plan> {
-        let (ethertype, l3) = find_l3(frame)?;
-        let (is_ipv4, is_tcp) = match (header.gso_type & !GSO_ECN, ethertype) {
-            (GSO_TCPV4, ETHERTYPE_IPV4) => (true, true),
-            (GSO_TCPV6, ETHERTYPE_IPV6) => (false, true),
-            (GSO_UDP_L4, ETHERTYPE_IPV4) => (true, false),
-            (GSO_UDP_L4, ETHERTYPE_IPV6) => (false, false),
-            _ => return None,
-        };
-        let Found { protocol, offset: l4, .. } = find_l4(frame)?;
-        let (wanted, checksum) = if is_tcp { (IPPROTO_TCP, TCP_CHECKSUM) } else { (IPPROTO_UDP, UDP_CHECKSUM) };
+        let found = find_l4(frame)?;
+        let kind = found.kind().filter(|kind| kind.gso_type() == header.gso_type & !GSO_ECN)?;
+        let Found { l3, l4, .. } = found;
         // A card that puts frames together has checked their sums, and says so instead.
         let is_checked = header.flags & F_NEEDS_CSUM == 0;
-        let is_there = usize::from(header.csum_start) == l4 && header.csum_offset == checksum;
-        if protocol != wanted || !(is_checked || is_there) {
+        let is_there = usize::from(header.csum_start) == l4 && header.csum_offset == kind.checksum_offset();
+        if !(is_checked || is_there) {
             return None;
         }
         // Of a source route or a routing header the sum is over the last destination (RFC 8200, "Upper-Layer Checksums").
-        let is_routed = l4 - l3 > if is_ipv4 { IPV4_HEADER } else { IPV6_HEADER };
+        let is_routed = l4 - l3 > kind.ip_header();
         if is_routed && is_checked {
             return None;
         }
-        let transport = frame.get(l4..)?;
-        let transport_len = if is_tcp { usize::from(transport.get(12)? >> 4) * 4 } else { UDP_HEADER };
-        let end = l4 + transport_len;
-        let payload = frame.len().checked_sub(end)?;
-        let whole = transport_len >= if is_tcp { TCP_HEADER } else { UDP_HEADER };
+        let end = kind.payload_start(frame, l4)?;
+        let payload = frame.len() - end;
         let size = usize::from(header.gso_size);
-        if !whole || end > PROTOCOL_HEADERS_MAX || payload == 0 || size == 0 || payload.div_ceil(size) > SEGMENTS_MAX {
+        if end > PROTOCOL_HEADERS_MAX || payload == 0 || size == 0 || payload.div_ceil(size) > SEGMENTS_MAX {
             return None;
         }
         let (is_cwr_first, leaves_checksum) = (header.gso_type & GSO_ECN != 0, guest.has(GUEST_CSUM));
-        Some(Plan { l3, l4, end, size, payload, is_ipv4, is_tcp, is_cwr_first, is_routed, leaves_checksum })
+        Some(Plan { kind, l3, l4, end, size, payload, is_cwr_first, is_routed, leaves_checksum })
     }
 
     /// How many segments it makes.
@@ -189,14 +168,14 @@ impl Plan {
         out.copy_from_slice(frame.get(..self.end)?);
         let pseudo = self.write_ip(out, index, len)?;
         let l4 = out.get_mut(self.l4..)?;
-        if self.is_tcp {
-            let not_last = if index + 1 < self.segments() { TCP_FIN_PSH } else { 0 };
+        if self.kind.is_tcp() {
+            let not_last = if index + 1 < self.segments() { TCP_LAST_ONLY } else { 0 };
             let not_first = if index > 0 && self.is_cwr_first { TCP_CWR } else { 0 };
             write_tcp(l4, from, not_last | not_first)?;
         } else {
             *l4.get_mut(4..)?.first_chunk_mut()? = ((UDP_HEADER + len) as u16).to_be_bytes();
         }
-        let at = usize::from(if self.is_tcp { TCP_CHECKSUM } else { UDP_CHECKSUM });
+        let at = usize::from(self.kind.checksum_offset());
         let field: &mut [u8; 2] = l4.get_mut(at..)?.first_chunk_mut()?;
         let pseudo = if self.is_routed { self.pseudo_of(*field, len) } else { pseudo };
         *field = pseudo.fold().to_be_bytes();
@@ -206,7 +185,7 @@ impl Plan {
         } else {
             // The pseudo-header's sum is in its place by now; the headers' length is even, so the payload's words stay.
             let sum = Sum::of(l4).plus(Sum::of(frame.get(payload.clone())?)).complement();
-            *l4.get_mut(at..)?.first_chunk_mut()? = transmitted(sum, !self.is_tcp).to_be_bytes();
+            *l4.get_mut(at..)?.first_chunk_mut()? = transmitted(sum, !self.kind.is_tcp()).to_be_bytes();
             VnetHeader::default()
         };
         Some(Piece { header, headers_len: self.end, payload })
@@ -221,24 +200,13 @@ impl Plan {
     /// Writes lengths, identification and checksum of the IP header; returns the pseudo-header's sum.
     fn write_ip(&self, headers: &mut [u8], index: usize, payload: usize) -> Option<Sum> {
         let l4_len = (self.end - self.l4 + payload) as u16;
-        let protocol = if self.is_tcp { IPPROTO_TCP } else { IPPROTO_UDP };
         let ip = headers.get_mut(self.l3..self.l4)?;
-        if !self.is_ipv4 {
-            // The payload length counts extension headers.
-            let extensions = ip.len().checked_sub(IPV6_HEADER)? as u16;
-            *ip.get_mut(4..)?.first_chunk_mut()? = l4_len.wrapping_add(extensions).to_be_bytes();
-            return Some(pseudo_header(ip.get(8..IPV6_HEADER)?, protocol).plus_word(l4_len));
+        if self.kind.is_ipv4() {
+            let fixed: &mut [u8; IPV4_HEADER] = ip.first_chunk_mut()?;
+            let id = u16::from_be_bytes([fixed[4], fixed[5]]).wrapping_add(index as u16);
+            [fixed[4], fixed[5]] = id.to_be_bytes();
         }
-        let total = l4_len.wrapping_add(ip.len() as u16);
-        let fixed: &mut [u8; IPV4_HEADER] = ip.first_chunk_mut()?;
-        [fixed[2], fixed[3]] = total.to_be_bytes();
-        let id = u16::from_be_bytes([fixed[4], fixed[5]]).wrapping_add(index as u16);
-        [fixed[4], fixed[5]] = id.to_be_bytes();
-        [fixed[10], fixed[11]] = [0, 0];
-        let addresses = *fixed.last_chunk::<8>()?;
-        let sum = Sum::of(ip).complement().to_be_bytes();
-        *ip.get_mut(10..)?.first_chunk_mut()? = sum;
-        Some(pseudo_header(&addresses, protocol).plus_word(l4_len))
+        self.kind.write_ip_length(ip, l4_len)
     }
 }
 
