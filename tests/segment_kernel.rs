@@ -17,7 +17,7 @@ use common::netns::{NetNs, PacketSocket, TapQueue, TapSpec, require_root, segmen
 use common::virtio::{VnetHdr, feature, gso, net_flag};
 use common::{PATIENCE, QUIET, split};
 use vhost_user_net::net::features::GuestOffloads;
-use vhost_user_net::net::header::{PROTOCOL_HEADERS_MAX, VnetHeader};
+use vhost_user_net::net::header::{PROTOCOL_HEADERS_MAX, VnetHeader, check_rx};
 use vhost_user_net::net::segment::{Need, complete_checksum, plan};
 
 /// `TUN_F_CSUM`, `TSO4`, `TSO6`, `TSO_ECN`, `USO4` and `USO6`.
@@ -113,8 +113,10 @@ fn finish(header: &VnetHdr, frame: &[u8], features: u64) -> Vec<Vec<u8>> {
         assert!(header.flags == 0 || features != 0, "{header:?}");
         split::complete(&header, frame)
     };
+    if let Ok(header) = check_rx(header, guest) {
+        return vec![shown(header, frame)];
+    }
     match plan(header, frame, guest).unwrap() {
-        Need::Nothing(header) => vec![shown(header, frame)],
         Need::Checksum => {
             let mut frame = frame.to_vec();
             let header = complete_checksum(header, &mut frame).unwrap();

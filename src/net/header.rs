@@ -324,14 +324,7 @@ pub fn check_rx(header: VnetHeader, guest: GuestOffloads) -> Result<VnetHeader, 
 ///
 /// # Errors
 /// [`NotNegotiated`] as [`check_rx`]; nothing is changed then.
-#[inline]
 pub fn check_rx_in_place(place: &mut [u8; HEADER_LEN], guest: GuestOffloads) -> Result<(), NotNegotiated> {
-    // Where nothing is said, as of most, nothing is to be changed.
-    if *place == [0; HEADER_LEN] { Ok(()) } else { show(place, guest) }
-}
-
-#[inline(never)]
-fn show(place: &mut [u8; HEADER_LEN], guest: GuestOffloads) -> Result<(), NotNegotiated> {
     let shown = check_rx(VnetHeader::from_bytes(place), guest)?.to_bytes();
     if *place != shown {
         *place = shown;

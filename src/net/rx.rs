@@ -31,15 +31,15 @@ use rustix::io::Errno;
 
 use super::backlog::{Backlog, after_read_error};
 use super::features::MRG_RXBUF;
-use super::finish::{Finish, is_read_of_tunnel, look_at};
+use super::finish::{Finish, Verdict, finish, judge};
 use super::frame::Reason;
 use super::framing::Framing;
-use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX, check_rx_in_place};
+use super::header::{HEADER_LEN, PROTOCOL_HEADERS_MAX};
 use super::ip_link::Answer;
 use super::segment::Plan;
 use super::window::{Filled, Room, Window};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
-use crate::device::DeviceQueue;
+use crate::device::{DeviceQueue, VlanTag};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
 use crate::virtqueue::{Queue, RingBroken};
@@ -82,6 +82,18 @@ pub struct Rx {
     unfinished: u32,
     /// The length of the last frame that was read.
     last_len: usize,
+}
+
+/// A frame that was read straight into the window.
+struct Direct {
+    /// Its bytes, without the virtio-net header.
+    len: usize,
+    /// How many of the first bytes, the header included, are in [`Rx::headers`] and not in the guest's buffers.
+    start_len: usize,
+    /// How many bytes fit the guest's buffers, the header included.
+    fits: usize,
+    /// A VLAN tag that is not in it yet.
+    tag: Option<VlanTag>,
 }
 
 /// What a step of the pump came to.
@@ -218,87 +230,95 @@ impl Rx {
         let (came, ended) = self.backlog.read(device, asked, counters);
         self.ready = if came == asked { 2 * asked } else { came };
         *end = ended;
-        self.ask_for_guest(counters);
+        let Rx { framing, backlog, answers, .. } = self;
+        ask_for_guest(framing, backlog.front().unwrap_or_default(), answers, counters);
         Ok(Step::Again)
     }
 
-    /// Reads one frame straight into the window.
+    /// Reads one frame straight into the window, and delivers it from there if it can stay.
     fn receive_one(&mut self, queue: &mut Queue, device: &DeviceQueue, counters: &PairCounters) -> Step {
-        let (omitted, start_len) = self.framing.private_start();
-        // What fits the guest's buffers, and what of the frame lies before the private memory behind them.
-        let fits = self.window.read_room();
-        let room = fits.max(start_len) - HEADER_LEN;
-        let place = self.headers.get_mut(omitted..start_len).unwrap_or_default();
+        let frame = match self.read_into_window(device, counters) {
+            Ok(frame) => frame,
+            Err(step) => return step,
+        };
+        if let Some(tag) = frame.tag {
+            self.keep(&frame);
+            if self.backlog.put_tag(tag) {
+                return Step::Again;
+            }
+            self.backlog.pop();
+            return Step::Counted(|c| &c.rx_drop_too_large);
+        }
+        if HEADER_LEN + frame.len > frame.fits {
+            self.keep(&frame);
+            self.held = true;
+            self.expect.note(HEADER_LEN + frame.len);
+            return Step::Counted(|c| &c.rx_held);
+        }
+        self.admit(&frame, queue, counters)
+    }
+
+    /// Reads one frame into the window's buffers, and what does not fit into the backlog's spill. The error is the step
+    /// where there is no frame to go on with.
+    #[inline]
+    fn read_into_window(&mut self, device: &DeviceQueue, counters: &PairCounters) -> Result<Direct, Step> {
+        let Rx { window, backlog, headers, framing, answers, .. } = self;
+        let (omitted, start_len) = framing.private_start();
+        let fits = window.read_room();
+        let place = headers.get_mut(omitted..start_len).unwrap_or_default();
         let mut tag = None;
-        let len = match self.window.read(device, (place, start_len), self.backlog.spill(), &mut tag) {
+        let len = match window.read(device, (place, start_len), backlog.spill(), &mut tag) {
             Ok(len) if len + omitted >= HEADER_LEN + ETH_HEADER => len + omitted - HEADER_LEN,
-            Ok(0) => return Step::End(Pump::DeviceLost),
-            Ok(_) => return Step::Counted(|c| &c.rx_drop_short),
+            Ok(0) => return Err(Step::End(Pump::DeviceLost)),
+            Ok(_) => return Err(Step::Counted(|c| &c.rx_drop_short)),
             Err(error) => {
                 self.ready = 0;
                 let error = Errno::from_io_error(&error).unwrap_or(Errno::IO);
-                return after_read_error(error, counters).map_or(Step::Again, Step::End);
+                return Err(after_read_error(error, counters).map_or(Step::Again, Step::End));
             }
         };
         self.ready = self.ready.saturating_add(1);
         self.last_len = len;
         if len > FRAME_MAX {
-            return Step::Counted(|c| &c.rx_drop_too_large);
+            return Err(Step::Counted(|c| &c.rx_drop_too_large));
         }
-        let Rx { window, backlog, headers, framing, answers, .. } = self;
-        let start = headers.get_mut(..start_len.min(HEADER_LEN + len)).unwrap_or_default();
+        let start_len = start_len.min(HEADER_LEN + len);
+        let start = headers.get_mut(..start_len).unwrap_or_default();
         if !framing.enclose(start) {
-            return Step::Counted(|c| &c.rx_drop_short);
+            return Err(Step::Counted(|c| &c.rx_drop_short));
         }
-        let Some((place, first)) = start.split_first_chunk_mut() else { return Step::Counted(|c| &c.rx_drop_short) };
-        let question = framing.link().and_then(|link| link.question(first));
-        question.into_iter().for_each(|question| say(answers, question, counters));
-        let first = &*first;
-        let copy_to = |frame: &mut [u8]| {
-            window.copy_frame_to(frame);
-            frame.iter_mut().zip(first).for_each(|(to, from)| *to = *from);
-        };
-        let put_together =
-            |backlog: &mut Backlog, place: &[u8; HEADER_LEN]| backlog.put_together(place, len, room, copy_to);
-        if let Some(tag) = tag {
-            put_together(backlog, place);
-            if !backlog.put_tag(tag) {
-                backlog.pop();
-                return Step::Counted(|c| &c.rx_drop_too_large);
-            }
-            return Step::Again;
-        }
-        if HEADER_LEN + len > fits {
-            put_together(backlog, place);
-            self.held = true;
-            self.expect.note(HEADER_LEN + len);
-            return Step::Counted(|c| &c.rx_held);
-        }
-        if check_rx_in_place(place, self.admission.offloads).is_err() {
-            put_together(backlog, place);
-            return Step::Again;
-        }
-        if is_read_of_tunnel(place, len, copy_to) {
-            return Step::Counted(|c| &c.rx_drop_tunnel);
-        }
-        self.expect.note(HEADER_LEN + len);
-        if !self.admission.filter.passes_all() {
-            let addresses = first.first_chunk().copied().unwrap_or_else(|| window.start_of_frame());
-            if !self.admission.filter.accepts(&addresses) {
-                return Step::Counted(|c| &c.rx_drop_filtered);
-            }
-        }
-        window.complete(queue, start, len);
-        count_delivered(counters, len);
-        Step::Delivered
+        ask_for_guest(framing, start, answers, counters);
+        Ok(Direct { len, start_len, fits, tag })
     }
 
-    /// Has the gateway ask for the guest's address, if that is not known, and a packet came for it.
-    fn ask_for_guest(&mut self, counters: &PairCounters) {
-        let Rx { framing: Framing::Packets(link), backlog, answers, .. } = self else { return };
-        let front = backlog.front().and_then(|bytes| bytes.get(HEADER_LEN..));
-        let question = front.and_then(|frame| link.question(frame));
-        question.into_iter().for_each(|question| say(answers, question, counters));
+    /// Puts a frame that cannot be delivered from the window together in private memory: it joins the backlog.
+    fn keep(&mut self, frame: &Direct) {
+        let Rx { window, backlog, headers, .. } = self;
+        let start = headers.get(..frame.start_len).unwrap_or_default();
+        let Some((header, start)) = start.split_first_chunk() else { return };
+        // What of the frame lies before the spill.
+        let room = frame.fits.max(frame.start_len) - HEADER_LEN;
+        backlog.put_together(header, frame.len, room, |out| copy_start(window, start, out));
+    }
+
+    /// Delivers a frame from where it was read, if the guest may have it as it is.
+    #[inline]
+    fn admit(&mut self, frame: &Direct, queue: &mut Queue, counters: &PairCounters) -> Step {
+        let Rx { window, headers, admission, .. } = self;
+        let start = headers.get_mut(..frame.start_len).unwrap_or_default();
+        let Some((header, rest)) = start.split_first_chunk_mut() else { return Step::Counted(|c| &c.rx_drop_short) };
+        let verdict = judge(header, frame.len, admission, |out| copy_start(window, rest, out));
+        if let Ok(Verdict::Unfinished) = verdict {
+            self.keep(frame);
+            return Step::Again;
+        }
+        self.expect.note(HEADER_LEN + frame.len);
+        if let Err(reason) = verdict {
+            return Step::Counted(reason);
+        }
+        window.complete(queue, start, frame.len);
+        count_delivered(counters, frame.len);
+        Step::Delivered
     }
 
     /// Copies the backlog's oldest frame, or its next segment, into buffers, if there are enough by now.
@@ -313,13 +333,13 @@ impl Rx {
         let Some(frame) = backlog.front() else { return Ok(Step::Again) };
         let len = frame.len();
         *last_len = len.saturating_sub(HEADER_LEN);
-        let looked = look_at(frame, admission);
-        match looked {
+        let finished = finish(frame, admission);
+        match finished {
             Ok(Finish::Nothing) => *unfinished = unfinished.saturating_sub(1),
             Ok(Finish::Done | Finish::Cut(_)) => *unfinished = UNFINISHED_PERIOD,
             Err(_) => {}
         }
-        let reason: Reason = match looked {
+        let reason: Reason = match finished {
             Ok(Finish::Cut(plan)) => {
                 self.cut = Some(plan);
                 return self.deliver_segment(plan, queue, counters);
@@ -390,6 +410,21 @@ impl Rx {
         self.held = false;
         self.cut = None;
     }
+}
+
+/// Copies the first bytes of the frame that was just read into `window`, of which `start` is not there.
+fn copy_start(window: &Window, start: &[u8], out: &mut [u8]) {
+    window.copy_frame_to(out);
+    out.iter_mut().zip(start).for_each(|(to, from)| *to = *from);
+}
+
+/// Has the gateway ask for the guest's address, if that is not known, and a packet came for it. `bytes` are the start of
+/// the frame, behind its virtio-net header.
+#[inline]
+fn ask_for_guest(framing: &Framing, bytes: &[u8], answers: &mut VecDeque<Answer>, counters: &PairCounters) {
+    let Some(link) = framing.link() else { return };
+    let question = bytes.get(HEADER_LEN..).and_then(|frame| link.question(frame));
+    question.into_iter().for_each(|question| say(answers, question, counters));
 }
 
 /// Has the gateway say something to the guest, once it is its turn.

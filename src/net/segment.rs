@@ -2,9 +2,9 @@
 //! of Incoming Packets"). The device is asked for unfinished frames that the guest did not negotiate, too: one read of
 //! 64 KiB and cutting it here costs less than many reads.
 //!
-//! `rx` calls this with a frame in private memory. [`plan`] says what is to be done: nothing, completing the checksum
-//! ([`complete_checksum`], in place), or cutting it ([`Plan::segment`] writes one segment's headers and says which payload
-//! follows). A checksum is left to the guest where it negotiated that, computed otherwise. The guest never sees a type of
+//! `finish` calls this with a frame in private memory that `check_rx` refused. [`plan`] says what is to be done: completing
+//! the checksum ([`complete_checksum`], in place), or cutting it ([`Plan::segment`] writes one segment's headers and says
+//! which payload follows). A checksum is left to the guest where it negotiated that, computed otherwise. The guest never sees a type of
 //! segmentation or an unfinished checksum that it did not negotiate.
 
 use std::ops::Range;
@@ -13,7 +13,7 @@ use super::checksum::{Sum, crc32c};
 use super::features::{GUEST_CSUM, GuestOffloads};
 use super::header::{
     F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NotNegotiated, PROTOCOL_HEADERS_MAX,
-    SEGMENTS_MAX, VnetHeader, check_rx,
+    SEGMENTS_MAX, VnetHeader,
 };
 use super::protocol::{
     Found, IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP, IPV4_HEADER, PacketKind, SCTP_CHECKSUM, TCP_CWR, TCP_HEADER,
@@ -23,8 +23,6 @@ use super::protocol::{
 /// What has to be done to a frame before the guest may have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
-    /// Nothing: this is its header for the guest.
-    Nothing(VnetHeader),
     /// Its checksum is to be completed.
     Checksum,
     /// It is to be cut.
@@ -63,15 +61,12 @@ pub struct Piece {
     pub payload: Range<usize>,
 }
 
-/// Says what `frame`, which came with `header`, needs for a guest that negotiated `guest`.
+/// Says what `frame`, which came with `header`, needs for a guest that negotiated `guest` and may not have it as it is
+/// ([`check_rx`](super::header::check_rx)).
 ///
 /// # Errors
 /// [`NotNegotiated`] where the frame cannot be finished: it is not what its header says.
-#[inline]
 pub fn plan(header: VnetHeader, frame: &[u8], guest: GuestOffloads) -> Result<Need, NotNegotiated> {
-    if let Ok(header) = check_rx(header, guest) {
-        return Ok(Need::Nothing(header));
-    }
     if header.gso_type != GSO_NONE {
         return Plan::of(header, frame, guest).map(Need::Segmentation).ok_or(NotNegotiated);
     }

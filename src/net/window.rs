@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use super::FRAME_MAX;
 use super::backlog::SLOTS;
-use super::filter::FILTER_LEN;
 use super::header::{HEADER_LEN, NUM_BUFFERS};
 use crate::device::mmsg::CONTROL_LEN;
 use crate::device::{DeviceQueue, VlanTag};
@@ -236,13 +235,6 @@ impl Window {
         let (len, control_len) = self.iovecs.recvmsg(device.as_fd(), start, pieces, (private, &mut control))?;
         *tag = VlanTag::from_control(control.get(..control_len).unwrap_or_default());
         Ok(len)
-    }
-
-    /// The first bytes of the frame that was just read, as they are in guest memory.
-    pub(super) fn start_of_frame(&self) -> [u8; FILTER_LEN] {
-        let mut start = [0; FILTER_LEN];
-        self.copy_frame_to(&mut start);
-        start
     }
 
     /// Copies the frame that was just read out of the guest's buffers.
