@@ -142,7 +142,7 @@ impl Nic {
         let spawned = queues.into_iter().zip(&counters).enumerate();
         let pairs: Arc<[_]> = spawned
             .map(|(index, (queue, counters))| {
-                let framing = framing(&queue, link.as_ref());
+                let framing = Framing::of(&queue, link.as_ref());
                 let fitting = Fitting { coalesce, framing, alarm: Arc::clone(&alarm) };
                 worker::spawn(index, queue, &setup.tuning, fitting, Arc::clone(counters))
             })
@@ -435,15 +435,6 @@ fn coalesce(device: &Device, wanted: Coalescing) -> Coalesce {
         log::log!(level, "Only TCP frames are coalesced: {:?} cannot segment UDP, which Linux 6.2 can", device.name());
     }
     Coalesce { tcp: true, udp }
-}
-
-/// How frames stand on the device's side.
-fn framing(queue: &DeviceQueue, link: Option<&Arc<IpLink>>) -> Framing {
-    match link {
-        Some(link) => Framing::Packets(Arc::clone(link)),
-        None if queue.is_packet_socket() => Framing::ShortHeader,
-        None => Framing::Whole,
-    }
 }
 
 /// Binds the workers to `cpus`, in turn.

@@ -22,7 +22,7 @@ use thiserror::Error;
 use super::netlink::Link;
 use super::on_card::{self, Found, OnCardError, OnCardKind, Wanted};
 use super::tap_queue::{self, CannotSet, Interface};
-use super::{Device, DeviceQueue, Driver, Layer, Steering, ioctl};
+use super::{Device, DeviceKind, DeviceQueue, Steering, ioctl};
 
 /// Which MACVTAP to open, or to make.
 #[derive(Clone, Debug)]
@@ -150,14 +150,7 @@ pub fn open(how: &Macvtap) -> Result<(Device, Vec<DeviceQueue>), MacvtapError> {
     let verb = if created.is_some() { "Made" } else { "Attached to" };
     log::info!("{verb} MACVTAP {name:?} with {} queue(s), address {}", how.queue_pairs, ShownMac(link.mac));
     let mac = link.mac.filter(|_| !link.takes_all);
-    let interface = Interface {
-        name,
-        layer: Layer::Ethernet,
-        index: Some(link.index),
-        mtu: link.mtu,
-        mac,
-        driver: Driver::Macvtap,
-    };
+    let interface = Interface { name, kind: DeviceKind::Macvtap, index: Some(link.index), mtu: link.mtu, mac };
     let (device, queues) = tap_queue::set_up(interface, queues)?;
     Ok((Device { created, ..device }, queues))
 }
@@ -193,7 +186,7 @@ fn open_queue(
         return wrong();
     }
     let steering = if several { Steering::Attached } else { Steering::Always };
-    Ok(DeviceQueue::new(fd, steering))
+    Ok(DeviceQueue::new(fd, DeviceKind::Macvtap, steering))
 }
 
 /// Makes an open `/dev/tapN` a queue with virtio-net headers; the interface's name plays no part.

@@ -46,17 +46,54 @@ mod ioctl_flags {
 #[derive(Debug)]
 pub struct Device {
     name: String,
-    layer: Layer,
+    kind: DeviceKind,
     /// In our network namespace.
     index: Option<u32>,
-    driver: Driver,
-    kind: Kind,
+    control: Control,
     /// The `TUN_F_` offloads that it can be asked for.
     offloads: u32,
     mtu: Option<u16>,
     mac: Option<[u8; 6]>,
     /// Taken away with this.
     created: Option<CreatedLink>,
+}
+
+/// What kind of device it is; all else that depends on that is asked of this.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// A TAP: queues of `/dev/net/tun`.
+    #[default]
+    Tap,
+    /// A TUN: queues of `/dev/net/tun`, with IP packets.
+    Tun,
+    /// A MACVTAP: queues of `/dev/tapN`.
+    Macvtap,
+    /// Any Ethernet interface, through packet sockets.
+    PacketSocket,
+    /// No interface: sockets in its place.
+    Socket(Layer),
+}
+
+impl DeviceKind {
+    /// What goes over it.
+    pub fn layer(self) -> Layer {
+        match self {
+            DeviceKind::Tap | DeviceKind::Macvtap | DeviceKind::PacketSocket => Layer::Ethernet,
+            DeviceKind::Tun => Layer::Ip,
+            DeviceKind::Socket(layer) => layer,
+        }
+    }
+
+    /// Its name in messages.
+    fn name(self) -> &'static str {
+        match self {
+            DeviceKind::Tap => "TAP",
+            DeviceKind::Tun => "TUN",
+            DeviceKind::Macvtap => "MACVTAP",
+            DeviceKind::PacketSocket => "packet socket",
+            DeviceKind::Socket(_) => "socket",
+        }
+    }
 }
 
 /// What goes over a device.
@@ -70,12 +107,17 @@ pub enum Layer {
 }
 
 impl Layer {
+    /// The kind of interface that the TUN driver has for it.
+    pub(crate) fn tun_driver_kind(self) -> DeviceKind {
+        match self {
+            Layer::Ethernet => DeviceKind::Tap,
+            Layer::Ip => DeviceKind::Tun,
+        }
+    }
+
     /// What such an interface of the TUN driver is called.
     pub(crate) fn name(self) -> &'static str {
-        match self {
-            Layer::Ethernet => "TAP",
-            Layer::Ip => "TUN",
-        }
+        self.tun_driver_kind().name()
     }
 
     /// The same, as ip(8) has it.
@@ -87,28 +129,15 @@ impl Layer {
     }
 }
 
-const ETHERNET_HEADER: usize = 14;
-/// The virtio-net header's last field, which a packet socket's lacks.
-const NUM_BUFFERS: usize = 2;
-
-/// Who serves a queue's descriptor.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Driver {
-    /// `/dev/net/tun`.
-    #[default]
-    Tun,
-    /// `/dev/tapN`.
-    Macvtap,
-}
-
+/// What calls that concern the whole interface are made on.
 #[derive(Debug)]
-enum Kind {
-    /// A TAP or MACVTAP, with a descriptor of its first queue for calls that concern the whole interface.
-    Tap { control: OwnedFd },
-    /// Packet sockets, a second descriptor of each, and how many frames they had no room for.
-    Packet { sockets: Vec<OwnedFd>, dropped: AtomicU64 },
-    /// Sockets: nothing to set.
-    Sockets,
+enum Control {
+    /// A second descriptor of the first queue of a TAP, TUN or MACVTAP.
+    Queue(OwnedFd),
+    /// A second descriptor of each packet socket, and how many frames these had no room for.
+    PacketSockets { sockets: Vec<OwnedFd>, dropped: AtomicU64 },
+    /// Sockets in place of an interface: there is nothing to set.
+    Nothing,
 }
 
 impl Device {
@@ -119,19 +148,21 @@ impl Device {
     /// What `fcntl(2)` says where a socket cannot be made non-blocking.
     pub fn from_sockets(sockets: Vec<OwnedFd>, layer: Layer) -> io::Result<(Device, Vec<DeviceQueue>)> {
         let offloads = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_UFO | TUN_F_USO4 | TUN_F_USO6;
-        let name = "socket".to_owned();
+        let (name, kind) = ("socket".to_owned(), DeviceKind::Socket(layer));
         let device = Device {
             name,
-            layer,
+            kind,
             index: None,
-            driver: Driver::Tun,
-            kind: Kind::Sockets,
+            control: Control::Nothing,
             offloads,
             mtu: None,
             mac: None,
             created: None,
         };
-        let queue = |socket| Ok(DeviceQueue { layer, ..DeviceQueue::always_attached(socket)? });
+        let queue = |socket| {
+            set_nonblocking(&socket)?;
+            Ok(DeviceQueue::new(socket, kind, Steering::Always))
+        };
         let queues = sockets.into_iter().map(queue).collect::<io::Result<_>>()?;
         Ok((device, queues))
     }
@@ -143,7 +174,7 @@ impl Device {
 
     /// What goes over it.
     pub fn layer(&self) -> Layer {
-        self.layer
+        self.kind.layer()
     }
 
     /// The `TUN_F_` offloads that the interface can be asked for.
@@ -180,24 +211,24 @@ impl Device {
 
     /// Whether neither netlink nor an error on its queues tells that the interface was deleted.
     pub fn ends_silently(&self) -> bool {
-        self.driver == Driver::Macvtap && self.index.is_none()
+        self.kind == DeviceKind::Macvtap && self.index.is_none()
     }
 
     /// Whether the interface was deleted.
     pub fn is_gone(&self) -> bool {
-        match &self.kind {
-            Kind::Tap { control } => ioctl::tun_get_iff(control.as_fd()).is_err(),
-            Kind::Packet { sockets, .. } => {
+        match &self.control {
+            Control::Queue(queue) => ioctl::tun_get_iff(queue.as_fd()).is_err(),
+            Control::PacketSockets { sockets, .. } => {
                 sockets.iter().any(|socket| ioctl::bound_interface(socket.as_fd()).is_ok_and(|index| index < 0))
             }
-            Kind::Sockets => false,
+            Control::Nothing => false,
         }
     }
 
     /// How many frames to the guest its packet sockets had no room for, if it has such. What other devices drop counts as
     /// the interface's ([`link_watch::LinkStatistics`]).
     pub fn socket_drops(&self) -> Option<u64> {
-        let Kind::Packet { sockets, dropped } = &self.kind else { return None };
+        let Control::PacketSockets { sockets, dropped } = &self.control else { return None };
         // One that cannot be asked drops nothing.
         let new = sockets.iter().map(|socket| u64::from(ioctl::packet_drops(socket.as_fd()).unwrap_or(0))).sum::<u64>();
         Some(dropped.fetch_add(new, Relaxed) + new)
@@ -209,8 +240,8 @@ impl Device {
     /// # Errors
     /// `Unsupported` for what is no TAP or TUN; what `TUNSETCARRIER` says.
     pub fn set_carrier(&self, is_on: bool) -> io::Result<()> {
-        match &self.kind {
-            Kind::Tap { control } if self.driver == Driver::Tun => ioctl::tun_set_carrier(control.as_fd(), is_on),
+        match (self.kind, &self.control) {
+            (DeviceKind::Tap | DeviceKind::Tun, Control::Queue(queue)) => ioctl::tun_set_carrier(queue.as_fd(), is_on),
             _ => Err(io::ErrorKind::Unsupported.into()),
         }
     }
@@ -220,9 +251,9 @@ impl Device {
     /// # Errors
     /// What `TUNSETOFFLOAD` says.
     pub fn set_offloads(&self, flags: u32) -> io::Result<()> {
-        match &self.kind {
-            Kind::Tap { control } => ioctl::tun_set_offload(control.as_fd(), flags),
-            Kind::Packet { .. } | Kind::Sockets => Ok(()),
+        match &self.control {
+            Control::Queue(queue) => ioctl::tun_set_offload(queue.as_fd(), flags),
+            Control::PacketSockets { .. } | Control::Nothing => Ok(()),
         }
     }
 }
@@ -231,10 +262,8 @@ impl Device {
 #[derive(Debug)]
 pub struct DeviceQueue {
     fd: OwnedFd,
+    kind: DeviceKind,
     steering: Steering,
-    layer: Layer,
-    /// Whether it is a packet socket.
-    is_packet_socket: bool,
     /// What it is one of several sockets of, and its place there.
     group: Option<(Arc<FanOut>, u32)>,
     /// Whether it may refuse a frame now and take it later.
@@ -253,40 +282,13 @@ enum Steering {
 }
 
 impl DeviceQueue {
-    fn new(fd: OwnedFd, steering: Steering) -> DeviceQueue {
-        DeviceQueue {
-            fd,
-            steering,
-            layer: Layer::Ethernet,
-            is_packet_socket: false,
-            group: None,
-            may_block: true,
-            address: None,
-        }
-    }
-
-    fn always_attached(fd: OwnedFd) -> io::Result<DeviceQueue> {
-        set_nonblocking(&fd)?;
-        Ok(DeviceQueue::new(fd, Steering::Always))
-    }
-
-    /// What goes over it.
-    pub fn layer(&self) -> Layer {
-        self.layer
+    fn new(fd: OwnedFd, kind: DeviceKind, steering: Steering) -> DeviceQueue {
+        DeviceQueue { fd, kind, steering, group: None, may_block: true, address: None }
     }
 
     /// Whether it is a packet socket: its virtio-net header is of 10 bytes, and VLAN tags stand beside the frames.
     pub fn is_packet_socket(&self) -> bool {
-        self.is_packet_socket
-    }
-
-    /// Bytes at the start of what the guest reads or writes for a frame, header included, that do not go over the device.
-    pub fn omitted(&self) -> usize {
-        match self.layer {
-            Layer::Ethernet if self.is_packet_socket => NUM_BUFFERS,
-            Layer::Ethernet => 0,
-            Layer::Ip => ETHERNET_HEADER,
-        }
+        self.kind == DeviceKind::PacketSocket
     }
 
     /// Whether the queue may refuse a frame now and take it later.

@@ -23,7 +23,7 @@ use super::ioctl::Membership;
 use super::macvtap::ShownMac;
 use super::netlink::Link;
 use super::on_card::{self, Found, OnCardError, OnCardKind, Wanted};
-use super::{Device, DeviceQueue, Driver, Kind, Layer, Steering, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
+use super::{Control, Device, DeviceKind, DeviceQueue, Steering, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
 use super::{TUN_F_USO4, TUN_F_USO6, bpf, ioctl};
 
 /// How to open an interface.
@@ -108,10 +108,9 @@ pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
     log::info!("{verb} interface {name:?} with {} packet socket(s), address {}", how.queue_pairs, ShownMac(address));
     let device = Device {
         name,
-        layer: Layer::Ethernet,
+        kind: DeviceKind::PacketSocket,
         index: Some(link.index),
-        driver: Driver::Tun,
-        kind: Kind::Packet { sockets, dropped: AtomicU64::default() },
+        control: Control::PacketSockets { sockets, dropped: AtomicU64::default() },
         offloads: offloads(),
         mtu: link.mtu,
         mac: address,
@@ -195,8 +194,7 @@ fn open_sockets(
                     Steering::Detached
                 }
             };
-            let mut queue = DeviceQueue::new(socket, steering);
-            queue.is_packet_socket = true;
+            let mut queue = DeviceQueue::new(socket, DeviceKind::PacketSocket, steering);
             queue.address = address.filter(|_| place == 0);
             queue.group = group.as_ref().map(|group| (Arc::clone(group), u32::from(place)));
             if place == 0 {

@@ -14,7 +14,7 @@ use super::name::InterfaceName;
 use super::netlink::{self, Link};
 use super::tap::{self, TUN_PATH, TapError};
 use super::tap_queue::{self, CannotSet, Interface};
-use super::{Device, DeviceQueue, Driver, Layer, Steering, ioctl, macvtap};
+use super::{Device, DeviceKind, DeviceQueue, Layer, Steering, ioctl, macvtap};
 
 /// Which descriptors.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,16 +55,16 @@ pub fn open(how: &Passed) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
     let numbers = how.fds.as_slice();
     let bad = |fd, wrong: String| PassedError::BadFd { fd, wrong };
     let mut queues = Vec::new();
-    let mut first: Option<(String, Driver, Layer)> = None;
+    let mut first: Option<(String, DeviceKind)> = None;
     for (queue, &number) in (0..).zip(numbers) {
         let fd = ioctl::take_inherited_fd(number).map_err(|e| bad(number, format!("is not open: {e}")))?;
-        let driver = driver_of(&fd);
+        let is_macvtap = is_macvtap(&fd);
         if let Some((layer, name)) = &how.of
             && ioctl::tun_get_iff(fd.as_fd()).is_err_and(|e| e.raw_os_error() == Some(libc::EBADFD))
         {
             tap::attach_passed(fd.as_fd(), (*layer, name), (number, queue, numbers.len() > 1))?;
         }
-        if driver == Driver::Macvtap {
+        if is_macvtap {
             macvtap::prepare(&fd, numbers.len() > 1).map_err(|e| bad(number, format!("is no TAP queue: {e}")))?;
         }
         let (name, flags) = ioctl::tun_get_iff(fd.as_fd())
@@ -82,11 +82,16 @@ pub fn open(how: &Passed) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
         if numbers.len() > 1 && flags & IFF_MULTI_QUEUE == 0 {
             return wrong("that takes one queue only; open all of them with IFF_MULTI_QUEUE");
         }
-        let layer = if flags & IFF_TAP == 0 { Layer::Ip } else { Layer::Ethernet };
+        let kind = match flags & IFF_TAP {
+            _ if is_macvtap => DeviceKind::Macvtap,
+            0 => DeviceKind::Tun,
+            _ => DeviceKind::Tap,
+        };
+        let layer = kind.layer();
         if let Some((other, wanted)) = how.of.as_ref().filter(|of| (of.0, of.1.as_str()) != (layer, name.as_str())) {
             return wrong(&format!("({}), not of {:?} ({})", layer.name(), wanted.as_str(), other.name()));
         }
-        let (first_name, ..) = first.get_or_insert_with(|| (name.clone(), driver, layer));
+        let (first_name, _) = first.get_or_insert_with(|| (name.clone(), kind));
         if *first_name != name {
             return wrong(&format!("and the first one is of {first_name:?}; all must be of one interface"));
         }
@@ -95,42 +100,37 @@ pub fn open(how: &Passed) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
             flags if flags & IFF_MULTI_QUEUE != 0 => Steering::Detached,
             _ => Steering::Always,
         };
-        queues.push(DeviceQueue::new(fd, steering));
+        queues.push(DeviceQueue::new(fd, kind, steering));
     }
-    let (name, driver, layer) = first.unwrap_or_default();
+    let (name, kind) = first.unwrap_or_default();
     // None where it is another network namespace's: then no MTU is known, and packet information is not noticed.
-    let link = queues.first().and_then(|queue| link_of(queue.as_fd(), driver, &name)).unwrap_or_default();
+    let link = queues.first().and_then(|queue| link_of(queue.as_fd(), kind, &name)).unwrap_or_default();
     if link.tun.packet_information {
         let wrong = "with packet information before each frame; open it with IFF_NO_PI";
         let fd = numbers.first().copied().unwrap_or(-1);
         return Err(bad(fd, format!("is a queue of {name:?} {wrong}")));
     }
-    let what = match (driver, layer) {
-        (Driver::Macvtap, _) => "MACVTAP",
-        (Driver::Tun, Layer::Ethernet) => "TAP",
-        (Driver::Tun, Layer::Ip) => "TUN",
-    };
-    log::info!("Took {} descriptor(s) of {what} {name:?}", queues.len());
+    log::info!("Took {} descriptor(s) of {} {name:?}", queues.len(), kind.name());
+    let is_macvtap = kind == DeviceKind::Macvtap;
     // A MACVTAP says nothing of its end, so one that may be in another namespace has to be asked.
-    let index = Some(link.index).filter(|index| driver == Driver::Tun && *index != 0);
-    let mac = link.mac.filter(|_| driver == Driver::Macvtap && !link.takes_all);
-    let interface = Interface { name, layer, index, mtu: link.mtu, mac, driver };
+    let index = Some(link.index).filter(|index| !is_macvtap && *index != 0);
+    let mac = link.mac.filter(|_| is_macvtap && !link.takes_all);
+    let interface = Interface { name, kind, index, mtu: link.mtu, mac };
     Ok(tap_queue::set_up(interface, queues)?)
 }
 
 /// What the interface of an open queue is like, if it is one of this network namespace: there may be another one of its
 /// name here.
-fn link_of(queue: BorrowedFd<'_>, driver: Driver, name: &str) -> Option<Link> {
+fn link_of(queue: BorrowedFd<'_>, kind: DeviceKind, name: &str) -> Option<Link> {
     let link = netlink::link_by_name(name).ok().flatten()?;
     // A TUN has none, so that of those who may not ask is believed to be the one of its name.
     let has_its_address = || ioctl::hardware_address(queue).is_ok_and(|address| address == link.mac);
-    let (kind, is_it) = match driver {
-        Driver::Tun => ("tun", is_of_this_namespace(queue).unwrap_or_else(|_| has_its_address())),
-        Driver::Macvtap => {
-            let is_its_device = |number| rustix::fs::fstat(queue).is_ok_and(|file| file.st_rdev == number);
-            // Where sysfs does not show it, the address has to do.
-            ("macvtap", has_its_address() && macvtap::numbers(name, link.index).map_or(true, is_its_device))
-        }
+    let (kind, is_it) = if kind == DeviceKind::Macvtap {
+        let is_its_device = |number| rustix::fs::fstat(queue).is_ok_and(|file| file.st_rdev == number);
+        // Where sysfs does not show it, the address has to do.
+        ("macvtap", has_its_address() && macvtap::numbers(name, link.index).map_or(true, is_its_device))
+    } else {
+        ("tun", is_of_this_namespace(queue).unwrap_or_else(|_| has_its_address()))
     };
     Some(link).filter(|link| is_it && link.kind.as_deref() == Some(kind))
 }
@@ -141,14 +141,14 @@ fn is_of_this_namespace(queue: BorrowedFd<'_>) -> io::Result<bool> {
     Ok((its.st_dev, its.st_ino) == (ours.st_dev, ours.st_ino))
 }
 
-/// Whose queue it is: every TAP's is one device, the TUN driver's; each MACVTAP has a device of its own.
-fn driver_of(fd: &OwnedFd) -> Driver {
+/// Whether it is a MACVTAP's: each has a device of its own, while all TAPs share one, the TUN driver's.
+fn is_macvtap(fd: &OwnedFd) -> bool {
     let number = |file: rustix::fs::Stat| (FileType::from_raw_mode(file.st_mode), file.st_rdev);
     let tun = rustix::fs::stat(TUN_PATH).map(number);
     match (rustix::fs::fstat(fd).map(number), tun) {
-        (Ok(this), Ok(tun)) if this == tun => Driver::Tun,
-        (Ok((FileType::CharacterDevice, device)), _) if rustix::fs::major(device) != MISC_MAJOR => Driver::Macvtap,
-        _ => Driver::Tun,
+        (Ok(this), Ok(tun)) if this == tun => false,
+        (Ok((FileType::CharacterDevice, device)), _) => rustix::fs::major(device) != MISC_MAJOR,
+        _ => false,
     }
 }
 

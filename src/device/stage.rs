@@ -107,7 +107,18 @@ pub struct Outcome {
     pub tag: Option<VlanTag>,
 }
 
-/// See the file's head.
+/// The slots of a stage.
+#[derive(Clone, Copy, Debug)]
+pub struct Slots {
+    /// How many there are.
+    pub count: usize,
+    /// Bytes of each.
+    pub len: usize,
+    /// How many bytes at the start of each do not go over the device.
+    pub omitted: usize,
+}
+
+/// The slots for one direction of a device queue, and the jobs on them.
 pub struct Stage {
     /// All slots; without a ring until the first batch, and for ever on a packet socket.
     memory: Uring,
@@ -123,27 +134,23 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// A stage of `slots` slots of `slot_len` bytes for `device`, whose batches use one of `rings`. Memory is taken as it is used.
-    pub fn new(device: &DeviceQueue, io: Io, rings: &Rings, (slots, slot_len): (usize, usize)) -> Stage {
+    /// A stage for `device`, whose batches use one of `rings`. Memory is taken as it is used.
+    pub fn new(device: &DeviceQueue, io: Io, rings: &Rings, slots: Slots) -> Stage {
+        let Slots { count, len: slot_len, omitted } = slots;
         Stage {
-            memory: Uring::new(slots * slot_len, rings),
-            messages: device.is_packet_socket().then(|| Messages::new(slots)),
+            memory: Uring::new(count * slot_len, rings),
+            messages: device.is_packet_socket().then(|| Messages::new(count)),
             slot_len,
-            omitted: device.omitted(),
+            omitted,
             io,
             may_block: device.may_block(),
-            jobs: Vec::with_capacity(slots),
+            jobs: Vec::with_capacity(count),
         }
     }
 
     /// How frames are moved.
     pub fn io(&self) -> Io {
         self.io
-    }
-
-    /// How many slots there are.
-    pub fn slots(&self) -> usize {
-        self.memory.bytes().len() / self.slot_len
     }
 
     /// The bytes of slot `slot`; none where there is no such slot.

@@ -18,7 +18,7 @@ use thiserror::Error;
 use super::name::InterfaceName;
 use super::netlink::{self, Link};
 use super::tap_queue::{self, CannotSet, Interface};
-use super::{Device, DeviceQueue, Driver, Layer, Steering, ioctl};
+use super::{Device, DeviceQueue, Layer, Steering, ioctl};
 
 /// How to open a TAP or TUN by name.
 #[derive(Clone, Debug)]
@@ -278,8 +278,9 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let mtu = if existing.is_none() { how.mtu.or(link.mtu) } else { link.mtu };
     let steering = if multi_queue { Steering::Attached } else { Steering::Always };
     let index = (link.index != 0).then_some(link.index);
-    let interface = Interface { name, layer: how.layer, index, mtu, mac: None, driver: Driver::Tun };
-    Ok(tap_queue::set_up(interface, queues.into_iter().map(|fd| DeviceQueue::new(fd, steering)).collect())?)
+    let kind = how.layer.tun_driver_kind();
+    let queues = queues.into_iter().map(|fd| DeviceQueue::new(fd, kind, steering)).collect();
+    Ok(tap_queue::set_up(Interface { name, kind, index, mtu, mac: None }, queues)?)
 }
 
 /// Queues of a TAP, and what it was like before they were opened.

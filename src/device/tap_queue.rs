@@ -12,7 +12,7 @@ use libc::c_int;
 use thiserror::Error;
 
 use super::{
-    Device, DeviceQueue, Driver, Kind, Layer, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
+    Control, Device, DeviceKind, DeviceQueue, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
     TUN_F_USO6, ioctl, set_nonblocking,
 };
 
@@ -33,13 +33,12 @@ pub struct CannotSet {
 #[derive(Debug, Default)]
 pub(super) struct Interface {
     pub(super) name: String,
-    pub(super) layer: Layer,
+    pub(super) kind: DeviceKind,
     /// Its index, where it is in our network namespace.
     pub(super) index: Option<u32>,
     pub(super) mtu: Option<u16>,
     /// The address that frames of the guest must have.
     pub(super) mac: Option<[u8; 6]>,
-    pub(super) driver: Driver,
 }
 
 /// Makes a device of `queues`, of which there is one at least.
@@ -47,7 +46,7 @@ pub(super) fn set_up(
     interface: Interface,
     mut queues: Vec<DeviceQueue>,
 ) -> Result<(Device, Vec<DeviceQueue>), CannotSet> {
-    let Interface { name, layer, index, mtu, mac, driver } = interface;
+    let Interface { name, kind, index, mtu, mac } = interface;
     let set = |what| {
         let name = name.clone();
         move |cause| CannotSet { what, name, cause }
@@ -55,19 +54,17 @@ pub(super) fn set_up(
     let mut offloads = 0;
     let mut control = None;
     for queue in &mut queues {
-        queue.layer = layer;
         set_nonblocking(&queue.fd).map_err(set("O_NONBLOCK"))?;
         ioctl::tun_set_vnet_header_size(queue.as_fd(), VNET_HEADER_LEN).map_err(set("the header size"))?;
         ioctl::tun_set_vnet_little_endian(queue.as_fd()).map_err(set("the header's byte order"))?;
         // Without a send limit every frame is taken at once.
-        queue.may_block = match driver {
-            // Nobody gave it one, unless somebody wanted one.
-            Driver::Tun => ioctl::tun_send_limit(queue.as_fd()).map_err(set("(read) the send limit"))? != c_int::MAX,
+        queue.may_block = if kind == DeviceKind::Macvtap {
             // It has one, does not tell it, and frames would wait for the card.
-            Driver::Macvtap => {
-                ioctl::tun_set_send_limit(queue.as_fd(), c_int::MAX).map_err(set("the send limit"))?;
-                false
-            }
+            ioctl::tun_set_send_limit(queue.as_fd(), c_int::MAX).map_err(set("the send limit"))?;
+            false
+        } else {
+            // Nobody gave it one, unless somebody wanted one.
+            ioctl::tun_send_limit(queue.as_fd()).map_err(set("(read) the send limit"))? != c_int::MAX
         };
         if control.is_none() {
             queue.attach().map_err(set("the first queue to be used"))?;
@@ -81,7 +78,8 @@ pub(super) fn set_up(
     }
     let control = control.ok_or_else(|| set("up a device without queues")(io::ErrorKind::InvalidInput.into()))?;
     ioctl::tun_set_offload(control.as_fd(), 0).map_err(set("offloads off"))?;
-    Ok((Device { name, layer, index, driver, kind: Kind::Tap { control }, offloads, mtu, mac, created: None }, queues))
+    let control = Control::Queue(control);
+    Ok((Device { name, kind, index, control, offloads, mtu, mac, created: None }, queues))
 }
 
 /// The offloads that the kernel takes. Each needs the checksum; USO comes for both IP versions or for none.

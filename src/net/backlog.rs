@@ -9,7 +9,7 @@ use super::framing::{Framing, put_tag};
 use super::header::{HEADER_LEN, VnetHeader};
 use super::ip_link::Answer;
 use super::{ETH_HEADER, FRAME_MAX, Pump, Uplink};
-use crate::device::stage::{Outcome, Stage};
+use crate::device::stage::{Outcome, Slots, Stage};
 use crate::device::{DeviceQueue, VlanTag};
 use crate::metrics::PairCounters;
 
@@ -45,7 +45,8 @@ struct Waiting {
 impl Backlog {
     /// The backlog of a ring that starts, with the frames that one before it left.
     pub(super) fn new(uplink: &Uplink<'_>, left: Vec<HeldFrame>) -> Backlog {
-        let stage = Stage::new(uplink.device, uplink.io, uplink.rings, (SLOTS, SLOT_LEN));
+        let slots = Slots { count: SLOTS, len: SLOT_LEN, omitted: uplink.framing.omitted() };
+        let stage = Stage::new(uplink.device, uplink.io, uplink.rings, slots);
         let mut backlog =
             Backlog { stage, framing: uplink.framing.clone(), waiting: Vec::with_capacity(SLOTS), next: 0 };
         for (slot, HeldFrame(frame, delivered)) in left.into_iter().take(SLOTS).enumerate() {
@@ -155,7 +156,7 @@ impl Backlog {
         self.stage.read(device);
         // A frame may come between two reads: what ended the last read counts, not one before it.
         let mut end = None;
-        let omitted = device.omitted();
+        let omitted = self.framing.omitted();
         for Outcome { slot, result, tag } in self.stage.outcomes() {
             end = match result.map(|len| (len, len + omitted)) {
                 Ok((0, _)) => Some(Pump::DeviceLost),

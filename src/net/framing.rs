@@ -15,15 +15,16 @@ use std::sync::Arc;
 use super::header::{F_NEEDS_CSUM, HEADER_LEN, VnetHeader};
 use super::ip_link::{self, IpLink};
 use super::{ETH_HEADER, VlanTag};
+use crate::device::DeviceQueue;
 
-/// See the file's head.
+/// What of a frame a device does without.
 #[derive(Clone, Debug)]
 pub enum Framing {
-    /// As the guest has it.
+    /// Nothing: as the guest has it.
     Whole,
-    /// Without the header's `num_buffers`.
+    /// The virtio-net header's `num_buffers` (packet sockets).
     ShortHeader,
-    /// Without Ethernet.
+    /// The Ethernet header (TUN).
     Packets(Arc<IpLink>),
 }
 
@@ -31,6 +32,15 @@ pub enum Framing {
 const SHORT_HEADER: usize = 10;
 
 impl Framing {
+    /// That of `queue`; `link` is there for a device of IP packets.
+    pub fn of(queue: &DeviceQueue, link: Option<&Arc<IpLink>>) -> Framing {
+        match link {
+            Some(link) => Framing::Packets(Arc::clone(link)),
+            None if queue.is_packet_socket() => Framing::ShortHeader,
+            None => Framing::Whole,
+        }
+    }
+
     /// What there is of a network, where the device has packets only.
     #[inline]
     pub fn link(&self) -> Option<&Arc<IpLink>> {
@@ -40,14 +50,22 @@ impl Framing {
         }
     }
 
-    /// Where what goes over the device begins, and how many of its first bytes are to be read into private memory, since
-    /// they are not those that the guest gets.
+    /// How many bytes at the start of what the guest has do not go over the device.
     #[inline]
-    pub(super) fn private_start(&self) -> (usize, usize) {
+    pub(crate) fn omitted(&self) -> usize {
         match self {
-            Framing::Whole => (0, HEADER_LEN),
-            Framing::ShortHeader => (HEADER_LEN - SHORT_HEADER, HEADER_LEN),
-            Framing::Packets(_) => (ETH_HEADER, HEADER_LEN + ETH_HEADER + ip_link::PEEK),
+            Framing::Whole => 0,
+            Framing::ShortHeader => HEADER_LEN - SHORT_HEADER,
+            Framing::Packets(_) => ETH_HEADER,
+        }
+    }
+
+    /// How many of the first bytes that the guest gets differ from the device's, and so are made in private memory.
+    #[inline]
+    pub(super) fn private_len(&self) -> usize {
+        match self {
+            Framing::Whole | Framing::ShortHeader => HEADER_LEN,
+            Framing::Packets(_) => HEADER_LEN + ETH_HEADER + ip_link::PEEK,
         }
     }
 

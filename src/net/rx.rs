@@ -263,7 +263,7 @@ impl Rx {
     #[inline]
     fn read_into_window(&mut self, device: &DeviceQueue, counters: &PairCounters) -> Result<Direct, Step> {
         let Rx { window, backlog, headers, framing, answers, .. } = self;
-        let (omitted, start_len) = framing.private_start();
+        let (omitted, start_len) = (framing.omitted(), framing.private_len());
         let fits = window.read_room();
         let place = headers.get_mut(omitted..start_len).unwrap_or_default();
         let mut tag = None;

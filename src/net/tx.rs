@@ -29,7 +29,7 @@ use super::header::{HEADER_LEN, HeaderFault, PROTOCOL_HEADERS_MAX, TxRules, Vnet
 use super::ip_link::{Answer, Way};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
-use crate::device::stage::{Outcome, Stage, is_passing};
+use crate::device::stage::{Outcome, Slots, Stage, is_passing};
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::iovec::{IOV_MAX, Part};
@@ -83,10 +83,11 @@ impl Tx {
     /// A direction to `uplink` for a guest that acknowledged `features`, whose memory is `mem`.
     pub fn new(mem: Arc<MemView>, features: u64, uplink: &Uplink<'_>) -> Tx {
         let Uplink { device, io, rings, coalesce, segment_limit, .. } = *uplink;
+        let slots = Slots { count: BUDGET, len: SLOT_LEN, omitted: uplink.framing.omitted() };
         Tx {
             iovecs: iovecs(mem),
             rules: TxRules::of(features, segment_limit),
-            stage: Stage::new(device, io, rings, (BUDGET, SLOT_LEN)),
+            stage: Stage::new(device, io, rings, slots),
             frames: Vec::with_capacity(BUDGET),
             segments: 0,
             coalesce,
@@ -410,11 +411,11 @@ impl Tx {
     /// Writes the frame or run that begins at `at`: of each frame what is on the stage and the rest of its chain.
     fn write(&mut self, at: usize, device: &DeviceQueue) -> Result<usize, Errno> {
         let count = self.frames.get(at).map_or(1, |frame| frame.run.max(1));
-        let Tx { iovecs, stage, frames, bounce, .. } = self;
+        let Tx { iovecs, stage, frames, bounce, framing, .. } = self;
         let frames = frames.get(at..at + count).unwrap_or_default();
         let parts = frames.iter().enumerate().map(|(index, frame)| {
             let on_stage = if index == 0 { stage.slot(at) } else { &[] };
-            let private = on_stage.get(device.omitted()..frame.staged).unwrap_or_default();
+            let private = on_stage.get(framing.omitted()..frame.staged).unwrap_or_default();
             Part { private, pieces: frame.pieces.clone(), skip: frame.staged }
         });
         if frames.iter().map(|frame| 1 + frame.pieces.len()).sum::<usize>() <= IOV_MAX {

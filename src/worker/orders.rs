@@ -225,7 +225,7 @@ impl QueuePair {
     /// What `write(2)` says.
     pub fn inject(&mut self, frame: &mut [u8]) -> io::Result<()> {
         self.framing.cut(frame);
-        let taken = frame.get(self.device.omitted()..).unwrap_or_default();
+        let taken = frame.get(self.framing.omitted()..).unwrap_or_default();
         rustix::io::write(&self.device, taken).map(drop).map_err(io::Error::from)
     }
 }
