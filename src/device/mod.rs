@@ -5,6 +5,7 @@
 //! stand in for a queue, which is how the data path is tested without privileges.
 
 mod bpf;
+pub(crate) mod errno;
 pub(crate) mod ioctl;
 pub mod link_watch;
 pub mod macvtap;

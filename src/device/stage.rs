@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use super::errno::{WriteFailure, classify_write, write_patiently};
 use super::mmsg::Messages;
 pub use super::uring::Rings;
 use super::uring::{self, Operation, Uring};
@@ -203,7 +204,7 @@ impl Stage {
             let rest = self.jobs.get(at..).unwrap_or_default();
             let settled = rest.iter().take_while(|job| job.result != Err(Errno::CANCELED)).count();
             let stopped =
-                settled.checked_sub(1).and_then(|last| rest.get(last)).is_none_or(|job| ends_writing(job.result));
+                settled.checked_sub(1).and_then(|last| rest.get(last)).is_none_or(|job| holds_back(job.result));
             if stopped {
                 break;
             }
@@ -216,14 +217,11 @@ impl Stage {
         for at in first..self.jobs.len() {
             let Some(Job { bytes, .. }) = self.jobs.get(at).cloned() else { return };
             let frame = self.memory.bytes().get(bytes).unwrap_or_default();
-            let mut result = rustix::io::write(device, frame);
-            if result.is_err_and(is_passing) {
-                result = rustix::io::write(device, frame);
-            }
+            let result = write_patiently(|| rustix::io::write(device, frame));
             if let Some(job) = self.jobs.get_mut(at) {
                 job.result = result;
             }
-            if ends_writing(result) {
+            if holds_back(result) {
                 return;
             }
         }
@@ -236,10 +234,11 @@ impl Stage {
         let count = if self.io == Io::Syscall { 1 } else { usize::MAX };
         let jobs = self.jobs.get_mut(first..).unwrap_or_default();
         let jobs = jobs.split_at_mut(count.min(jobs.len())).0;
-        messages.send(socket, memory, jobs);
-        if jobs.first().is_some_and(|job| job.result.is_err_and(is_passing)) {
+        // Only the first one's failure is told: it is the one that may have passed.
+        let _ = write_patiently(|| {
             messages.send(socket, memory, jobs);
-        }
+            jobs.first().map_or(Ok(0), |job| job.result)
+        });
     }
 
     /// Writes the jobs from `first` on; tells whether all went.
@@ -317,12 +316,7 @@ impl Stage {
     }
 }
 
-/// Whether a write that failed so may work the next moment: memory is short, or a signal came.
-pub(crate) fn is_passing(error: Errno) -> bool {
-    matches!(error, Errno::NOBUFS | Errno::NOMEM | Errno::INTR)
-}
-
 /// Whether the frames after one that ended so have to wait.
-fn ends_writing(result: Result<usize, Errno>) -> bool {
-    matches!(result, Err(Errno::AGAIN | Errno::BADFD | Errno::NXIO | Errno::PIPE | Errno::CONNRESET | Errno::CANCELED))
+fn holds_back(result: Result<usize, Errno>) -> bool {
+    classify_write(result).is_err_and(WriteFailure::holds_back)
 }

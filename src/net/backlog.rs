@@ -3,12 +3,11 @@
 //! Each is in a slot of the stage, its virtio-net header before it. A frame's slot is free again once it was delivered or
 //! dropped; new frames are read only into an empty backlog, so the slots' order is the frames' order.
 
-use rustix::io::Errno;
-
 use super::framing::{Framing, put_tag};
 use super::header::{HEADER_LEN, VnetHeader};
 use super::ip_link::Answer;
 use super::{ETH_HEADER, FRAME_MAX, Pump, Uplink};
+use crate::device::errno::{ReadFailure, classify_read};
 use crate::device::stage::{Outcome, Slots, Stage};
 use crate::device::{DeviceQueue, VlanTag};
 use crate::metrics::PairCounters;
@@ -158,22 +157,21 @@ impl Backlog {
         let mut end = None;
         let omitted = self.framing.omitted();
         for Outcome { slot, result, tag } in self.stage.outcomes() {
-            end = match result.map(|len| (len, len + omitted)) {
-                Ok((0, _)) => Some(Pump::DeviceLost),
-                Ok((_, len)) if len < HEADER_LEN + ETH_HEADER => {
+            end = match classify_read(result).map(|len| len + omitted) {
+                Ok(len) if len < HEADER_LEN + ETH_HEADER => {
                     counters.rx_drop_short.add(1);
                     None
                 }
-                Ok((_, SLOT_LEN)) => {
+                Ok(SLOT_LEN) => {
                     counters.rx_drop_too_large.add(1);
                     None
                 }
-                Ok((_, len)) => {
+                Ok(len) => {
                     self.waiting.push(Waiting { slot, len, delivered: 0, tag });
                     None
                 }
-                Err(Errno::CANCELED) => end,
-                Err(error) => after_read_error(error, counters),
+                Err(ReadFailure::NotTried) => end,
+                Err(failure) => after_failed_read(failure, counters),
             };
         }
         let came = self.waiting.len();
@@ -209,20 +207,17 @@ impl Backlog {
     }
 }
 
-/// What follows from the kernel's refusal, if not that there is to be read again: the one place where that is decided.
-pub(super) fn after_read_error(error: Errno, counters: &PairCounters) -> Option<Pump> {
-    match error {
-        Errno::AGAIN => Some(Pump::Drained),
-        // A packet socket says once that its interface went down, before it gives the frames that came until then.
-        Errno::NETDOWN => None,
-        Errno::BADFD | Errno::NXIO | Errno::CONNRESET => Some(Pump::DeviceLost),
-        // The kernel takes a frame out of its queue before it finds that it cannot be handed over.
-        Errno::INVAL | Errno::FAULT => {
+/// How the pass ends where no frame was read; `None` where there is to be read again.
+pub(super) fn after_failed_read(failure: ReadFailure, counters: &PairCounters) -> Option<Pump> {
+    match failure {
+        ReadFailure::Empty => Some(Pump::Drained),
+        ReadFailure::DeviceLost => Some(Pump::DeviceLost),
+        ReadFailure::NotTried | ReadFailure::LinkDown => None,
+        ReadFailure::Refused => {
             counters.rx_drop_refused.add(1);
             None
         }
-        // Short of memory, before a frame was touched.
-        _ => {
+        ReadFailure::Failed => {
             counters.rx_read_errors.add(1);
             Some(Pump::TryLater)
         }

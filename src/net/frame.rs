@@ -1,11 +1,11 @@
 //! A frame from the guest: what there is of it, what becomes of it, and what follows from the kernel's answer.
 
-use std::io;
 use std::ops::Range;
 
 use rustix::io::Errno;
 
 use super::Pump;
+use crate::device::errno::{WriteFailure, classify_write};
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::Head;
 
@@ -49,22 +49,17 @@ pub(super) enum Fate {
 /// Under which counter a frame was dropped.
 pub(super) type Reason = fn(&PairCounters) -> &Counter;
 
-/// The kernel's error.
-pub(super) fn errno(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
-}
-
-/// What follows from the kernel's answer to a frame. An error ends the pass, with the frame to be sent again; the stage holds
-/// back those behind it (`ends_writing` there).
+/// What follows from the kernel's answer to a frame. An error ends the pass, with the frame to be sent again: those that
+/// hold back the frames behind it ([`WriteFailure::holds_back`]).
 pub(super) fn fate(result: Result<usize, Errno>) -> Result<Fate, Pump> {
-    match result {
-        Ok(_) => Ok(Fate::Sent),
-        Err(Errno::AGAIN) => Err(Pump::DeviceBlocked),
-        Err(Errno::BADFD | Errno::NXIO | Errno::PIPE | Errno::CONNRESET) => Err(Pump::DeviceLost),
-        // Not tried, though nothing before it stopped the others: the next pass does.
-        Err(Errno::CANCELED) => Err(Pump::BudgetSpent),
-        Err(Errno::IO | Errno::NETDOWN) => Ok(Fate::Dropped(|c| &c.tx_drop_link_down)),
-        Err(Errno::NOBUFS | Errno::NOMEM) => Ok(Fate::Dropped(|c| &c.tx_drop_no_memory)),
-        Err(_) => Ok(Fate::Dropped(|c| &c.tx_drop_refused)),
+    match classify_write(result) {
+        Ok(()) => Ok(Fate::Sent),
+        Err(WriteFailure::Blocked) => Err(Pump::DeviceBlocked),
+        Err(WriteFailure::DeviceLost) => Err(Pump::DeviceLost),
+        // Though nothing before it stopped the others: the next pass tries it.
+        Err(WriteFailure::NotTried) => Err(Pump::BudgetSpent),
+        Err(WriteFailure::LinkDown) => Ok(Fate::Dropped(|c| &c.tx_drop_link_down)),
+        Err(WriteFailure::NoMemory) => Ok(Fate::Dropped(|c| &c.tx_drop_no_memory)),
+        Err(WriteFailure::Refused) => Ok(Fate::Dropped(|c| &c.tx_drop_refused)),
     }
 }

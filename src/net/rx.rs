@@ -27,9 +27,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use rustix::io::Errno;
-
-use super::backlog::{Backlog, after_read_error};
+use super::backlog::{Backlog, after_failed_read};
 use super::features::MRG_RXBUF;
 use super::finish::{Finish, Verdict, finish, judge};
 use super::frame::Reason;
@@ -39,6 +37,7 @@ use super::ip_link::Answer;
 use super::segment::Plan;
 use super::window::{Filled, Room, Window};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
+use crate::device::errno::classify_read;
 use crate::device::{DeviceQueue, VlanTag};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
@@ -267,14 +266,13 @@ impl Rx {
         let fits = window.read_room();
         let place = headers.get_mut(omitted..start_len).unwrap_or_default();
         let mut tag = None;
-        let len = match window.read(device, (place, start_len), backlog.spill(), &mut tag) {
+        let read = window.read(device, (place, start_len), backlog.spill(), &mut tag);
+        let len = match classify_read(read) {
             Ok(len) if len + omitted >= HEADER_LEN + ETH_HEADER => len + omitted - HEADER_LEN,
-            Ok(0) => return Err(Step::End(Pump::DeviceLost)),
             Ok(_) => return Err(Step::Counted(|c| &c.rx_drop_short)),
-            Err(error) => {
+            Err(failure) => {
                 self.ready = 0;
-                let error = Errno::from_io_error(&error).unwrap_or(Errno::IO);
-                return Err(after_read_error(error, counters).map_or(Step::Again, Step::End));
+                return Err(after_failed_read(failure, counters).map_or(Step::Again, Step::End));
             }
         };
         self.ready = self.ready.saturating_add(1);

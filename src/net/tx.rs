@@ -23,13 +23,14 @@ use rustix::io::Errno;
 use super::coalesce::{Coalesce, Run, Segment};
 use super::filter::Mac;
 use super::flow::flow_hint;
-use super::frame::{Fate, Frame, errno, fate};
+use super::frame::{Fate, Frame, fate};
 use super::framing::Framing;
 use super::header::{HEADER_LEN, HeaderFault, PROTOCOL_HEADERS_MAX, TxRules, VnetHeader};
 use super::ip_link::{Answer, Way};
 use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
-use crate::device::stage::{Outcome, Slots, Stage, is_passing};
+use crate::device::errno::write_patiently;
+use crate::device::stage::{Outcome, Slots, Stage};
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::iovec::{IOV_MAX, Part};
@@ -388,11 +389,7 @@ impl Tx {
     /// Sends the frame or run that begins at `at` from the stage and from guest memory.
     fn send_gathered(&mut self, at: &mut usize, device: &DeviceQueue) -> Option<Pump> {
         self.framing.cut(self.stage.slot_mut(*at));
-        let mut sent = self.write(*at, device);
-        if sent.is_err_and(is_passing) {
-            sent = self.write(*at, device);
-        }
-        let fate = match fate(sent) {
+        let fate = match fate(write_patiently(|| self.write(*at, device))) {
             Ok(fate) => fate,
             Err(stopped) => return Some(stopped),
         };
@@ -419,7 +416,7 @@ impl Tx {
             Part { private, pieces: frame.pieces.clone(), skip: frame.staged }
         });
         if frames.iter().map(|frame| 1 + frame.pieces.len()).sum::<usize>() <= IOV_MAX {
-            return iovecs.writev(device.as_fd(), parts).map_err(errno);
+            return iovecs.writev(device.as_fd(), parts);
         }
         let mut len = 0;
         for Part { private, pieces, skip } in parts {

@@ -3,9 +3,10 @@
 //! It keeps the chains' heads and pieces, fills itself from the queue, and completes as many chains as a frame took.
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+
+use rustix::io::Errno;
 
 use super::FRAME_MAX;
 use super::backlog::SLOTS;
@@ -226,7 +227,7 @@ impl Window {
         (start, skip): (&mut [u8], usize),
         private: &mut [u8],
         tag: &mut Option<VlanTag>,
-    ) -> io::Result<usize> {
+    ) -> Result<usize, Errno> {
         let pieces = (self.read_pieces(), skip);
         if !device.is_packet_socket() {
             return self.iovecs.readv(device.as_fd(), start, pieces, private);

@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use vm_memory::{AtomicInteger, VolatileMemory, VolatileSlice};
 
 use crate::memory::{MemView, Region, Unmapped};
@@ -267,10 +268,10 @@ impl GuestIovecs {
 
     /// The same of what the kernel was to write behind `head` bytes of ours, by what it says of all.
     #[cold]
-    fn log_read(&self, range: Range<usize>, skip: usize, head: usize, result: &io::Result<usize>) {
+    fn log_read(&self, range: Range<usize>, skip: usize, head: usize, result: Result<usize, Errno>) {
         let len = match result {
             Ok(len) => len.saturating_sub(head),
-            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => READ_MAX,
+            Err(Errno::FAULT) => READ_MAX,
             Err(_) => 0,
         };
         if len > 0 {
@@ -283,7 +284,11 @@ impl GuestIovecs {
     ///
     /// # Errors
     /// What `writev(2)` says; `EINVAL` also where there are more than [`IOV_MAX`] pieces.
-    pub fn writev<'a>(&mut self, fd: BorrowedFd<'_>, parts: impl IntoIterator<Item = Part<'a>>) -> io::Result<usize> {
+    pub fn writev<'a>(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        parts: impl IntoIterator<Item = Part<'a>>,
+    ) -> Result<usize, Errno> {
         self.call.clear();
         for Part { private, pieces, skip } in parts {
             if !private.is_empty() {
@@ -308,7 +313,7 @@ impl GuestIovecs {
         head: &mut [u8],
         (range, skip): (Range<usize>, usize),
         tail: &mut [u8],
-    ) -> io::Result<usize> {
+    ) -> Result<usize, Errno> {
         self.call.clear();
         self.call.push(libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
         gather(&mut self.call, &self.list, range.clone(), skip);
@@ -318,7 +323,7 @@ impl GuestIovecs {
         // Rust reference to those bytes exists anywhere.
         let result = result(unsafe { libc::readv(fd.as_raw_fd(), self.call.as_ptr(), count(&self.call)) });
         if self.is_logged {
-            self.log_read(range, skip, head.len(), &result);
+            self.log_read(range, skip, head.len(), result);
         }
         result
     }
@@ -333,7 +338,7 @@ impl GuestIovecs {
         head: &mut [u8],
         (range, skip): (Range<usize>, usize),
         (tail, control): (&mut [u8], &mut [u8]),
-    ) -> io::Result<(usize, usize)> {
+    ) -> Result<(usize, usize), Errno> {
         self.call.clear();
         self.call.push(libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
         gather(&mut self.call, &self.list, range.clone(), skip);
@@ -348,7 +353,7 @@ impl GuestIovecs {
         // `control`, borrowed mutably until the call returns.
         let result = result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) });
         if self.is_logged {
-            self.log_read(range, skip, head.len(), &result);
+            self.log_read(range, skip, head.len(), result);
         }
         Ok((result?, message.msg_controllen as usize))
     }
@@ -408,6 +413,8 @@ fn count(call: &[libc::iovec]) -> libc::c_int {
     libc::c_int::try_from(call.len()).unwrap_or(-1)
 }
 
-fn result(len: isize) -> io::Result<usize> {
-    usize::try_from(len).map_err(|_| io::Error::last_os_error())
+/// What a call returned, or its error.
+fn result(returned: isize) -> Result<usize, Errno> {
+    let last_errno = |_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO);
+    usize::try_from(returned).map_err(last_errno)
 }
