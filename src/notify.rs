@@ -32,7 +32,7 @@ impl Kick {
     /// `EINVAL` for what is plainly no eventfd, pipe or socket: files and devices.
     pub fn new(fd: OwnedFd) -> io::Result<Kick> {
         kind(&fd)?;
-        set_nonblocking(&fd)?;
+        rustix::io::ioctl_fionbio(&fd, true)?;
         Ok(Kick(fd))
     }
 
@@ -67,7 +67,7 @@ impl Call {
     pub fn new(fd: OwnedFd) -> io::Result<Call> {
         let may_block = kind(&fd)? == FileType::Unknown && !rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::NONBLOCK);
         if !may_block {
-            set_nonblocking(&fd)?;
+            rustix::io::ioctl_fionbio(&fd, true)?;
         }
         Ok(Call { fd, may_block })
     }
@@ -93,11 +93,6 @@ fn kind(fd: &OwnedFd) -> io::Result<FileType> {
         return Err(Errno::INVAL.into());
     }
     Ok(kind)
-}
-
-fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(fd)?;
-    Ok(rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?)
 }
 
 #[cfg(test)]

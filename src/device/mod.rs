@@ -146,7 +146,7 @@ impl Device {
     /// tests and embedders.
     ///
     /// # Errors
-    /// What `fcntl(2)` says where a socket cannot be made non-blocking.
+    /// What `ioctl(2)` says where a socket cannot be made non-blocking.
     pub fn from_sockets(sockets: Vec<OwnedFd>, layer: Layer) -> io::Result<(Device, Vec<DeviceQueue>)> {
         let offloads = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_UFO | TUN_F_USO4 | TUN_F_USO6;
         let (name, kind) = ("socket".to_owned(), DeviceKind::Socket(layer));
@@ -161,7 +161,7 @@ impl Device {
             created: None,
         };
         let queue = |socket| {
-            set_nonblocking(&socket)?;
+            rustix::io::ioctl_fionbio(&socket, true)?;
             Ok(DeviceQueue::new(socket, kind, Steering::Always))
         };
         let queues = sockets.into_iter().map(queue).collect::<io::Result<_>>()?;
@@ -417,9 +417,4 @@ pub fn connected_socket(fd: i32) -> Result<OwnedFd, NotConnected> {
         Ok(socket)
     });
     checked.map_err(|cause| NotConnected { fd, cause })
-}
-
-fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(fd)?;
-    Ok(rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)?)
 }

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use super::{
     Control, Device, DeviceKind, DeviceQueue, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
-    TUN_F_USO6, ioctl, set_nonblocking,
+    TUN_F_USO6, ioctl,
 };
 
 /// Bytes of the header before each frame: `struct virtio_net_hdr_v1`.
@@ -54,7 +54,7 @@ pub(super) fn set_up(
     let mut offloads = 0;
     let mut control = None;
     for queue in &mut queues {
-        set_nonblocking(&queue.fd).map_err(set("O_NONBLOCK"))?;
+        rustix::io::ioctl_fionbio(&queue.fd, true).map_err(io::Error::from).map_err(set("O_NONBLOCK"))?;
         ioctl::tun_set_vnet_header_size(queue.as_fd(), VNET_HEADER_LEN).map_err(set("the header size"))?;
         ioctl::tun_set_vnet_little_endian(queue.as_fd()).map_err(set("the header's byte order"))?;
         // Without a send limit every frame is taken at once.
