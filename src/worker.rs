@@ -24,7 +24,7 @@ use std::time::Duration;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::device::stage::Rings;
+use crate::device::stage::UringPool;
 use crate::device::{DeviceQueue, Io};
 use crate::mailbox::{Inbox, Mailbox};
 use crate::metrics::PairCounters;
@@ -84,7 +84,7 @@ pub struct QueuePair {
     /// Frames that were read for a ring that stopped.
     left: Vec<HeldFrame>,
     io: Io,
-    rings: Rings,
+    rings: UringPool,
     coalesce: Coalesce,
     framing: Framing,
     segment_limit: SegmentLimit,
@@ -130,7 +130,7 @@ pub fn spawn(
         tx: None,
         left: Vec::new(),
         io: how.io,
-        rings: Rings::default(),
+        rings: UringPool::default(),
         coalesce,
         framing,
         segment_limit: how.segment_limit,

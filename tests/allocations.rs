@@ -15,7 +15,7 @@ use common::split_ring::{Buf, SplitRing};
 use common::tap_double::TapDouble;
 use common::virtio::{VnetHdr, feature};
 use common::{PATIENCE, skip};
-use vhost_user_net::device::stage::Rings;
+use vhost_user_net::device::stage::UringPool;
 use vhost_user_net::device::{Device, DeviceQueue, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::Uplink;
@@ -79,7 +79,7 @@ struct Place {
     ring: SplitRing,
     buffers: Vec<u64>,
     counters: PairCounters,
-    rings: Rings,
+    rings: UringPool,
 }
 
 fn place() -> Place {
@@ -95,7 +95,7 @@ fn place() -> Place {
         ring,
         buffers,
         counters: PairCounters::default(),
-        rings: Rings::default(),
+        rings: UringPool::default(),
     }
 }
 

@@ -94,7 +94,7 @@ fn good_request_passes_and_its_header_is_complete() {
         let checked = check_with(needs | feature::CSUM, header, frame.len(), &frame).unwrap();
         let expected = VnetHdr { hdr_len: headers as u16, ..header };
         let segments = (frame.len() - headers).div_ceil(header.gso_size.into());
-        let wanted = CheckedHeader { header: ours(expected), protocol_headers: headers, segments };
+        let wanted = CheckedHeader { header: ours(expected), segments };
         assert_eq!(checked, wanted, "{gso_type:#x}");
     }
 }
@@ -314,7 +314,7 @@ fn up_to_two_vlan_tags_stand_before_the_protocol() {
         let l4 = L4_OF_IPV4 + 4 * tags;
         let result = check(request(gso::TCPV4, l4), &frame);
         match tags {
-            0..=2 => assert_eq!(result.unwrap().protocol_headers, l4 + 20),
+            0..=2 => assert_eq!(usize::from(result.unwrap().header.hdr_len), l4 + 20),
             _ => assert_eq!(result, Err(HeaderFault::WrongProtocol { gso_type: gso::TCPV4 })),
         }
         frame = frames::vlan(&frame, 7);
@@ -348,7 +348,8 @@ fn ipv6_extension_headers_are_skipped() {
     for extensions in [&[(HOP, 1)][..], &[(HOP, 2), (ROUTING, 3)], &[(HOP, 1), (DESTINATION, 1), (ROUTING, 2)]] {
         let frame = with_extensions(&tcp6(), extensions);
         let l4 = L4_OF_IPV6 + extensions.iter().map(|(_, units)| 8 * usize::from(*units)).sum::<usize>();
-        assert_eq!(check(request(gso::TCPV6, l4), &frame).unwrap().protocol_headers, l4 + 20);
+        let checked = check(request(gso::TCPV6, l4), &frame).unwrap();
+        assert_eq!(usize::from(checked.header.hdr_len), l4 + 20);
         assert!(matches!(check(request(gso::TCPV6, L4_OF_IPV6), &frame), Err(HeaderFault::Checksum { .. })));
     }
 }
@@ -513,16 +514,15 @@ proptest! {
     ) {
         let len = frame.len() + if frame.len() >= 192 { more } else { 0 };
         if let Ok(checked) = check_with(features, header, len, &frame) {
-            let CheckedHeader { header, protocol_headers, segments } = checked;
-            prop_assert!((14..=LONGEST).contains(&len) && protocol_headers <= 192 && header.flags <= 1);
+            let CheckedHeader { header, segments } = checked;
+            prop_assert!((14..=LONGEST).contains(&len) && header.hdr_len <= 192 && header.flags <= 1);
             if header.is_gso() {
                 prop_assert!(is_sound(&header, len, &frame), "{header:?}");
-                prop_assert_eq!(usize::from(header.hdr_len), protocol_headers);
                 prop_assert!(segments <= 1366);
             } else {
                 let end = usize::from(header.csum_start) + usize::from(header.csum_offset) + 2;
                 prop_assert!(header.flags == 0 || (header.csum_start >= 14 && end <= len));
-                prop_assert_eq!((protocol_headers, segments), (0, 1));
+                prop_assert_eq!((header.hdr_len, segments), (0, 1));
             }
         }
     }

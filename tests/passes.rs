@@ -11,7 +11,7 @@ use common::memory::GuestMemory;
 use common::split_ring::{Buf, SplitRing};
 use common::tap_double::TapDouble;
 use common::virtio::{VnetHdr, feature, gso, net_flag};
-use vhost_user_net::device::stage::Rings;
+use vhost_user_net::device::stage::UringPool;
 use vhost_user_net::device::{Device, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::coalesce::Coalesce;
@@ -35,7 +35,7 @@ fn passes(header: &VnetHdr, frame: &[u8], count: usize) -> Vec<usize> {
     }
     ring.publish();
     let mut side = DeviceSide::start(&ring, ALL).unwrap();
-    let rings = Rings::default();
+    let rings = UringPool::default();
     let (io, coalesce) = (Io::Syscall, Coalesce::default());
     let segment_limit = SegmentLimit::LARGEST;
     let uplink = Uplink { device: &queues[0], io, rings: &rings, coalesce, framing: &Framing::Whole, segment_limit };
@@ -91,7 +91,7 @@ fn rx_passes(len: usize, count: usize, buffers: &[Buf], counted: impl Fn(&PairCo
     }
     ring.publish();
     let mut side = DeviceSide::start(&ring, ALL).unwrap();
-    let rings = Rings::default();
+    let rings = UringPool::default();
     let (io, coalesce, segment_limit) = (Io::Syscall, Coalesce::default(), SegmentLimit::default());
     let uplink = Uplink { device: &queues[0], io, rings: &rings, coalesce, framing: &Framing::Whole, segment_limit };
     let mem = Arc::clone(side.queue.mem());

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use vhost_user_net::device::stage::Rings;
+use vhost_user_net::device::stage::UringPool;
 use vhost_user_net::device::{Device, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::Uplink;
@@ -52,7 +52,7 @@ fn run(input: &mut Input<'_>) {
     let uplink = Uplink {
         device: &queues[0],
         io: Io::Syscall,
-        rings: &Rings::default(),
+        rings: &UringPool::default(),
         coalesce,
         framing: &Framing::Whole,
         segment_limit,

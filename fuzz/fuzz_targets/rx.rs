@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use vhost_user_net::device::stage::Rings;
+use vhost_user_net::device::stage::UringPool;
 use vhost_user_net::device::{Device, DeviceQueue, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::coalesce::Coalesce;
@@ -74,7 +74,7 @@ fn run(input: &mut Input<'_>) {
     let uplink = Uplink {
         device,
         io,
-        rings: &Rings::default(),
+        rings: &UringPool::default(),
         coalesce: Coalesce::default(),
         framing: &Framing::Whole,
         segment_limit,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use vhost_user_net::device::stage::Rings;
+use vhost_user_net::device::stage::UringPool;
 use vhost_user_net::device::{Device, Io, Layer};
 use vhost_user_net::metrics::PairCounters;
 use vhost_user_net::net::coalesce::Coalesce;
@@ -52,7 +52,7 @@ fn run(input: &mut Input<'_>) {
     let found = find(view, SIZE, ADDRS).unwrap();
     let mut queue = Queue::start(found, Arc::clone(view), RingFeatures { event_idx: false, indirect }).unwrap();
     let segment_limit = SegmentLimit::LARGEST;
-    let uplink = Uplink { device, io, rings: &Rings::default(), coalesce, framing: &Framing::Whole, segment_limit };
+    let uplink = Uplink { device, io, rings: &UringPool::default(), coalesce, framing: &Framing::Whole, segment_limit };
     let mut tx = Tx::new(Arc::clone(view), features, &uplink);
     let counters = PairCounters::default();
     let mut writer = Writer { mem, addrs: ADDRS, size: SIZE, next: 0, tables: TABLES, chains: 0 };

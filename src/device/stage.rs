@@ -19,8 +19,8 @@ use thiserror::Error;
 
 use super::errno::{WriteFailure, classify_write, write_patiently};
 use super::mmsg::Messages;
-pub use super::uring::Rings;
-use super::uring::{self, Operation, Uring};
+pub use super::uring::UringPool;
+use super::uring::{self, BatchMemory, Operation};
 use super::{DeviceQueue, VlanTag};
 
 /// From how many frames on a batch is worth its setting up.
@@ -122,7 +122,7 @@ pub struct Slots {
 /// The slots for one direction of a device queue, and the jobs on them.
 pub struct Stage {
     /// All slots; without a ring until the first batch, and for ever on a packet socket.
-    memory: Uring,
+    memory: BatchMemory,
     /// Of a packet socket.
     messages: Option<Messages>,
     slot_len: usize,
@@ -136,10 +136,10 @@ pub struct Stage {
 
 impl Stage {
     /// A stage for `device`, whose batches use one of `rings`. Memory is taken as it is used.
-    pub fn new(device: &DeviceQueue, io: Io, rings: &Rings, slots: Slots) -> Stage {
+    pub fn new(device: &DeviceQueue, io: Io, rings: &UringPool, slots: Slots) -> Stage {
         let Slots { count, len: slot_len, omitted } = slots;
         Stage {
-            memory: Uring::new(count * slot_len, rings),
+            memory: BatchMemory::new(count * slot_len, rings),
             messages: device.is_packet_socket().then(|| Messages::new(count)),
             slot_len,
             omitted,

@@ -1,15 +1,15 @@
 //! Reads and writes in batches through io_uring: unsafe door 3.
 //!
-//! A [`Uring`] owns the private memory that its operations work on, registered with the kernel once there is a ring for
-//! it. [`Uring::transfer`] submits a batch and returns when all of it has ended, so nothing is in flight between two
-//! calls: a ring that stops, or a thread that ends, has nothing to cancel. It cannot wait for the device either: each
-//! operation is asked not to (`RWF_NOWAIT`), and what finds nothing ends with `EAGAIN`.
+//! A [`BatchMemory`] owns the private memory that its operations work on, registered with the kernel once there is a ring
+//! for it. [`BatchMemory::transfer`] submits a batch and returns when all of it has ended, so nothing is in flight between
+//! two calls: a ring that stops, or a thread that ends, has nothing to cancel. It never waits for the device either: each
+//! operation is non-blocking (`RWF_NOWAIT`) and ends with `EAGAIN` instead.
 //!
 //! Guest memory is never registered: pinned pages would outlive what the guest gives back to its host.
 //!
-//! The kernel's side of a ring is made for no other operation than these two, on registered files and memory, and none
-//! of that can be changed later: system-call filters do not see what goes through a ring. A thread that is confined has
-//! its rings from before ([`Rings`]) and cannot make one.
+//! System-call filters do not see what goes through a ring, so each ring is restricted for ever to these two operations
+//! on registered files and memory. A thread takes its rings before it is confined ([`UringPool`]) and cannot make one
+//! afterwards.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -41,9 +41,9 @@ pub(super) enum Operation {
     WriteLinked,
 }
 
-/// The rings of one thread that are in nobody's use. The lock is taken where a virtqueue starts or stops.
+/// The idle io_uring instances of one thread. The lock is taken only when a virtqueue takes or returns one.
 #[derive(Clone, Default)]
-pub struct Rings(Arc<Mutex<Pool>>);
+pub struct UringPool(Arc<Mutex<Pool>>);
 
 #[derive(Default)]
 struct Pool {
@@ -52,7 +52,7 @@ struct Pool {
     is_sealed: bool,
 }
 
-impl Rings {
+impl UringPool {
     /// Makes a ring for each direction, by the thread that will use them, and none after these.
     ///
     /// # Errors
@@ -84,11 +84,11 @@ impl Rings {
     }
 }
 
-/// Private memory, and the ring on one device queue that it is registered with, if there is one yet.
-pub(super) struct Uring {
-    /// Given back by hand, before the memory goes.
+/// Private memory of a stage, and the ring that it is registered with, once a batch has needed one.
+pub(super) struct BatchMemory {
+    /// `drop` returns it to the pool, before the memory is freed.
     ring: Option<Box<IoUring>>,
-    rings: Rings,
+    rings: UringPool,
     memory: Box<[u8]>,
     /// Operations that have been submitted and not ended: none between two calls, unless the kernel failed us.
     outstanding: usize,
@@ -132,10 +132,10 @@ fn restrict(ring: &IoUring) -> io::Result<()> {
     ring.submitter().register_restrictions(&mut restrictions)
 }
 
-impl Uring {
+impl BatchMemory {
     /// Memory of `len` bytes, as yet without a ring.
-    pub(super) fn new(len: usize, rings: &Rings) -> Uring {
-        Uring { ring: None, rings: rings.clone(), memory: vec![0; len].into_boxed_slice(), outstanding: 0 }
+    pub(super) fn new(len: usize, rings: &UringPool) -> BatchMemory {
+        BatchMemory { ring: None, rings: rings.clone(), memory: vec![0; len].into_boxed_slice(), outstanding: 0 }
     }
 
     /// Puts a ring on `device` if there is none yet.
@@ -165,7 +165,7 @@ impl Uring {
     /// frames that were not submitted are there, too.
     pub(super) fn renounce(&mut self) {
         if self.outstanding > 0 {
-            let mut other = Uring::new(self.memory.len(), &self.rings);
+            let mut other = BatchMemory::new(self.memory.len(), &self.rings);
             other.memory.copy_from_slice(&self.memory);
             *self = other;
         }
@@ -189,7 +189,7 @@ impl Uring {
     /// Where the kernel did not take the batch or did not end it; what has no result then is unknown, and this is of no
     /// more use.
     pub(super) fn transfer(&mut self, operation: Operation, jobs: &mut [Job]) -> io::Result<bool> {
-        let Uring { ring: Some(ring), memory, outstanding, .. } = self else {
+        let BatchMemory { ring: Some(ring), memory, outstanding, .. } = self else {
             return Err(io::ErrorKind::NotConnected.into());
         };
         if *outstanding > 0 {
@@ -245,7 +245,7 @@ fn note(jobs: &mut [Job], completion: &cqueue::Entry) -> bool {
     job.result.is_ok()
 }
 
-impl Drop for Uring {
+impl Drop for BatchMemory {
     fn drop(&mut self) {
         if let Some(ring) = self.ring.take() {
             // Closing a ring ends later than the call; the device is to be free at once.
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn frames_on_the_memory_outlive_a_ring_that_the_kernel_failed() {
-        let mut uring = Uring::new(6, &Rings::default());
+        let mut uring = BatchMemory::new(6, &UringPool::default());
         uring.bytes_mut().copy_from_slice(b"frames");
         uring.outstanding = 1;
         uring.renounce();

@@ -141,8 +141,6 @@ pub enum HeaderFault {
 pub struct CheckedHeader {
     /// The header to send.
     pub header: VnetHeader,
-    /// How many bytes of the frame, protocol headers that were checked, must be sent from the checked copy.
-    pub protocol_headers: usize,
     /// How many segments the host may make of the frame.
     pub segments: usize,
 }
@@ -206,11 +204,11 @@ impl TxRules {
         }
         let plain = VnetHeader { flags: header.flags & F_NEEDS_CSUM, ..VnetHeader::default() };
         if plain.flags == 0 {
-            return Ok(CheckedHeader { header: plain, protocol_headers: 0, segments: 1 });
+            return Ok(CheckedHeader { header: plain, segments: 1 });
         }
         self.check_checksum(header, len)?;
         let header = VnetHeader { csum_start: header.csum_start, csum_offset: header.csum_offset, ..plain };
-        Ok(CheckedHeader { header, protocol_headers: 0, segments: 1 })
+        Ok(CheckedHeader { header, segments: 1 })
     }
 
     fn has(self, feature: u64) -> bool {
@@ -264,7 +262,7 @@ impl TxRules {
             csum_offset,
             num_buffers: 0,
         };
-        Ok(CheckedHeader { header, protocol_headers: headers, segments })
+        Ok(CheckedHeader { header, segments })
     }
 
     /// Whether a GSO type exists and was negotiated.
@@ -281,8 +279,8 @@ impl TxRules {
     }
 }
 
-/// Where `num_buffers` is in a header.
-pub const NUM_BUFFERS: usize = 10;
+/// Offset of `num_buffers` in a header.
+pub const NUM_BUFFERS_OFFSET: usize = 10;
 
 /// A frame that the guest cannot finish: it needs an offload that was not negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -19,7 +19,7 @@ pub mod segment;
 pub mod tx;
 mod window;
 
-use crate::device::stage::Rings;
+use crate::device::stage::UringPool;
 use crate::device::{DeviceQueue, Io, VlanTag};
 use coalesce::Coalesce;
 use framing::Framing;
@@ -33,7 +33,7 @@ pub struct Uplink<'a> {
     /// How frames are read and written.
     pub io: Io,
     /// What batches use.
-    pub rings: &'a Rings,
+    pub rings: &'a UringPool,
     /// What may go as one.
     pub coalesce: Coalesce,
     /// How frames stand there.

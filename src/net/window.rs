@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::FRAME_MAX;
 use super::backlog::SLOTS;
-use super::header::{HEADER_LEN, NUM_BUFFERS};
+use super::header::{HEADER_LEN, NUM_BUFFERS_OFFSET};
 use crate::device::mmsg::CONTROL_LEN;
 use crate::device::{DeviceQueue, VlanTag};
 use crate::memory::MemView;
@@ -270,7 +270,7 @@ impl Window {
         let num_buffers = 1 + if left > 0 { self.push_further(queue, left) } else { 0 };
         // It is written where it belongs, as whoever copies what was just written in parts has to wait until that has left
         // the processor.
-        self.iovecs.put_le16(first..self.iovecs.len(), NUM_BUFFERS, num_buffers);
+        self.iovecs.put_le16(first..self.iovecs.len(), NUM_BUFFERS_OFFSET, num_buffers);
         self.compact();
     }
 
