@@ -11,6 +11,7 @@
 //! | module | job |
 //! |---|---|
 //! | [`cli`], [`config`] | what was typed, and what it means |
+//! | [`inherited`] | descriptors that the process was started with |
 //! | [`daemon`] | life of the process: accept, serve, end; [`host_side`] is what it follows |
 //! | [`vhost_user`] | the control plane: sessions, messages, rings being described; never a packet |
 //! | [`nic`] | the card: what outlives sessions, and which thread runs which ring |
@@ -31,6 +32,7 @@ pub mod daemon;
 pub mod device;
 mod device_slot;
 pub mod host_side;
+pub mod inherited;
 pub mod log_lines;
 pub mod mailbox;
 pub mod memory;

@@ -13,7 +13,7 @@ use vhost_user_net::host_side::Opened;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::sandbox::{self, Later};
 use vhost_user_net::vhost_user::listener::{self, SocketListener};
-use vhost_user_net::{device, error_chain, log_lines, memory};
+use vhost_user_net::{error_chain, inherited, log_lines, memory};
 
 /// For management software (QEMU, "Backend program conventions"); network back-ends have no features to list there.
 const CAPABILITIES: &str = r#"{"type": "net", "features": []}"#;
@@ -54,12 +54,12 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     let mut config = Config::try_from(cli)?;
     log_lines::start(config.log_level);
     memory::guard::keep_what_is_freed();
-    device::close_inherited(&config.inherited());
+    inherited::close_others(&config.inherited());
     daemon::block_signals()?;
     daemon::raise_limits();
     config.nic.tuning.io = config.nic.tuning.io.usable()?;
     let connected = match &config.front_ends {
-        FrontEnds::Descriptor(fd) => Some(UnixStream::from(device::connected_socket(*fd)?)),
+        FrontEnds::Descriptor(fd) => Some(UnixStream::from(inherited::take_connected_socket(*fd)?)),
         // It is made once the device is there, but a path that will not do must not leave a device behind.
         FrontEnds::Socket { path, .. } => listener::check(path).map(|()| None)?,
     };

@@ -27,8 +27,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketType};
-use thiserror::Error;
 
 pub use ioctl_flags::*;
 use link_watch::LinkWatch;
@@ -377,44 +375,4 @@ impl AsFd for DeviceQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
-}
-
-/// Why the descriptor of `--fd` cannot be used.
-#[derive(Debug, Error)]
-#[error("Descriptor {fd} of --fd is no connected Unix stream socket")]
-pub struct NotConnected {
-    fd: i32,
-    #[source]
-    cause: io::Error,
-}
-
-/// Closes what this process was started with, but for the standard descriptors and those it was told to use: whoever
-/// starts it may have left open what is no business of a guest's. Before anything of its own is open.
-pub fn close_inherited(but: &[i32]) {
-    let mut but: Vec<_> = but.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
-    but.sort_unstable();
-    let firsts = [3].into_iter().chain(but.iter().map(|fd| fd.saturating_add(1).max(3)));
-    let lasts = but.iter().map(|fd| fd.saturating_sub(1)).chain([u32::MAX]);
-    for (first, last) in firsts.zip(lasts).filter(|(first, last)| first <= last) {
-        if let Err(error) = ioctl::close_inherited_fds(first, last) {
-            log::info!("Descriptors that this process was started with stay open: {error}");
-        }
-    }
-}
-
-/// Takes over the connected socket that this process was started with as descriptor `fd`, which nothing in it may own.
-///
-/// # Errors
-/// [`NotConnected`].
-pub fn connected_socket(fd: i32) -> Result<OwnedFd, NotConnected> {
-    let checked = ioctl::take_inherited_fd(fd).and_then(|socket| {
-        let kind = rustix::net::sockopt::socket_type(&socket)?;
-        let domain = rustix::net::sockopt::socket_domain(&socket)?;
-        if kind != SocketType::STREAM || domain != AddressFamily::UNIX {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        rustix::net::getpeername(&socket)?;
-        Ok(socket)
-    });
-    checked.map_err(|cause| NotConnected { fd, cause })
 }
