@@ -14,7 +14,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::control_queue::{self, ControlQueue, Surroundings};
-use crate::device::{Device, DeviceQueue, Layer, TUN_F_USO4, TUN_F_USO6};
+use crate::device::{Device, DeviceQueue, Layer};
 use crate::device_slot::DeviceSlot;
 use crate::mailbox::{Mailbox, Stuck};
 use crate::memory::MemView;
@@ -24,10 +24,10 @@ use crate::net::config_space::{ConfigSpace, LinkShown, MTU_MIN};
 use crate::net::features::{self, CTRL_GUEST_OFFLOADS, Circumstances, GuestOffloads, MQ, VERSION_1};
 use crate::net::filter::Mac;
 use crate::net::framing::Framing;
-use crate::net::header::HEADER_LEN;
 use crate::net::ip_link::{Gateway, IpLink};
+use crate::net::rarp;
 use crate::running_ring::{Direction, NotStarted, RingChange, RunsRings, StartRing, StoppedRing};
-use crate::tuning::{Coalescing, Tuning};
+use crate::tuning::Tuning;
 use crate::virtqueue::SplitRing;
 use crate::worker::{self, Fitting, QueuePair};
 
@@ -133,7 +133,7 @@ impl Nic {
     pub fn new(device: Device, queues: Vec<DeviceQueue>, setup: NicSetup) -> io::Result<Nic> {
         let alarm = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
-        let coalesce = coalesce(&device, setup.tuning.coalescing);
+        let coalesce = Coalesce::of(setup.tuning.coalescing, &device);
         let has_packets = device.layer() == Layer::Ip;
         if setup.gateway.is_some() && !has_packets {
             log::warn!("--gateway has no meaning for {:?}, which carries Ethernet frames", device.name());
@@ -393,7 +393,7 @@ impl Nic {
             link.learn(mac);
             return Ok(());
         }
-        let mut frame = rarp_frame(mac);
+        let mut frame = rarp::announcement(mac);
         self.on_pair(0, move |pair| pair.inject(&mut frame))?
             .map_err(|cause| NicError::Inject { name: self.device.get().name().to_owned(), cause })
     }
@@ -423,20 +423,6 @@ impl Nic {
     }
 }
 
-/// Which frames to put together, as far as the device can cut them again. Every TAP cuts TCP.
-fn coalesce(device: &Device, wanted: Coalescing) -> Coalesce {
-    if wanted == Coalescing::Off {
-        return Coalesce::default();
-    }
-    let uso = TUN_F_USO4 | TUN_F_USO6;
-    let udp = device.supported_offloads() & uso == uso;
-    if !udp {
-        let level = if wanted == Coalescing::On { log::Level::Warn } else { log::Level::Info };
-        log::log!(level, "Only TCP frames are coalesced: {:?} cannot segment UDP, which Linux 6.2 can", device.name());
-    }
-    Coalesce { tcp: true, udp }
-}
-
 /// Binds the workers to `cpus`, in turn.
 fn bind(pairs: &[Mailbox<QueuePair>], cpus: &[usize]) -> io::Result<()> {
     for (index, (pair, &cpu)) in pairs.iter().zip(cpus.iter().cycle()).enumerate() {
@@ -450,18 +436,4 @@ fn bind(pairs: &[Mailbox<QueuePair>], cpus: &[usize]) -> io::Result<()> {
         })?;
     }
     Ok(())
-}
-
-/// A "request reverse" for `mac` itself, to everybody, behind an empty virtio-net header.
-fn rarp_frame(mac: Mac) -> Vec<u8> {
-    /// Without frame check sequence (IEEE 802.3).
-    const FRAME_MIN: usize = 60;
-    let ethernet: [&[u8]; 3] = [&[0xff; 6], &mac, &[0x80, 0x35]];
-    // Ethernet, IPv4, their address lengths, and operation 3: request reverse.
-    let fixed: &[u8] = &[0, 1, 8, 0, 6, 4, 0, 3];
-    let addresses: [&[u8]; 4] = [&mac, &[0; 4], &mac, &[0; 4]];
-    let mut frame = vec![0; HEADER_LEN];
-    ethernet.iter().chain([&fixed]).chain(&addresses).for_each(|part| frame.extend_from_slice(part));
-    frame.resize(HEADER_LEN + FRAME_MIN, 0);
-    frame
 }

@@ -4,17 +4,7 @@ use crate::device::Io;
 use crate::net::header::SegmentLimit;
 use crate::polling::Polling;
 
-/// Whether frames of one flow go to the device as one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Coalescing {
-    /// Those that the device can cut again.
-    #[default]
-    Auto,
-    /// The same, with a warning where it cannot cut all kinds.
-    On,
-    /// Each frame goes by itself.
-    Off,
-}
+pub use crate::net::coalesce::Coalescing;
 
 /// How the workers go about it.
 #[derive(Clone, Debug, Default)]

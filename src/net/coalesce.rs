@@ -26,6 +26,7 @@ use super::protocol::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, IPV4_HEADER, IPV6_HEADER, PacketKind, TCP_ACK, TCP_CHECKSUM, TCP_ECE, TCP_HEADER,
     TCP_LAST_ONLY, UDP_CHECKSUM, UDP_HEADER, find_l3,
 };
+use crate::device::{Device, TUN_F_USO4, TUN_F_USO6};
 
 /// Longest frame that is put together. From 65536 bytes on, the usual `gso_max_size`, Linux cuts a frame itself however
 /// able the device is; and an IP packet in a frame of this length never exceeds its length field.
@@ -40,6 +41,35 @@ pub struct Coalesce {
     pub tcp: bool,
     /// UDP, over IPv4 and IPv6.
     pub udp: bool,
+}
+
+/// Whether frames of one flow go to the device as one (`--coalesce`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Coalescing {
+    /// Those that the device can segment again.
+    #[default]
+    Auto,
+    /// The same, with a warning where it cannot segment all kinds.
+    On,
+    /// Each frame goes by itself.
+    Off,
+}
+
+impl Coalesce {
+    /// What is wanted, as far as `device` can segment it again. Every device segments TCP.
+    pub fn of(wanted: Coalescing, device: &Device) -> Coalesce {
+        if wanted == Coalescing::Off {
+            return Coalesce::default();
+        }
+        let uso = TUN_F_USO4 | TUN_F_USO6;
+        let udp = device.supported_offloads() & uso == uso;
+        if !udp {
+            let level = if wanted == Coalescing::On { log::Level::Warn } else { log::Level::Info };
+            let name = device.name();
+            log::log!(level, "Only TCP frames are coalesced: {name:?} cannot segment UDP, which Linux 6.2 can");
+        }
+        Coalesce { tcp: true, udp }
+    }
 }
 
 /// A frame that may be part of a run: what has to be known of it besides its bytes.

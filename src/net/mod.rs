@@ -14,6 +14,7 @@ pub mod framing;
 pub mod header;
 pub mod ip_link;
 mod protocol;
+pub mod rarp;
 pub mod rx;
 pub mod segment;
 pub mod tx;
