@@ -12,16 +12,16 @@ use crate::device::stage::{Outcome, Slots, Stage};
 use crate::device::{DeviceQueue, VlanTag};
 use crate::metrics::PairCounters;
 
-/// How many frames are read at a time at most.
+/// The most frames that are read at a time.
 pub(super) const SLOTS: usize = 16;
-/// The largest frame with its header, and one byte more: to fill that is to be cut.
+/// The largest frame with its header, and one byte more: a frame that fills it was truncated.
 const SLOT_LEN: usize = HEADER_LEN + FRAME_MAX + 1;
 
-/// A frame that waited for buffers when its ring stopped, for the next start: header and all, and how many of its
-/// segments were delivered.
+/// A frame that waited for buffers when its ring stopped, kept for the next start: its bytes with the virtio-net
+/// header, and how many of its segments were delivered.
 pub struct HeldFrame(Vec<u8>, usize);
 
-/// See the file's head.
+/// Frames in private memory, in the order in which they came.
 pub(super) struct Backlog {
     stage: Stage,
     framing: Framing,
@@ -37,7 +37,7 @@ struct Waiting {
     len: usize,
     /// How many of its segments were delivered, if it has to be cut.
     delivered: usize,
-    /// A VLAN tag that is not in it yet.
+    /// A VLAN tag that has yet to be inserted.
     tag: Option<VlanTag>,
 }
 
@@ -91,7 +91,7 @@ impl Backlog {
         self.stage.slot_mut(slot).get_mut(..len)
     }
 
-    /// How many segments of the oldest frame were delivered; it may be counted up.
+    /// How many segments of the oldest frame were delivered, for the caller to count up.
     pub(super) fn delivered(&mut self) -> Option<&mut usize> {
         self.waiting.get_mut(self.next).map(|frame| &mut frame.delivered)
     }
@@ -106,13 +106,13 @@ impl Backlog {
         }
     }
 
-    /// Room for what of a frame does not fit the guest's buffers; only an empty backlog has it.
+    /// Room for the part of a frame that does not fit the guest's buffers. Valid while the backlog is empty.
     pub(super) fn spill(&mut self) -> &mut [u8] {
         self.stage.slot_mut(0).get_mut(HEADER_LEN..).unwrap_or_default()
     }
 
-    /// Puts a frame together here of which `room` bytes went to the guest's buffers, from where `first` copies them, and
-    /// the others are in [`Backlog::spill`].
+    /// Appends a frame that a read split: its first `room` bytes are in the guest's buffers, from where `first` copies
+    /// them, the others in [`Backlog::spill`].
     pub(super) fn put_together(
         &mut self,
         header: &[u8; HEADER_LEN],
@@ -132,7 +132,7 @@ impl Backlog {
         self.waiting.push(Waiting { slot: 0, len: HEADER_LEN + len, delivered: 0, tag: None });
     }
 
-    /// Puts a frame of ours here; only into an empty backlog.
+    /// Appends an answer of the gateway. The backlog must be empty.
     pub(super) fn put(&mut self, answer: &Answer) {
         let frame = answer.frame();
         let len = HEADER_LEN + frame.len();
@@ -143,7 +143,7 @@ impl Backlog {
         }
     }
 
-    /// Reads up to `count` frames; tells how many came, and how it ended, if not only because there were so many.
+    /// Reads up to `count` frames. Returns how many came and, unless `count` came, how the pass ends.
     pub(super) fn read(
         &mut self,
         device: &DeviceQueue,
@@ -181,7 +181,7 @@ impl Backlog {
 }
 
 impl Backlog {
-    /// Makes of what was just read what the guest gets.
+    /// Brings the frames that were just read into the guest's format.
     fn enclose(&mut self, counters: &PairCounters) {
         let Backlog { stage, framing, waiting, .. } = self;
         if matches!(framing, Framing::Whole) {
@@ -198,7 +198,8 @@ impl Backlog {
         });
     }
 
-    /// Puts a VLAN tag into the oldest frame; tells whether there is room. Without its tag it would be another network's.
+    /// Inserts a VLAN tag into the oldest frame. Returns false if there is no room; the frame must not be delivered
+    /// without its tag, which would put it on another network.
     pub(super) fn put_tag(&mut self, tag: VlanTag) -> bool {
         let Some(Waiting { slot, len, .. }) = self.waiting.get_mut(self.next) else { return false };
         let tagged = put_tag(self.stage.slot_mut(*slot), *len, tag);
@@ -207,7 +208,7 @@ impl Backlog {
     }
 }
 
-/// How the pass ends where no frame was read; `None` where there is to be read again.
+/// How the pass ends after a failed read; `None` to read again.
 pub(super) fn after_failed_read(failure: ReadFailure, counters: &PairCounters) -> Option<Pump> {
     match failure {
         ReadFailure::Empty => Some(Pump::Drained),

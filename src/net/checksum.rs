@@ -1,4 +1,4 @@
-//! The Internet checksum (RFC 1071): sums that `coalesce` checks and `segment` writes; and SCTP's. Pure arithmetic on
+//! The Internet checksum (RFC 1071), which `coalesce` checks and `segment` writes, and SCTP's CRC. Pure arithmetic on
 //! private bytes.
 //!
 //! A sum is kept in 64 bits, unfolded, until somebody needs the 16 bits of it. Byte order does not matter to the sum

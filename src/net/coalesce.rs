@@ -1,13 +1,13 @@
 //! Coalescing on tx: consecutive frames of one flow become one frame that asks to be segmented (VIRTIO 1.3, "Network
 //! Device", "Packet Transmission"), so that the kernel's stack is walked once for all of them.
 //!
-//! `tx` calls this with private copies of the frames' first bytes. [`Segment::of`] judges a frame alone, [`Run::join`]
-//! a frame behind others, [`Run::join_alike`] both at once where it is like the run's first, [`Run::merge`] writes the
-//! headers of the whole. The caller sends
-//! `[virtio-net header][merged headers][payload of frame 1][payload of frame 2]…`. Nothing here does I/O or allocates.
+//! `tx` calls this with private copies of the frames' first bytes. [`Segment::of`] checks a frame by itself,
+//! [`Run::join`] appends it to a run, [`Run::join_alike`] does both at once for a frame like the run's first, and
+//! [`Run::merge`] writes the headers of the merged frame. The caller sends `[virtio-net header][merged headers][payload
+//! of frame 1][payload of frame 2]…`. Nothing here does I/O or allocates.
 //!
 //! **The rule.** A frame joins only if cutting the whole again gives the guest's frames, byte for byte with completed
-//! checksums. So what follows must be known of the one that cuts, Linux (`inet_gso_segment`, `ipv6_gso_segment`,
+//! checksums. So the code relies on how frames are segmented by Linux (`inet_gso_segment`, `ipv6_gso_segment`,
 //! `tcp_gso_segment`, `__udp_gso_segment`) or a guest that gets the frame whole:
 //! * It copies the headers of the whole to each segment, so what it does not write must be equal in all of them.
 //! * It writes lengths and checksums as they should be. A frame with wrong ones is sent as it is, alone.
@@ -28,10 +28,10 @@ use super::protocol::{
 };
 use crate::device::{Device, TUN_F_USO4, TUN_F_USO6};
 
-/// Longest frame that is put together. From 65536 bytes on, the usual `gso_max_size`, Linux cuts a frame itself however
-/// able the device is; and an IP packet in a frame of this length never exceeds its length field.
+/// Longest merged frame. From 65536 bytes on, the usual `gso_max_size`, Linux segments a frame in software even if the
+/// device could; and an IP packet in a frame of this length never exceeds its length field.
 pub const MERGED_FRAME_MAX: usize = 65_535;
-/// Most UDP datagrams in one frame: Linux before 6.10 puts no more into one itself (`UDP_MAX_SEGMENTS`).
+/// Most UDP datagrams in one frame: Linux before 6.10 accepts no more (`UDP_MAX_SEGMENTS`).
 pub const UDP_FRAMES_MAX: usize = 64;
 
 /// Which protocols may be merged: those whose segmentation the device takes.
@@ -56,7 +56,8 @@ pub enum Coalescing {
 }
 
 impl Coalesce {
-    /// What is wanted, as far as `device` can segment it again. Every device segments TCP.
+    /// The protocols to coalesce on `device`: those that are wanted and that it can segment again. Every device
+    /// segments TCP.
     pub fn of(wanted: Coalescing, device: &Device) -> Coalesce {
         if wanted == Coalescing::Off {
             return Coalesce::default();
@@ -72,7 +73,7 @@ impl Coalesce {
     }
 }
 
-/// A frame that may be part of a run: what has to be known of it besides its bytes.
+/// What has to be known of a frame that may be part of a run, besides its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     layout: Layout,
@@ -84,7 +85,7 @@ pub struct Segment {
     sequence: u32,
 }
 
-/// An IPv4 identification, where it means something.
+/// The IPv4 identification of a packet, if it has a meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Identification {
     Counts(u16),
@@ -93,7 +94,7 @@ enum Identification {
 }
 
 impl Identification {
-    /// That of a packet which may be cut into fragments.
+    /// The identification of a packet without DF, which may be fragmented.
     fn of(ip: &[u8; IPV4_HEADER]) -> Identification {
         Identification::Counts(u16::from_be_bytes([ip[4], ip[5]]))
     }
@@ -108,8 +109,9 @@ impl Identification {
 }
 
 impl Segment {
-    /// Judges a frame of `len` bytes alone: `header` is its checked header, `start` a private copy of its first bytes,
-    /// up to [`PROTOCOL_HEADERS_MAX`](super::header::PROTOCOL_HEADERS_MAX). `None` if it has to be sent as it is.
+    /// Checks a frame of `len` bytes by itself: `header` is its checked virtio-net header, `start` a private copy of
+    /// its first bytes, up to [`PROTOCOL_HEADERS_MAX`](super::header::PROTOCOL_HEADERS_MAX). `None` if it has to be
+    /// sent as it is.
     #[inline]
     pub fn of(allowed: Coalesce, header: VnetHeader, start: &[u8], len: usize) -> Option<Segment> {
         if header.flags != F_NEEDS_CSUM || header.is_gso() {
@@ -143,8 +145,8 @@ impl Segment {
         })
     }
 
-    /// What [`Segment::of`] makes of a frame of `len` bytes that is as this one, but for what counts up; nothing of another.
-    /// Of both there are the copies, the checked headers before them.
+    /// The segment for a frame of `len` bytes that equals this one except in fields that count up; else `None`. `this`
+    /// and `other` are the copies of both frames' first bytes, with the checked virtio-net headers.
     #[inline]
     fn of_alike(&self, this: &[u8], other: &[u8], len: usize) -> Option<Segment> {
         let (this_header, this) = this.split_first_chunk::<HEADER_LEN>()?;
@@ -188,7 +190,7 @@ impl Segment {
     }
 }
 
-/// What an IP header says, if it is one that segmentation gives back.
+/// The fields of an IP header that segmentation would reproduce.
 struct Ip {
     header_len: usize,
     protocol: u8,
@@ -210,8 +212,8 @@ impl Ip {
         }
     }
 
-    /// No options, no fragment, nothing reserved, no padding behind it, and the checksum that the kernel would write:
-    /// not just one that verifies, of which there are two where it is 0.
+    /// Accepts a header without options, fragmentation or reserved bits, without padding after the packet, and with
+    /// exactly the checksum that the kernel would write. That it verifies is not enough: 0 and 0xffff both do.
     #[inline]
     fn v4(ip: &[u8; IPV4_HEADER], len: usize) -> Option<Ip> {
         const VERSION_AND_LENGTH: u8 = 0x45;
@@ -232,7 +234,8 @@ impl Ip {
         })
     }
 
-    /// No extension headers (the caller takes TCP and UDP only), no padding behind it.
+    /// Accepts a header without extension headers (the caller takes TCP and UDP only), without padding after the
+    /// packet.
     #[inline]
     fn v6(ip: &[u8; IPV6_HEADER], len: usize) -> Option<Ip> {
         let payload = u16::from_be_bytes([ip[4], ip[5]]);
@@ -256,7 +259,7 @@ fn has_right_checksum(ip: &[u8; IPV4_HEADER]) -> bool {
     stored == Sum::of(ip).plus_word(!stored).complement()
 }
 
-/// What a TCP or UDP header says, if it is one that segmentation gives back.
+/// The fields of a TCP or UDP header that segmentation would reproduce.
 struct Transport {
     header_len: usize,
     checksum: u16,
@@ -265,7 +268,7 @@ struct Transport {
 }
 
 impl Transport {
-    /// ACK, and no flag beside it but those in the run's head; reserved bits and the urgent pointer are 0.
+    /// Accepts ACK with, at most, ECE, PSH and FIN; reserved bits and the urgent pointer must be 0.
     #[inline]
     fn tcp(tcp: &[u8; TCP_HEADER]) -> Option<Transport> {
         let header_len = usize::from(tcp[12] >> 4) * 4;
@@ -284,7 +287,7 @@ impl Transport {
         })
     }
 
-    /// Its length is that of the packet.
+    /// Accepts a header whose length is that of the packet.
     #[inline]
     fn udp(udp: &[u8; UDP_HEADER], len: u16) -> Option<Transport> {
         if u16::from_be_bytes([udp[4], udp[5]]) != len {
@@ -328,9 +331,9 @@ impl Run {
         joins
     }
 
-    /// As [`Run::join`], for a frame of `len` bytes that differs from the first in nothing but what counts up, as most of a
-    /// flow do; this is sooner seen than all that makes a [`Segment`]. `first` and `next` are the copies, the checked headers
-    /// before them. If false, the frame may join all the same.
+    /// A fast path of [`Run::join`] for a frame of `len` bytes that differs from the first only in fields that count
+    /// up, as most frames of a flow do. `first` and `next` are the copies, with the checked virtio-net headers. If
+    /// false, the frame may still join by [`Run::join`].
     #[inline]
     pub fn join_alike(&mut self, first: &[u8], next: &[u8], len: usize) -> bool {
         let alike = self.first.of_alike(first, next, len).filter(|next| self.may_precede(*next));
@@ -346,7 +349,7 @@ impl Run {
         self.payload += next.payload_len();
     }
 
-    /// Everything but the bytes that must be equal.
+    /// Checks all conditions but the bytes that must be equal.
     #[inline]
     fn may_precede(&self, next: Segment) -> bool {
         let Run { first, last, frames, payload } = *self;
@@ -369,8 +372,8 @@ impl Run {
         self.frames
     }
 
-    /// Makes the first frame's headers, in the copy that its segment was made of, those of the whole; returns the
-    /// header to send before them. A run of one frame stays as it is. `None` if `first_start` is shorter than
+    /// Turns the first frame's headers, in the copy that its segment was made of, into those of the merged frame.
+    /// Returns the virtio-net header for it. A run of one frame stays as it is. `None` if `first_start` is shorter than
     /// that copy was.
     #[inline]
     pub fn merge(&self, first_start: &mut [u8]) -> Option<VnetHeader> {

@@ -7,7 +7,7 @@ const UNKNOWN_SPEED: u32 = u32::MAX;
 const UNKNOWN_DUPLEX: u8 = u8::MAX;
 /// Bytes of `struct virtio_net_config`.
 pub const CONFIG_LEN: usize = 24;
-/// Bytes that can be asked for (vhost-user, "Virtio device config space"): behind the end are zeros.
+/// Bytes that can be read (vhost-user, "Virtio device config space"); those after the structure are zeros.
 const READABLE_LEN: usize = 256;
 /// Smallest MTU that the specification allows.
 pub const MTU_MIN: u16 = 68;
@@ -28,9 +28,9 @@ pub struct ConfigSpace {
 /// What a driver is shown of the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkShown {
-    /// How it is: the driver is told when that changes.
+    /// The actual state, for a driver that is told of changes.
     AsItIs,
-    /// That it is up: a driver that is told nothing would believe for ever what it once read.
+    /// Always up, for a driver that is never told of changes: it would believe for ever what it once read.
     Up,
 }
 
@@ -52,8 +52,8 @@ impl ConfigSpace {
         bytes
     }
 
-    /// The bytes `offset .. offset + size`, if there are any and all of them can be asked for. Front-ends that know no device by
-    /// its kind read all that there can be, at once.
+    /// The bytes `offset .. offset + size`, if the range is not empty and all of it can be read. Generic front-ends,
+    /// which do not know the device's type, read the largest possible range at once.
     pub fn read(&self, offset: u32, size: u32, shown: LinkShown) -> Option<Vec<u8>> {
         let start = usize::try_from(offset).ok()?;
         let end = start.checked_add(usize::try_from(size).ok()?)?;

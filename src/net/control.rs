@@ -32,26 +32,26 @@ const ANNOUNCE_ACK: u8 = 0;
 const MQ_VQ_PAIRS_SET: u8 = 0;
 const GUEST_OFFLOADS_SET: u8 = 0;
 
-/// Addresses of one kind that are kept; with more, all of that kind pass.
+/// The most addresses of one kind (unicast or multicast) that are kept; with more, all of that kind pass.
 const MAC_TABLE_MAX: usize = 64;
 
-/// What a command asks for beyond this file.
+/// What the caller has to do to carry a command out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Other frames pass to the guest.
+    /// The receive filter changed.
     Filter(Arc<RxFilter>),
-    /// The guest's address is another.
+    /// The guest's MAC address changed.
     Mac(Mac),
-    /// Queue pairs from this one on are not used.
+    /// The guest uses only the queue pairs before this one.
     QueuePairs(u16),
-    /// The guest takes other unfinished frames.
+    /// The guest offloads changed.
     Offloads(GuestOffloads),
-    /// Nothing: the driver says that it has announced itself.
+    /// Nothing: the driver acknowledges an announcement.
     None,
 }
 
 impl Effect {
-    /// What changes, for the log: in a word, as a guest may ask for it often.
+    /// What changes, for the log: a few words, as a guest may send many commands.
     pub fn name(&self) -> &'static str {
         match self {
             Effect::Filter(_) => "receive filter",
@@ -71,9 +71,9 @@ pub struct ControlState {
     filter: RxFilter,
     /// The one address that the device lets frames in to, if it does not let in any.
     only: Option<Mac>,
-    /// How many pairs the guest said that it uses.
+    /// How many queue pairs the guest uses, once it has said so.
     queue_pairs: Option<u16>,
-    /// The unfinished frames that it said that it takes.
+    /// The guest offloads, once it has set them.
     offloads: Option<GuestOffloads>,
 }
 
@@ -88,8 +88,9 @@ impl ControlState {
         ControlState { features, max_queue_pairs, filter, offloads, ..ControlState::default() }
     }
 
-    /// The state of a guest that goes on with its ring, from what it was when the ring stopped, or without that, as another
-    /// process carried its commands out. Where it is not known, nothing is kept from the guest, and all is finished.
+    /// The state of a guest that continues with its ring: the state when the ring stopped, if there is one. Else the
+    /// commands were carried out by another process and are unknown: then every frame passes, and every frame is
+    /// finished.
     pub fn resumed(self, former: ControlState) -> ControlState {
         if former.features == self.features {
             return former;
@@ -105,15 +106,16 @@ impl ControlState {
         ControlState { filter, queue_pairs, offloads, ..self }
     }
 
-    /// What brings the state about after a reset, offloads first: what passes then is finished for them.
+    /// The effects that restore this state after a reset. Offloads come first, so that frames that pass are finished
+    /// accordingly.
     pub fn effects(&self) -> impl Iterator<Item = Effect> {
         let filter = self.filter.mac.map_or_else(|| Effect::Filter(self.filter()), Effect::Mac);
         let pairs = self.queue_pairs.map(Effect::QueuePairs);
         [self.offloads.map(Effect::Offloads), Some(filter), pairs].into_iter().flatten()
     }
 
-    /// Says to which one address the device lets frames in, if not to any. A guest may not take another: it would believe
-    /// that it has it, and nothing would come to it.
+    /// Sets the only address to which the device accepts frames, if there is such a limit. A guest may not choose
+    /// another address: it would receive nothing.
     ///
     /// Further addresses and the receive modes are not refused: those commands must be supported, and what then comes is a
     /// SHOULD ("Packet Receive Filtering"). An answer that they failed would keep the groups in the same table from the
@@ -196,7 +198,7 @@ impl ControlState {
             }
             MAC_ADDR_SET if self.has(CTRL_MAC_ADDR) => {
                 let mac: Mac = data.try_into().ok()?;
-                // One that it has already changes nothing, whether it was wise or not.
+                // Setting the current address again changes nothing, so it is not refused.
                 let is_let_in = self.only.is_none_or(|only| only == mac) || self.filter.mac == Some(mac);
                 is_let_in.then_some(())?;
                 self.filter.mac = Some(mac);

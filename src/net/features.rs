@@ -1,7 +1,8 @@
 //! The one table of virtio features: which are offered when, and what an acknowledged one asks of the TAP.
 //!
-//! VIRTIO 1.3, "Network Device", "Feature bits", and "Reserved Feature Bits". Directions in the names of `GUEST_` and
-//! `HOST_` offloads: what the guest can receive unfinished, and what it may send unfinished.
+//! VIRTIO 1.3, "Network Device", "Feature bits", and "Reserved Feature Bits". A `GUEST_` offload is what the guest can
+//! receive unfinished, a `HOST_` offload what it may send unfinished. A frame is unfinished if its checksum or
+//! segmentation is left to the receiver.
 
 use crate::device::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4, TUN_F_USO6};
 
@@ -74,8 +75,9 @@ bits! {
 
 const USO: u32 = TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6;
 
-/// CTRL_VQ, GUEST_ANNOUNCE and MQ are always offered: without them front-ends that keep the control queue hide features
-/// of their own. Those that only a back-end with the control queue can carry out are for front-ends that hand it over.
+/// CTRL_VQ, GUEST_ANNOUNCE and MQ are always offered: without them, front-ends that handle the control queue themselves
+/// would hide them from the guest. Commands that a back-end carries out are offered only to front-ends that hand the
+/// control queue over.
 const TABLE: &[Row] = &[
     row(0, "CSUM", When::Always, 0),
     row(1, "GUEST_CSUM", When::Device(TUN_F_CSUM), 0),
@@ -99,7 +101,7 @@ const TABLE: &[Row] = &[
     row(21, "GUEST_ANNOUNCE", When::Always, CTRL_VQ),
     row(22, "MQ", When::Always, CTRL_VQ),
     row(23, "CTRL_MAC_ADDR", When::Generic, CTRL_VQ),
-    // The front-end's own (vhost-user, "Migration").
+    // For the front-end, not the guest (vhost-user, "Migration").
     row(26, "LOG_ALL", When::Always, 0),
     row(28, "INDIRECT_DESC", When::Always, 0),
     row(29, "EVENT_IDX", When::Always, 0),
@@ -108,11 +110,11 @@ const TABLE: &[Row] = &[
     row(35, "IN_ORDER", When::Always, 0),
     row(54, "GUEST_USO4", When::Device(USO), GUEST_CSUM),
     row(55, "GUEST_USO6", When::Device(USO), GUEST_CSUM),
-    // A kernel that can be asked for USO frames is one that takes them.
+    // A kernel that gives USO frames also takes them.
     row(56, "HOST_USO", When::Device(USO), CSUM),
 ];
 
-/// What decides which features are offered.
+/// What the offered features depend on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Circumstances {
     /// The `TUN_F_` offloads that the device has.
@@ -143,13 +145,13 @@ pub fn names(bits: u64) -> String {
     (0..u64::BITS).filter(|bit| bits >> bit & 1 == 1).map(name_of).collect::<Vec<_>>().join(" ")
 }
 
-/// The acknowledged features without those whose requirements were not acknowledged with them.
+/// The acknowledged features, without those that need a feature that was not acknowledged.
 pub fn consistent(acked: u64) -> u64 {
     let lacks = |row: &&Row| acked & row.needs != row.needs;
     TABLE.iter().filter(lacks).fold(acked, |left, row| left & !(1 << row.bit))
 }
 
-/// Which unfinished frames the guest can receive, of those that the virtqueue features or the control queue allow.
+/// Which unfinished frames the guest can receive, by the acknowledged features or as set through the control queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GuestOffloads(u64);
 
@@ -168,8 +170,8 @@ impl GuestOffloads {
         self.0 & feature != 0
     }
 
-    /// The `TUN_F_` flags to set on a device that has `supported`: what the guest can receive unfinished, and what is
-    /// finished here for it (`segment`).
+    /// The `TUN_F_` flags to set on a device that supports `supported`: what the guest can receive unfinished, and also
+    /// what is finished for it by `segment`.
     pub fn device_flags(self, supported: u32) -> u32 {
         let finished = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_USO4 | TUN_F_USO6;
         self.tun_flags() | (supported & finished)

@@ -1,7 +1,7 @@
 //! Which frames the guest wants to receive: its MAC addresses, receive modes and VLANs.
 //!
-//! The control queue sets it (VIRTIO 1.3, "Network Device", "Control Virtqueue"), `rx` asks it for each frame. Without
-//! those commands everything passes, as the device starts out.
+//! The control queue sets it (VIRTIO 1.3, "Network Device", "Control Virtqueue"), `rx` asks it for each frame.
+//! Initially, and without those commands, everything passes.
 
 use super::ETH_HEADER;
 
@@ -63,12 +63,12 @@ impl Default for VlanTable {
 }
 
 impl VlanTable {
-    /// The one that lets all pass.
+    /// A table that lets all VLANs pass.
     pub fn full() -> VlanTable {
         VlanTable(Box::new([u64::MAX; 64]))
     }
 
-    /// Lets `id` (0 to 4095) pass, or no longer.
+    /// Lets VLAN `id` (0 to 4095) pass or not.
     pub fn set(&mut self, id: u16, pass: bool) {
         if let Some(word) = self.0.get_mut(usize::from(id / 64)) {
             let bit = 1 << (id % 64);
@@ -102,7 +102,7 @@ impl Default for RxFilter {
 }
 
 impl RxFilter {
-    /// Whether every frame passes, so that none need be looked at.
+    /// Whether every frame passes, so that none has to be examined.
     #[inline]
     pub fn passes_all(&self) -> bool {
         self.modes.promiscuous

@@ -1,6 +1,6 @@
-//! May the guest have this frame of the device? [`judge`] answers for a frame wherever it is: in the guest's buffers
-//! already, or in private memory. What is in private memory is finished there ([`finish`]): its checksum is completed, or a
-//! plan of `segment` says how it is cut.
+//! May the guest have this frame? [`judge`] answers that for every frame from the device, whether it was read straight
+//! into the guest's buffers or into private memory. A frame in private memory can be finished ([`finish`]): its
+//! checksum is completed, or `segment` plans how it is cut.
 
 use std::sync::Arc;
 

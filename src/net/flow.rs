@@ -1,6 +1,6 @@
 //! What a flow's frames have in common: where their headers are, and which bits of them are equal.
 //!
-//! `coalesce` asks this of private copies. Nothing here judges a frame alone.
+//! `coalesce` asks this of private copies. A single frame is checked there, not here.
 
 use super::ETH_HEADER;
 use super::protocol::{
@@ -20,7 +20,7 @@ pub(super) struct Layout {
     pub(super) end: u8,
 }
 
-/// Bits of headers that must be equal, as a mask: all but those at `holes` (offset, length), which segmentation writes.
+/// A mask of header bits that must be equal: all but the bytes at `holes` (offset, length).
 const fn all_but<const N: usize>(holes: &[(usize, usize)]) -> [u8; N] {
     let mut mask = [0xff; N];
     let mut hole = 0;
@@ -35,7 +35,7 @@ const fn all_but<const N: usize>(holes: &[(usize, usize)]) -> [u8; N] {
     mask
 }
 
-/// A mask for each kind of headers, from IP's on, without TCP's options.
+/// A mask for the IP and transport headers of each kind of packet, without TCP options.
 pub(super) struct Masks {
     tcp4: [u8; IPV4_HEADER + TCP_HEADER],
     tcp6: [u8; IPV6_HEADER + TCP_HEADER],
@@ -43,8 +43,9 @@ pub(super) struct Masks {
     udp6: [u8; IPV6_HEADER + UDP_HEADER],
 }
 
-/// What segmentation copies from the whole to each segment. It writes IPv4's total length, identification and checksum, or
-/// IPv6's payload length; UDP's length and checksum, or TCP's sequence number, last flags and checksum.
+/// The bits that segmentation copies from the merged frame to each segment. All others it writes: IPv4's total length,
+/// identification and checksum, or IPv6's payload length; UDP's length and checksum, or TCP's sequence number, last
+/// flags and checksum.
 pub(super) const COPIED: Masks = Masks {
     tcp4: but_last_flags(
         all_but(&[(2, 4), (10, 2), (IPV4_HEADER + 4, 4), (IPV4_HEADER + TCP_CHECKSUM, 2)]),
@@ -55,8 +56,9 @@ pub(super) const COPIED: Masks = Masks {
     udp6: all_but(&[(4, 2), (IPV6_HEADER + 4, 4)]),
 };
 
-/// What is equal in frames of one length: all but what counts up (IPv4's identification, and so its checksum; TCP's sequence
-/// number) and TCP's last flags. The checksums of TCP and UDP are that of the pseudo-header alone.
+/// The bits that are equal in frames of the same length: all but fields that count up (IPv4's identification and so its
+/// checksum, TCP's sequence number) and the flags of the last TCP segment. The checksum fields of TCP and UDP hold the
+/// pseudo-header's sum, which is the same in all.
 pub(super) const ALIKE: Masks = Masks {
     tcp4: but_last_flags(all_but(&[(4, 2), (10, 2), (IPV4_HEADER + 4, 4)]), IPV4_HEADER),
     tcp6: but_last_flags(all_but(&[(IPV6_HEADER + 4, 4)]), IPV6_HEADER),
@@ -69,8 +71,8 @@ const fn but_last_flags<const N: usize>(mut mask: [u8; N], tcp: usize) -> [u8; N
     mask
 }
 
-/// Whether the headers are equal under the masks, and wholly before IP's. If so, `next` has this layout too: what tells
-/// layouts apart (ethertypes, protocol, TCP's header length) is among what is compared.
+/// Whether the link headers are equal and the others equal under the masks. If so, `next` has the same layout: the
+/// fields that determine a layout (ethertype, protocol, TCP header length) are compared.
 #[inline(always)]
 pub(super) fn same_headers(masks: &Masks, layout: Layout, first: &[u8], next: &[u8]) -> Option<bool> {
     let end = usize::from(layout.end);
@@ -82,7 +84,7 @@ pub(super) fn same_headers(masks: &Masks, layout: Layout, first: &[u8], next: &[
         PacketKind::Udp4 => same_under(&masks.udp4, first, next),
         PacketKind::Udp6 => same_under(&masks.udp6, first, next),
     };
-    // The frame's addresses and type as one, and what VLAN tags there may be.
+    // Addresses and ethertype at once, then VLAN tags if there are any.
     let (first_start, first_tags) = first_link.split_first_chunk::<ETH_HEADER>()?;
     let (next_start, next_tags) = next_link.split_first_chunk::<ETH_HEADER>()?;
     Some(first_start == next_start && same_packet? && same_bytes(first_tags, next_tags))
@@ -99,8 +101,8 @@ fn same_bytes(first: &[u8], next: &[u8]) -> bool {
 fn same_under<const N: usize>(mask: &[u8; N], first: &[u8], next: &[u8]) -> Option<bool> {
     let (first, first_options) = first.split_first_chunk::<N>()?;
     let (next, next_options) = next.split_first_chunk::<N>()?;
-    // No way out of the loop before its end, and the length of any such header is a multiple of 4: so it becomes a few wide
-    // instructions.
+    // Without an early exit, and with lengths that are multiples of 4, the compiler makes a few wide instructions of
+    // this loop.
     let pairs = words(first).zip(words(next)).zip(words(mask));
     let different = pairs.fold(0, |different, ((a, b), mask)| different | ((a ^ b) & mask));
     Some(different == 0 && same_bytes(first_options, next_options))
@@ -111,15 +113,15 @@ fn words<const N: usize>(bytes: &[u8; N]) -> impl Iterator<Item = u32> {
     bytes.as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word))
 }
 
-/// A number that is equal for all frames of one flow, made of some bytes of a frame's `start` that are equal in all of them.
-/// Frames of different flows mostly have different ones, which is sooner seen than all that makes a segment of a run.
+/// A cheap hash of bytes at a frame's `start` that are equal in all frames of a flow. Frames of different flows mostly
+/// have different hints, which shows sooner than a full comparison that they cannot be one run.
 #[inline]
 pub fn flow_hint(start: &[u8]) -> u64 {
     let Some(start) = start.first_chunk::<38>() else { return 0 };
     let word = |at| start.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes));
     // Two Ethernet addresses and the ethertype.
     let link = word(0) ^ word(6).rotate_left(24);
-    // Of IPv4 without a VLAN tag the addresses and ports, of IPv6 a part of the addresses.
+    // For IPv4 without a VLAN tag these are addresses and ports, for IPv6 a part of the addresses.
     let is_tagged = !matches!(u16::from_be_bytes([start[12], start[13]]), ETHERTYPE_IPV4 | ETHERTYPE_IPV6);
     if is_tagged { link } else { link ^ word(26).rotate_left(40) ^ word(30) }
 }

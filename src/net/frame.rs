@@ -1,4 +1,4 @@
-//! A frame from the guest: what there is of it, what becomes of it, and what follows from the kernel's answer.
+//! A frame from the guest in a pass of `tx`: where its bytes are, and what becomes of it.
 
 use std::ops::Range;
 
@@ -9,16 +9,16 @@ use crate::device::errno::{WriteFailure, classify_write};
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::Head;
 
-/// One popped chain.
+/// A popped chain and the frame in it.
 pub(super) struct Frame {
     pub(super) head: Head,
     /// Bytes, virtio-net header included.
     pub(super) len: usize,
-    /// How many of them are on the stage, or, behind the first frame of a run, are headers that do not go out; the others
-    /// are taken from guest memory.
+    /// How many of them are not taken from guest memory: those on the stage or, in a run's frames after the first, the
+    /// headers, which are not sent.
     pub(super) staged: usize,
     pub(super) pieces: Range<usize>,
-    /// How many frames, from this one on, go as one; none where it goes with one before it.
+    /// How many frames, from this one on, are sent as one; 0 if this one is sent with an earlier one.
     pub(super) run: usize,
     pub(super) fate: Fate,
 }
@@ -30,7 +30,7 @@ impl Frame {
         Frame { head, len, staged: 0, pieces: 0..0, run: 1, fate }
     }
 
-    /// Whether not all of what is to be sent is on the stage, in one slot.
+    /// Whether a part of what is to be sent is in guest memory or another slot.
     pub(super) fn is_gathered(&self) -> bool {
         self.staged < self.len || self.run > 1
     }
@@ -41,22 +41,22 @@ impl Frame {
 pub(super) enum Fate {
     ToSend,
     Sent,
-    /// It asks the gateway for its address.
+    /// It is an address request to the gateway.
     ForGateway,
     Dropped(Reason),
 }
 
-/// Under which counter a frame was dropped.
+/// The counter for a dropped frame.
 pub(super) type Reason = fn(&PairCounters) -> &Counter;
 
-/// What follows from the kernel's answer to a frame. An error ends the pass, with the frame to be sent again: those that
-/// hold back the frames behind it ([`WriteFailure::holds_back`]).
+/// What becomes of a frame after a write. An error ends the pass, and the frame is sent again later; these are the
+/// failures that hold back the frames behind it ([`WriteFailure::holds_back`]).
 pub(super) fn fate(result: Result<usize, Errno>) -> Result<Fate, Pump> {
     match classify_write(result) {
         Ok(()) => Ok(Fate::Sent),
         Err(WriteFailure::Blocked) => Err(Pump::DeviceBlocked),
         Err(WriteFailure::DeviceLost) => Err(Pump::DeviceLost),
-        // Though nothing before it stopped the others: the next pass tries it.
+        // The next pass tries it.
         Err(WriteFailure::NotTried) => Err(Pump::BudgetSpent),
         Err(WriteFailure::LinkDown) => Ok(Fate::Dropped(|c| &c.tx_drop_link_down)),
         Err(WriteFailure::NoMemory) => Ok(Fate::Dropped(|c| &c.tx_drop_no_memory)),

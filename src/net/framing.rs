@@ -1,7 +1,8 @@
-//! How a frame stands on the device's side. On the guest's it is a virtio-net header of 12 bytes and an Ethernet frame.
+//! The format of a frame on the device's side. On the guest's side it is a virtio-net header of 12 bytes and an
+//! Ethernet frame.
 //!
-//! What a device does without is left out at the start, and the virtio-net header moves up to what is left: neither way
-//! is the frame itself moved. `tx` cuts, `rx` encloses.
+//! What a device does not have is left out at the start, and the virtio-net header is moved to what remains; the rest
+//! of the frame never moves. `tx` calls `cut`, `rx` calls `enclose`.
 //!
 //! ```text
 //!   the guest's        [virtio-net header: 12][Ethernet: 14][packet]
@@ -41,7 +42,7 @@ impl Framing {
         }
     }
 
-    /// What there is of a network, where the device has packets only.
+    /// The guest's link, if the device carries IP packets only.
     #[inline]
     pub fn link(&self) -> Option<&Arc<IpLink>> {
         match self {
@@ -60,7 +61,7 @@ impl Framing {
         }
     }
 
-    /// How many of the first bytes that the guest gets differ from the device's, and so are made in private memory.
+    /// How many of the guest's first bytes are read into private memory, because the device's differ from them.
     #[inline]
     pub(super) fn private_len(&self) -> usize {
         match self {
@@ -69,7 +70,7 @@ impl Framing {
         }
     }
 
-    /// Makes what the device takes of `bytes`, the start of what the guest sends.
+    /// Converts `bytes`, the start of what the guest sends, to the device's format.
     #[inline]
     pub(crate) fn cut(&self, bytes: &mut [u8]) {
         match self {
@@ -82,7 +83,8 @@ impl Framing {
         }
     }
 
-    /// Makes what the guest gets of `bytes`, the start of what the device gave. Tells whether that can be.
+    /// Converts `bytes`, the start of what the device gave, to the guest's format. Returns false if that is not
+    /// possible.
     #[inline]
     pub(super) fn enclose(&self, bytes: &mut [u8]) -> bool {
         match self {
@@ -99,8 +101,8 @@ impl Framing {
     }
 }
 
-/// Puts a VLAN tag into the frame of `len` bytes, virtio-net header included, at the start of `bytes`. Tells how long it
-/// is then, if there is room (IEEE 802.1Q, "Tag format": behind the two addresses).
+/// Inserts a VLAN tag into the frame of `len` bytes, virtio-net header included, at the start of `bytes`. Returns its
+/// new length if there is room (IEEE 802.1Q, "Tag format": behind the two addresses).
 pub(super) fn put_tag(bytes: &mut [u8], len: usize, tag: VlanTag) -> Option<usize> {
     const TAG: usize = 4;
     const AT: usize = HEADER_LEN + 12;

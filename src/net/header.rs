@@ -1,8 +1,9 @@
 //! The virtio-net header (VIRTIO 1.3, "Network Device", "Device Operation"): 12 bytes before each frame.
 //!
-//! The kernel acts on this header without knowing what was negotiated, so it is checked here, on a copy of ours, and
-//! that copy is what the kernel gets. For a segmentation request the protocol headers are copied and checked too: what
-//! is declared must be what is there. `tx` and `rx` call this; nothing here touches guest memory.
+//! The kernel acts on this header without knowing what was negotiated. So `tx` copies it to private memory, it is
+//! checked there, and the kernel gets the copy. For a segmentation request the protocol headers are copied and checked
+//! too: the frame must be what its virtio-net header says. On rx the header is reduced to what the guest negotiated.
+//! Nothing here touches guest memory.
 
 use std::fmt;
 
@@ -15,15 +16,16 @@ use super::features::{
 use super::protocol::find_l4;
 use super::{ETH_HEADER, FRAME_MAX};
 
-/// Bytes of the header; with `VIRTIO_F_VERSION_1`, which is required here, it has `num_buffers` always.
+/// Bytes of the header. It always has `num_buffers`, since `VIRTIO_F_VERSION_1` is required.
 pub const HEADER_LEN: usize = 12;
-/// How much of a frame is looked at for its protocol headers: Ethernet, two VLAN tags, IP and TCP with all options.
+/// How many bytes of a frame are searched for protocol headers: enough for Ethernet, two VLAN tags, IP and TCP with all
+/// options.
 pub const PROTOCOL_HEADERS_MAX: usize = 192;
-/// The most segments that one frame may ever ask for: a full frame of the smallest TCP segments that make sense (48 bytes).
-/// A frame of thousands costs the host hundreds of times a normal one.
+/// The most segments that one frame may ever ask for: those of a full frame in the smallest sensible TCP segments (48
+/// bytes). A frame of thousands of segments costs the host hundreds of times as much as a normal one.
 pub(super) const SEGMENTS_MAX: usize = SegmentLimit::MOST as usize;
 
-/// Not a size for Linux, but an order to cut where fragments of its own end; newer ones refuse that from outside.
+/// To Linux this is not a size but a request to cut where its own page fragments end; newer kernels refuse it.
 const GSO_BY_FRAGS: u16 = 0xffff;
 
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
@@ -54,11 +56,11 @@ pub struct VnetHeader {
     pub hdr_len: u16,
     /// Payload bytes of each segment.
     pub gso_size: u16,
-    /// Where the checksum begins to count.
+    /// Where the checksummed bytes begin.
     pub csum_start: u16,
-    /// Where it is stored, from there.
+    /// Where the checksum is stored, counted from `csum_start`.
     pub csum_offset: u16,
-    /// Over how many buffers the frame is spread (rx).
+    /// How many buffers the frame takes (rx).
     pub num_buffers: u16,
 }
 
@@ -96,7 +98,7 @@ pub enum HeaderFault {
         /// Its length.
         len: usize,
     },
-    /// A checksum or segmentation that was not negotiated, or that does not exist.
+    /// It asks for a checksum or segmentation that was not negotiated or does not exist.
     #[error("flags {flags:#x} or GSO type {gso_type:#x} not negotiated")]
     NotNegotiated {
         /// The header's flags.
@@ -122,7 +124,7 @@ pub enum HeaderFault {
         /// `csum_offset`.
         offset: u16,
     },
-    /// The frame is not of the protocol that is to be segmented.
+    /// The frame is not of the protocol that its GSO type names.
     #[error("frame is not of the protocol that GSO type {gso_type:#x} segments")]
     WrongProtocol {
         /// The header's type.
@@ -145,7 +147,7 @@ pub struct CheckedHeader {
     pub segments: usize,
 }
 
-/// Into how many segments the host may have to cut one frame of the guest.
+/// The most segments that the guest may have the host make of one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentLimit(u16);
 
@@ -168,8 +170,8 @@ impl fmt::Display for SegmentLimit {
 }
 
 impl Default for SegmentLimit {
-    /// Four times those of a full frame on the usual MTU (45): a frame is to cost the host no more than four times that.
-    /// A TCP peer has to ask for segments of less than 364 bytes to come by more.
+    /// Four times as many as a full frame has on the usual MTU (45), so that a frame costs the host at most four times
+    /// as much. Only with segments of less than 364 bytes does a full frame have more.
     fn default() -> SegmentLimit {
         SegmentLimit(180)
     }
@@ -215,7 +217,8 @@ impl TxRules {
         self.acked & feature != 0
     }
 
-    /// NEEDS_CSUM was negotiated, stands alone, and its field lies behind the Ethernet header, within the frame.
+    /// Checks that NEEDS_CSUM was negotiated, is not combined with DATA_VALID, and names a field behind the Ethernet
+    /// header within the frame.
     fn check_checksum(self, header: VnetHeader, len: usize) -> Result<(), HeaderFault> {
         let VnetHeader { flags, gso_type, gso_size, csum_start: start, csum_offset: offset, .. } = header;
         if !self.has(CSUM) {
@@ -252,7 +255,7 @@ impl TxRules {
         if segments > usize::from(self.limit.0) {
             return Err(HeaderFault::TooManySegments { segments });
         }
-        // `hdr_len` is computed, whatever the driver said; `headers` is at most PROTOCOL_HEADERS_MAX.
+        // The driver's `hdr_len` is ignored and computed anew; `headers` is at most PROTOCOL_HEADERS_MAX.
         let header = VnetHeader {
             flags: F_NEEDS_CSUM,
             gso_type,
@@ -282,14 +285,13 @@ impl TxRules {
 /// Offset of `num_buffers` in a header.
 pub const NUM_BUFFERS_OFFSET: usize = 10;
 
-/// A frame that the guest cannot finish: it needs an offload that was not negotiated.
+/// The frame needs an offload that the guest did not negotiate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotNegotiated;
 
-/// The rx header as the guest may see it: nothing in it that it did not negotiate.
+/// The rx header as the guest may see it: without anything that it did not negotiate.
 ///
-/// # Errors
-/// [`NotNegotiated`] where leaving it out would break the frame.
+/// # Errors [`NotNegotiated`] if leaving that out would break the frame.
 #[inline]
 pub fn check_rx(header: VnetHeader, guest: GuestOffloads) -> Result<VnetHeader, NotNegotiated> {
     if header.flags == 0 && header.gso_type == GSO_NONE {
@@ -306,8 +308,8 @@ pub fn check_rx(header: VnetHeader, guest: GuestOffloads) -> Result<VnetHeader, 
     let ecn = header.gso_type & GSO_ECN == 0 || guest.has(GUEST_ECN);
     let is_open = header.flags & F_NEEDS_CSUM != 0;
     let checksum = !is_open || guest.has(GUEST_CSUM);
-    // Of what a card put together whose sums it had checked there is nothing open. A guest is to see no such thing (VIRTIO
-    // 1.3, "Processing of Incoming Packets": with a type goes NEEDS_CSUM), and Linux takes no datagrams so.
+    // A frame merged by the NIC (LRO) has a GSO type without NEEDS_CSUM. Guests must not see that (VIRTIO 1.3,
+    // "Processing of Incoming Packets"), and Linux refuses such UDP frames.
     let is_whole = is_open || !header.is_gso();
     if !(segmentation && ecn && checksum && is_whole) {
         return Err(NotNegotiated);
@@ -316,9 +318,9 @@ pub fn check_rx(header: VnetHeader, guest: GuestOffloads) -> Result<VnetHeader, 
     Ok(VnetHeader { flags: header.flags & may, num_buffers: 0, ..header })
 }
 
-/// Has the header in `place`, the device's, say no more than [`check_rx`] lets the guest see.
+/// Replaces the device's header in `place` by what [`check_rx`] lets the guest see.
 ///
-/// What is right already is not written: whoever copies the frame next need not wait for it.
+/// A header that is right already is not written, so that a copy of the frame need not wait for the store.
 ///
 /// # Errors
 /// [`NotNegotiated`] as [`check_rx`]; nothing is changed then.

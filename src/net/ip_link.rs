@@ -1,8 +1,8 @@
-//! What a guest's Ethernet card misses on a device of IP packets (TUN): headers around its packets, and a neighbour.
+//! What a guest's Ethernet card lacks on a device of IP packets (TUN): Ethernet headers, and a neighbour.
 //!
-//! Nobody but the gateway is on the guest's link, and the gateway is us: it answers ARP requests (RFC 826) and neighbour
-//! solicitations (RFC 4861), and takes all packets. On the way to the device a frame loses its Ethernet header, and what
-//! is no IP packet is not sent; on the way back it gets a header, to the address that the guest sends from.
+//! The only neighbour on the guest's link is the gateway, which is this process: it answers ARP requests (RFC 826) and
+//! neighbour solicitations (RFC 4861), and takes all packets. A frame to the device loses its Ethernet header, and is
+//! dropped if it holds no IP packet; a packet from the device gets a header, to the address that the guest sends from.
 //!
 //! ```text
 //!   the guest's   [virtio-net header][Ethernet][packet]        12 + 14 bytes before the packet
@@ -25,20 +25,20 @@ use super::filter::Mac;
 use super::header::{F_NEEDS_CSUM, HEADER_LEN, VnetHeader};
 use super::protocol::{ETHERTYPE_IPV4, ETHERTYPE_IPV6};
 
-/// The gateway's address, the same for every guest and on every host, so that a guest that moves finds it again. Each
-/// is alone with its guest.
+/// The gateway's address. It is the same for every guest on every host, so that a guest that migrates finds it again;
+/// each gateway is alone with its guest.
 pub const GATEWAY_MAC: Mac = [0x02, 0x56, 0x4e, 0x00, 0x00, 0x01];
 
-/// Bytes of a packet within which its destination stands: an IPv6 header.
+/// How many bytes of a packet are needed to find its destination: an IPv6 header.
 pub const PEEK: usize = 40;
 
 const BROADCAST: Mac = [0xff; 6];
 const ICMPV6: u8 = 58;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
-/// By which a neighbour knows that no router has passed it on (RFC 4861, "Validation of Neighbor Solicitations").
+/// The hop limit that proves that no router has forwarded a message (RFC 4861, "Validation of Neighbor Solicitations").
 const HOP_LIMIT: u8 = 255;
 
-/// Addresses by which the guest asks for its gateway.
+/// The IP addresses of the gateway.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Gateway {
     v4: Option<Ipv4Addr>,
@@ -46,7 +46,7 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Whether it answers to any address: none was given.
+    /// Whether it answers for every address, as none was given.
     fn is_anybody(self) -> bool {
         self.v4.is_none() && self.v6.is_none()
     }
@@ -80,9 +80,9 @@ impl FromStr for Gateway {
 pub enum Way {
     /// To the device, without its Ethernet header.
     Device,
-    /// To the neighbour that we are: it asks for an address.
+    /// To the gateway: it asks for an address.
     Neighbour,
-    /// Nowhere: it is no IP packet.
+    /// Nowhere, as it is no IP packet.
     Nowhere,
 }
 
@@ -92,7 +92,7 @@ pub struct Answer {
     len: usize,
 }
 
-/// A neighbour advertisement with our address in it.
+/// The length of a neighbour advertisement with our address in it, the longest answer.
 const ANSWER_MAX: usize = ETH_HEADER + 40 + 24 + 8;
 
 impl Answer {
@@ -112,12 +112,12 @@ impl fmt::Debug for Answer {
 #[derive(Debug)]
 pub struct IpLink {
     gateway: Gateway,
-    /// The address that the guest sends from, as a number; 0 as long as nobody knows.
+    /// The address that the guest sends from, as a number; 0 while it is unknown.
     guest: AtomicU64,
 }
 
 impl IpLink {
-    /// A link between a guest, of which `mac` may be known, and `gateway`.
+    /// A link between `gateway` and a guest, whose `mac` may be known.
     pub fn new(gateway: Option<Gateway>, mac: Option<Mac>) -> IpLink {
         let link = IpLink { gateway: gateway.unwrap_or_default(), guest: AtomicU64::new(0) };
         if let Some(mac) = mac {
@@ -166,7 +166,8 @@ impl IpLink {
         }
     }
 
-    /// What the gateway answers to a frame for [`Way::Neighbour`]; nothing to what is not asked of it, or is malformed.
+    /// The gateway's answer to a frame for [`Way::Neighbour`]; `None` if the frame is malformed or asks for somebody
+    /// else.
     pub fn answer(&self, frame: &[u8]) -> Option<Answer> {
         let frame = EthernetFrame::new_checked(frame).ok()?;
         match frame.ethertype() {
@@ -187,7 +188,8 @@ impl IpLink {
         else {
             return None;
         };
-        // One who is anybody must not be so to a guest that asks whether its own address is free, or tells it.
+        // When answering for every address, ignore ARP probes and announcements, or the guest believes its address is
+        // taken.
         let is_other = !source.is_unspecified() && source != target;
         let is_asked = if self.gateway.is_anybody() { is_other } else { self.gateway.v4 == Some(target) };
         is_asked.then(|| {
@@ -217,7 +219,7 @@ impl IpLink {
         else {
             return None;
         };
-        // Without a source it asks whether the address is free.
+        // A solicitation without a source asks whether the address is free (RFC 4862, "Duplicate Address Detection").
         let has_source = !ip.src_addr.is_unspecified();
         let is_asked = if self.gateway.is_anybody() { has_source } else { self.gateway.v6 == Some(target) };
         is_asked.then(|| {
@@ -228,13 +230,13 @@ impl IpLink {
         })
     }
 
-    /// Takes the Ethernet header out of `bytes`, the start of a frame behind its virtio-net header: that moves to where
-    /// the device's packet begins.
+    /// Removes the Ethernet header from `bytes`, the start of a frame with its virtio-net header, which moves to just
+    /// before the packet.
     #[inline]
     pub fn cut(bytes: &mut [u8]) {
         let Some(header) = bytes.first_chunk::<HEADER_LEN>() else { return };
         let header = VnetHeader::from_bytes(header);
-        // `header` checks that both are behind the Ethernet header, or zero.
+        // Both are zero or behind the Ethernet header, as `header` has checked.
         let header = VnetHeader {
             csum_start: header.csum_start.saturating_sub(ETH_HEADER as u16),
             hdr_len: header.hdr_len.saturating_sub(ETH_HEADER as u16),
@@ -248,8 +250,8 @@ impl IpLink {
 
 /// To the guest.
 impl IpLink {
-    /// Makes a frame of `bytes`, in which the device's virtio-net header and packet (or its first [`PEEK`] bytes) stand
-    /// behind 14 unused ones. Tells whether it is an IP packet.
+    /// Makes a frame of `bytes`: 14 unused bytes, the device's virtio-net header, and its packet or the first [`PEEK`]
+    /// bytes of that. Returns false if it is no IP packet.
     #[inline]
     pub fn enclose(&self, bytes: &mut [u8]) -> bool {
         let Some((unused, rest)) = bytes.split_at_mut_checked(ETH_HEADER) else { return false };
@@ -295,8 +297,8 @@ impl IpLink {
         }
     }
 
-    /// What to ask the guest, that it may tell its address, where it has not yet and `frame` is an IPv4 packet to it: one
-    /// with IPv6 has spoken when its link came up.
+    /// An ARP request that makes the guest tell its MAC address, if that is unknown and `frame` is an IPv4 packet to
+    /// the guest. A guest with IPv6 needs none: it sends a frame as soon as its link comes up.
     pub fn question(&self, frame: &[u8]) -> Option<Answer> {
         if self.guest().is_some() || *frame.get(12..)?.first_chunk::<2>()? != ETHERTYPE_IPV4.to_be_bytes() {
             return None;

@@ -1,11 +1,11 @@
 //! Frames from the device to the guest.
 //!
-//! Theory of operation. Buffers are popped ahead of frames into a window ([`Window`]), enough for the frames that come
-//! at present. A frame takes one of two ways into them:
+//! Theory of operation. Buffers are popped into a window ([`Window`]) before frames are read: as many as recent frames
+//! needed. A frame takes one of two ways into them:
 //!
-//! * **direct**: a read scatters the frame straight into the window's buffers, its header into memory of ours before
-//!   them, and what does not fit into private memory behind them (without it the kernel would cut the frame without a
-//!   word). Buffers that a frame does not use stay in the window for the next one;
+//! * **direct**: a read scatters the frame straight into the window's buffers, its header into private memory before
+//!   them, and what does not fit into private memory behind them (without which the kernel would truncate the frame
+//!   silently). Buffers that a frame does not use stay in the window for the next one;
 //! * **staged**: several small frames are read into private memory in one batch, the [`Backlog`], and copied from there.
 //!
 //! ```text
@@ -14,15 +14,15 @@
 //! ```
 //!
 //! A direct frame that reached into the private memory is put together there and joins the backlog, too. The backlog is
-//! delivered before anything is read, as soon as the guest has buffers, so nothing is reordered or lost. It stays over a
+//! delivered before anything is read, as soon as the guest has buffers, so nothing is reordered or lost. It survives a
 //! restart of the ring.
 //!
 //! The device also gives frames that the guest did not negotiate, such as datagrams to be segmented. They are finished in
 //! the backlog (`segment`): completed in place, or delivered segment by segment. While such frames come, all are staged.
 //!
-//! A malformed chain is returned unused. In the middle of buffers that one frame needs it cannot be: a frame's used
-//! entries follow each other. Then the buffers before it are returned unused too, before anything is written. With that a
-//! pass ends: those buffers may have been thousands of descriptors, and the next ones may end so, too.
+//! A malformed chain is returned unused. If it is among the buffers that one frame needs, those before it are returned
+//! unused too, before anything is written: the used entries of a frame must follow each other. That ends the pass,
+//! since it may have cost thousands of descriptors, and may happen again at once.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -46,18 +46,18 @@ use crate::virtqueue::{Queue, RingBroken};
 pub use super::backlog::HeldFrame;
 pub use super::finish::Admission;
 
-/// The window's bytes at the least: a frame of the usual MTU.
+/// The smallest window: a frame of the usual MTU.
 const EXPECT_MIN: usize = HEADER_LEN + 2048;
-/// A pass ends once it delivered so many bytes: of large frames it is to be few, so that the guest gets its used buffers,
-/// and gives new ones, while more are read.
+/// A pass ends once it delivered so many bytes. So it has few frames if they are large, and the guest gets used
+/// buffers, and gives new ones, while more are read.
 const BYTES_BUDGET: u64 = 128 << 10;
-/// After how many frames the window is fitted to the largest of them.
+/// After so many frames the window is fitted to the largest of them.
 const EXPECT_PERIOD: u32 = 1024;
 /// Frames up to this length are cheaper to copy than to read one by one.
 const STAGED_MAX: usize = 4096;
-/// After how many frames that needed no finishing they are read straight into the guest's buffers again.
+/// After so many frames that needed no finishing, frames are read straight into the guest's buffers again.
 const UNFINISHED_PERIOD: u32 = 64;
-/// How many answers of the gateway wait at most.
+/// The most answers of the gateway that wait.
 const ANSWERS_MAX: usize = 16;
 
 /// Everything that one direction to the guest needs besides its queue.
@@ -70,14 +70,14 @@ pub struct Rx {
     ready: usize,
     /// Whether the backlog's oldest frame is counted as held.
     held: bool,
-    /// How the backlog's oldest frame is cut, if it is.
+    /// How the backlog's oldest frame is cut, if it has to be.
     cut: Option<Plan>,
     framing: Framing,
-    /// What the gateway has to say to the guest.
+    /// Frames of the gateway for the guest.
     answers: VecDeque<Answer>,
-    /// A segment's headers, the virtio-net header before them; or the start of a frame that is read.
+    /// The headers of a segment, from the virtio-net header on; or the start of a frame that is read.
     headers: Box<[u8; HEADER_LEN + PROTOCOL_HEADERS_MAX]>,
-    /// Frames that may still come before unfinished ones are not expected any more.
+    /// How many more frames without need of finishing have to come until unfinished ones are no longer expected.
     unfinished: u32,
     /// The length of the last frame that was read.
     last_len: usize,
@@ -91,14 +91,14 @@ struct Direct {
     start_len: usize,
     /// How many bytes fit the guest's buffers, the header included.
     fits: usize,
-    /// A VLAN tag that is not in it yet.
+    /// A VLAN tag that has yet to be inserted.
     tag: Option<VlanTag>,
 }
 
-/// What a step of the pump came to.
+/// The result of one step of the pump.
 enum Step {
     Delivered,
-    /// Nothing was delivered, for a reason that was seen to.
+    /// Nothing was delivered; the next step may do so.
     Again,
     /// Nothing was delivered, and this counter says why.
     Counted(Reason),
@@ -106,8 +106,8 @@ enum Step {
 }
 
 impl Rx {
-    /// A direction from `uplink` for a guest that acknowledged `features`, whose memory is `mem`; `left` is delivered
-    /// first.
+    /// Starts the direction from `uplink` to a guest that acknowledged `features` and whose memory is `mem`. The frames
+    /// in `left` are delivered first.
     pub fn new(
         mem: Arc<MemView>,
         features: u64,
@@ -131,12 +131,12 @@ impl Rx {
         }
     }
 
-    /// Has the gateway say something to the guest.
+    /// Queues a frame of the gateway for the guest.
     pub fn answer(&mut self, answer: Answer, counters: &PairCounters) {
         say(&mut self.answers, answer, counters);
     }
 
-    /// Ends this direction, with the frames that could not be delivered.
+    /// Ends this direction and returns the frames that could not be delivered.
     pub fn into_held_frames(self) -> Vec<HeldFrame> {
         self.backlog.into_held()
     }
@@ -161,7 +161,7 @@ impl Rx {
         self.cut = None;
     }
 
-    /// Whether buffers were popped that no frame is in yet.
+    /// Whether there are popped buffers without a frame.
     pub fn has_buffers_in_hand(&self) -> bool {
         !self.window.is_empty()
     }
@@ -176,7 +176,7 @@ impl Rx {
         device: &DeviceQueue,
         counters: &PairCounters,
     ) -> Result<Pump, RingBroken> {
-        // How the last batch ended. It holds for this pass alone: the device may say otherwise before the next.
+        // How the last batch ended. This holds for this pass only: the device may have frames again before the next.
         let mut end = None;
         let before = counters.rx_bytes.get();
         for _ in 0..BUDGET {
@@ -202,7 +202,7 @@ impl Rx {
         Ok(Pump::BudgetSpent)
     }
 
-    /// Reads from the device, by the way that fits.
+    /// Reads from the device: one frame straight into the window, or several into the backlog.
     fn receive(
         &mut self,
         queue: &mut Queue,
@@ -219,12 +219,12 @@ impl Rx {
         // No more frames than there seem to be, and than there are buffers for.
         let count = self.ready.min(self.window.chains() + queue.entries_seen()).min(self.backlog.slots());
         let small = self.expect.now.max(self.last_len) <= STAGED_MAX;
-        // A large frame that outgrows the ring's last buffers is better put nowhere than half into them.
+        // If the ring's last buffers may be too small for a large frame, it is better not read half into them.
         let is_short = self.window.mergeable() && room < need && !small;
         if self.unfinished == 0 && !is_short && !(small && self.backlog.batches(count)) {
             return Ok(self.receive_one(queue, device, counters));
         }
-        // Of large ones one at a time, which stays in the cache.
+        // Large frames are read one at a time, so that they stay in the cache.
         let asked = if small { count.max(1) } else { 1 };
         let (came, ended) = self.backlog.read(device, asked, counters);
         self.ready = if came == asked { 2 * asked } else { came };
@@ -257,8 +257,8 @@ impl Rx {
         self.admit(&frame, queue, counters)
     }
 
-    /// Reads one frame into the window's buffers, and what does not fit into the backlog's spill. The error is the step
-    /// where there is no frame to go on with.
+    /// Reads one frame into the window's buffers, and what does not fit into the backlog's spill. An error is the
+    /// result of the step when no frame is left to deliver.
     #[inline]
     fn read_into_window(&mut self, device: &DeviceQueue, counters: &PairCounters) -> Result<Direct, Step> {
         let Rx { window, backlog, headers, framing, answers, .. } = self;
@@ -289,12 +289,12 @@ impl Rx {
         Ok(Direct { len, start_len, fits, tag })
     }
 
-    /// Puts a frame that cannot be delivered from the window together in private memory: it joins the backlog.
+    /// Moves a frame that cannot be delivered from the window to the backlog, in private memory.
     fn keep(&mut self, frame: &Direct) {
         let Rx { window, backlog, headers, .. } = self;
         let start = headers.get(..frame.start_len).unwrap_or_default();
         let Some((header, start)) = start.split_first_chunk() else { return };
-        // What of the frame lies before the spill.
+        // How many of the frame's bytes lie before the spill.
         let room = frame.fits.max(frame.start_len) - HEADER_LEN;
         backlog.put_together(header, frame.len, room, |out| copy_start(window, start, out));
     }
@@ -319,7 +319,7 @@ impl Rx {
         Step::Delivered
     }
 
-    /// Copies the backlog's oldest frame, or its next segment, into buffers, if there are enough by now.
+    /// Copies the backlog's oldest frame, or its next segment, into buffers if there are enough.
     #[inline]
     fn deliver(&mut self, queue: &mut Queue, counters: &PairCounters) -> Result<Step, RingBroken> {
         if let Some(plan) = self.cut {
@@ -342,7 +342,8 @@ impl Rx {
                 self.cut = Some(plan);
                 return self.deliver_segment(plan, queue, counters);
             }
-            // It was being cut, and is to go whole now that the guest changed its mind: the rest alone makes no sense.
+            // Some of its segments were delivered before the guest changed its offloads: the whole frame must not
+            // follow.
             Ok(_) if was_cut => |c| &c.rx_drop_not_negotiated,
             Ok(_) => match window.make_room(queue, len, ahead, counters)? {
                 Room::There => {
@@ -410,14 +411,14 @@ impl Rx {
     }
 }
 
-/// Copies the first bytes of the frame that was just read into `window`, of which `start` is not there.
+/// Copies the first bytes of the frame that was just read into `window`, except that `start` is not in there.
 fn copy_start(window: &Window, start: &[u8], out: &mut [u8]) {
     window.copy_frame_to(out);
     out.iter_mut().zip(start).for_each(|(to, from)| *to = *from);
 }
 
-/// Has the gateway ask for the guest's address, if that is not known, and a packet came for it. `bytes` are the start of
-/// the frame, behind its virtio-net header.
+/// Has the gateway ask for the guest's MAC address if that is unknown and this is a packet for the guest. `bytes` are
+/// the start of the frame, with its virtio-net header.
 #[inline]
 fn ask_for_guest(framing: &Framing, bytes: &[u8], answers: &mut VecDeque<Answer>, counters: &PairCounters) {
     let Some(link) = framing.link() else { return };
@@ -425,7 +426,7 @@ fn ask_for_guest(framing: &Framing, bytes: &[u8], answers: &mut VecDeque<Answer>
     question.into_iter().for_each(|question| say(answers, question, counters));
 }
 
-/// Has the gateway say something to the guest, once it is its turn.
+/// Queues a frame of the gateway for the guest, if not too many wait.
 fn say(answers: &mut VecDeque<Answer>, answer: Answer, counters: &PairCounters) {
     if answers.len() < ANSWERS_MAX {
         answers.push_back(answer);
@@ -443,7 +444,7 @@ fn count_delivered(counters: &PairCounters, len: usize) {
     }
 }
 
-/// How large a window the frames of late ask for.
+/// How large a window recent frames need.
 struct Expect {
     now: usize,
     largest: usize,

@@ -1,11 +1,11 @@
-//! Segmentation on rx: finishing frames that the guest cannot take as they are (VIRTIO 1.3, "Network Device", "Processing
-//! of Incoming Packets"). The device is asked for unfinished frames that the guest did not negotiate, too: one read of
-//! 64 KiB and cutting it here costs less than many reads.
+//! Segmentation on rx: finishing frames that the guest cannot take as they are (VIRTIO 1.3, "Network Device",
+//! "Processing of Incoming Packets"). The device may give unfinished frames even if the guest did not negotiate them:
+//! to read 64 KiB at once and segment it here costs less than many reads.
 //!
-//! `finish` calls this with a frame in private memory that `check_rx` refused. [`plan`] says what is to be done: completing
-//! the checksum ([`complete_checksum`], in place), or cutting it ([`Plan::segment`] writes one segment's headers and says
-//! which payload follows). A checksum is left to the guest where it negotiated that, computed otherwise. The guest never sees a type of
-//! segmentation or an unfinished checksum that it did not negotiate.
+//! `finish` calls this with a frame in private memory that `check_rx` refused. [`plan`] says what is to be done:
+//! completing the checksum ([`complete_checksum`], in place), or cutting it ([`Plan::segment`] writes one segment's
+//! headers and says which payload follows). A checksum is left to the guest if it negotiated that, else it is computed.
+//! The guest never sees a type of segmentation or an unfinished checksum that it did not negotiate.
 
 use std::ops::Range;
 
@@ -23,9 +23,9 @@ use super::protocol::{
 /// What has to be done to a frame before the guest may have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
-    /// Its checksum is to be completed.
+    /// Its checksum has to be completed.
     Checksum,
-    /// It is to be cut.
+    /// It has to be cut.
     Segmentation(Plan),
 }
 
@@ -41,10 +41,11 @@ pub struct Plan {
     size: usize,
     /// Bytes of all payload.
     payload: usize,
-    /// Whether CWR is the first segment's alone (RFC 3168, "6.1.2 The TCP Sender"). Else it is part of a counter, the same in
-    /// all segments (RFC 9768, "The ACE Field").
+    /// Whether only the first segment keeps CWR (RFC 3168, "6.1.2 The TCP Sender"). Else CWR is part of a counter that
+    /// is the same in all segments (RFC 9768, "The ACE Field").
     is_cwr_first: bool,
-    /// Whether the addresses in the IP header may not be those of the checksum.
+    /// Whether there are options or extension headers: the final destination, which the checksum covers, may then
+    /// differ from that in the IP header.
     is_routed: bool,
     /// Whether the segments' checksums are left to the guest.
     leaves_checksum: bool,
@@ -74,9 +75,9 @@ pub fn plan(header: VnetHeader, frame: &[u8], guest: GuestOffloads) -> Result<Ne
     if header.flags & F_NEEDS_CSUM == 0 || field + 2 > frame.len() { Err(NotNegotiated) } else { Ok(Need::Checksum) }
 }
 
-/// Whether a frame that comes to be cut is one of a tunnel (VXLAN, GRE, IPIP): the kernel says of it only what is within, by
-/// the type that a frame without the tunnel has. Nobody who believes that cuts it right, neither this file nor the guest.
-/// `start` is the frame's, of any length.
+/// Whether a frame with a GSO type is of a tunnel (VXLAN, GRE, IPIP). Its header describes only the inner packet, as if
+/// there were no tunnel, so neither this file nor the guest could segment it correctly. `start` is the start of the
+/// frame, of any length.
 pub(super) fn is_of_tunnel(header: VnetHeader, start: &[u8]) -> bool {
     let protocol = match header.gso_type & !GSO_ECN {
         GSO_TCPV4 | GSO_TCPV6 => IPPROTO_TCP,
@@ -88,8 +89,8 @@ pub(super) fn is_of_tunnel(header: VnetHeader, start: &[u8]) -> bool {
     found.is_some_and(|found| found.protocol != protocol || is_elsewhere(found.l4))
 }
 
-/// Completes the checksum of a frame that is not to be cut; returns its header for the guest. SCTP's is another
-/// one, and where it stands another protocol has none of its own.
+/// Completes the checksum of a frame that is not to be cut. Returns its header for the guest. SCTP has a CRC instead of
+/// the Internet checksum, at an offset that no other protocol uses.
 ///
 /// # Errors
 /// [`NotNegotiated`] where the checksum's field is not in the frame.
@@ -117,7 +118,7 @@ fn complete_crc(packet: &mut [u8]) -> Result<VnetHeader, NotNegotiated> {
     Ok(VnetHeader::default())
 }
 
-/// To UDP a checksum of 0 means that there is none (RFC 768).
+/// The checksum as it is sent. UDP sends 0xffff for 0, which means that there is none (RFC 768).
 fn transmitted(sum: u16, is_udp: bool) -> u16 {
     if is_udp && sum == 0 { 0xffff } else { sum }
 }
@@ -127,13 +128,14 @@ impl Plan {
         let found = find_l4(frame)?;
         let kind = found.kind().filter(|kind| kind.gso_type() == header.gso_type & !GSO_ECN)?;
         let Found { l3, l4, .. } = found;
-        // A card that puts frames together has checked their sums, and says so instead.
+        // A NIC that merges frames (LRO) has verified their checksums, and leaves NEEDS_CSUM out.
         let is_checked = header.flags & F_NEEDS_CSUM == 0;
         let is_there = usize::from(header.csum_start) == l4 && header.csum_offset == kind.checksum_offset();
         if !(is_checked || is_there) {
             return None;
         }
-        // Of a source route or a routing header the sum is over the last destination (RFC 8200, "Upper-Layer Checksums").
+        // With a source route or a routing header the checksum covers the final destination (RFC 8200, "Upper-Layer
+        // Checksums").
         let is_routed = l4 - l3 > kind.ip_header();
         if is_routed && is_checked {
             return None;
@@ -148,13 +150,13 @@ impl Plan {
         Some(Plan { kind, l3, l4, end, size, payload, is_cwr_first, is_routed, leaves_checksum })
     }
 
-    /// How many segments it makes.
+    /// How many segments the frame has.
     pub fn segments(&self) -> usize {
         self.payload.div_ceil(self.size)
     }
 
-    /// Writes the protocol headers of segment `index` to `out`, and says what belongs to it. `None` where there is no such
-    /// segment of `frame`.
+    /// Writes the protocol headers of segment `index` to `out` and returns the rest of the segment. `None` if `frame`
+    /// has no such segment.
     pub fn segment(&self, frame: &[u8], index: usize, out: &mut [u8]) -> Option<Piece> {
         let from = index.checked_mul(self.size).filter(|from| *from < self.payload)?;
         let len = self.size.min(self.payload - from);
@@ -178,7 +180,8 @@ impl Plan {
             let (csum_start, csum_offset) = (self.l4 as u16, at as u16);
             VnetHeader { flags: F_NEEDS_CSUM, csum_start, csum_offset, ..VnetHeader::default() }
         } else {
-            // The pseudo-header's sum is in its place by now; the headers' length is even, so the payload's words stay.
+            // The checksum field holds the pseudo-header's sum here. The length of the headers is even, so headers and
+            // payload can be summed separately.
             let sum = Sum::of(l4).plus(Sum::of(frame.get(payload.clone())?)).complement();
             *l4.get_mut(at..)?.first_chunk_mut()? = transmitted(sum, !self.kind.is_tcp()).to_be_bytes();
             VnetHeader::default()
@@ -186,7 +189,7 @@ impl Plan {
         Some(Piece { header, headers_len: self.end, payload })
     }
 
-    /// The pseudo-header's sum for so many bytes of payload, from that of the whole frame.
+    /// The pseudo-header's sum for `payload` bytes, computed from that of the whole frame.
     fn pseudo_of(&self, of_whole: [u8; 2], payload: usize) -> Sum {
         let headers = self.end - self.l4;
         Sum::of(&of_whole).plus_word(!((headers + self.payload) as u16)).plus_word((headers + payload) as u16)
@@ -205,7 +208,7 @@ impl Plan {
     }
 }
 
-/// Writes the sequence number of the segment whose payload begins at `from`, and clears flags that it does not have.
+/// Writes the sequence number of the segment whose payload begins at `from`, and clears the flags `cleared`.
 fn write_tcp(l4: &mut [u8], from: usize, cleared: u8) -> Option<()> {
     let tcp: &mut [u8; TCP_HEADER] = l4.first_chunk_mut()?;
     let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]).wrapping_add(from as u32);

@@ -55,7 +55,7 @@ pub(super) enum Room {
     Never,
 }
 
-/// See the file's head.
+/// Buffers that were popped from the ring and hold no frame yet.
 pub(super) struct Window {
     mergeable: bool,
     iovecs: GuestIovecs,
