@@ -1,6 +1,7 @@
 //! Classic BPF programs for packet sockets: which frames come up, and to which of several sockets.
 //!
-//! Loads count from the link-layer or the network header by name, since what a program finds at 0 depends on who runs it.
+//! Loads name the link-layer or the network header that they count from, since what is at offset 0 depends on who runs
+//! the program.
 
 use libc::{
     BPF_ABS, BPF_ALU, BPF_B, BPF_H, BPF_IND, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_LDX, BPF_MEM, BPF_MOD,
@@ -11,7 +12,7 @@ use libc::{
 const LINK: u32 = libc::SKF_LL_OFF as u32;
 /// The offset of the network header.
 const NET: u32 = libc::SKF_NET_OFF as u32;
-/// Where the frame's protocol stands, which is no place in the frame.
+/// The offset at which the kernel gives the frame's protocol, which is not a place in the frame.
 const PROTOCOL: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_PROTOCOL) as u32;
 const ACCEPT: u32 = u32::MAX;
 
@@ -20,12 +21,12 @@ fn op(code: u32, k: u32) -> sock_filter {
     sock_filter { code: code as u16, jt: 0, jf: 0, k }
 }
 
-/// Goes on `jt` instructions further if so, else `jf`.
+/// Skips `jt` instructions if the condition holds, else `jf`.
 fn jump(code: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
     sock_filter { code: (BPF_JMP | code | BPF_K) as u16, jt, jf, k }
 }
 
-/// Frames to `mac` and to groups.
+/// Accepts frames to `mac` and to groups.
 pub(super) fn frames_to(mac: [u8; 6]) -> Vec<sock_filter> {
     let [a, b, c, d, e, f] = mac;
     vec![
@@ -40,8 +41,8 @@ pub(super) fn frames_to(mac: [u8; 6]) -> Vec<sock_filter> {
     ]
 }
 
-/// Which of the `sockets` gets a frame: one of them for each flow, by its addresses and ports. Without any it is the
-/// first of all.
+/// Chooses one of `sockets` for each flow, by its addresses and ports. If there are none, the first socket of the group
+/// gets all frames.
 pub(super) fn spread(sockets: &[u32]) -> Vec<sock_filter> {
     let load_net = |at: u32| op(BPF_LD | BPF_W | BPF_ABS, NET.wrapping_add(at));
     // Adds the accumulator to the hash in M[0].
@@ -50,7 +51,7 @@ pub(super) fn spread(sockets: &[u32]) -> Vec<sock_filter> {
     v4.extend(add);
     v4.push(load_net(16));
     v4.extend(add);
-    // Ports of TCP and UDP, where they are.
+    // TCP and UDP ports, if the packet has them.
     let ports = [op(BPF_LDX | BPF_MSH | BPF_B, NET), op(BPF_LD | BPF_W | BPF_IND, NET)];
     v4.extend([op(BPF_LD | BPF_B | BPF_ABS, NET.wrapping_add(9))]);
     let to_end = (ports.len() + add.len()) as u8;
@@ -81,7 +82,7 @@ pub(super) fn spread(sockets: &[u32]) -> Vec<sock_filter> {
         op(BPF_ST, 0),
         op(BPF_LD | BPF_W | BPF_ABS, PROTOCOL),
         jump(BPF_JEQ, 0x0800, 2, 0),
-        // Over the next one, and what is for IPv4 with the jump behind it.
+        // To the IPv6 part: over the next instruction, the IPv4 part and the jump behind that.
         jump(BPF_JEQ, 0x86dd, 2 + v4_len as u8, 0),
         op(BPF_JMP, v4_len + 1 + v6_len),
     ];

@@ -1,5 +1,5 @@
-//! The TUN/TAP driver's ioctls, packet sockets' options, and descriptors that this process was started with: unsafe door 2.
-//! Each function is one call with its types; what to call when, and what an error means, is for those to know who use them.
+//! The TUN/TAP driver's ioctls, packet sockets' options, and descriptors that this process was started with: unsafe
+//! door 2. Each function is one call with its types; its callers know when to make it and what an error means.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -60,7 +60,7 @@ const TUNGETDEVNETNS: libc::Ioctl = libc::_IO(b'T' as u32, 227);
 // linux/sockios.h
 const SIOCGIFHWADDR: Request<HardwareAddress> = Request::new(libc::SIOCGIFHWADDR as _);
 
-/// `struct ifreq`, as it tells a hardware address.
+/// `struct ifreq` with a hardware address.
 #[repr(C)]
 struct HardwareAddress {
     name: [u8; libc::IFNAMSIZ],
@@ -116,50 +116,50 @@ pub(crate) fn tun_namespace(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(namespace) })
 }
 
-/// Which unfinished frames (`TUN_F_`) may be read from the interface.
+/// Sets which unfinished frames (`TUN_F_`) may be read from the interface.
 pub(crate) fn tun_set_offload(fd: BorrowedFd<'_>, flags: c_uint) -> io::Result<()> {
     call_by_value(fd, libc::TUNSETOFFLOAD as _, flags).map(drop)
 }
 
-/// Bytes of the virtio-net header before each frame.
+/// Sets the length of the virtio-net header before each frame.
 pub(crate) fn tun_set_vnet_header_size(fd: BorrowedFd<'_>, mut size: c_int) -> io::Result<()> {
     call(fd, &TUNSETVNETHDRSZ, &mut size)
 }
 
-/// The header's words are little-endian, whatever the host is.
+/// Makes the header's words little-endian on every host.
 pub(crate) fn tun_set_vnet_little_endian(fd: BorrowedFd<'_>) -> io::Result<()> {
     call(fd, &TUNSETVNETLE, &mut 1)
 }
 
-/// How many bytes of frames may be on their way before the interface takes no more.
+/// The send limit: how many bytes of frames may be in flight before the interface takes no more.
 pub(crate) fn tun_send_limit(fd: BorrowedFd<'_>) -> io::Result<c_int> {
     let mut limit = 0;
     call(fd, &TUNGETSNDBUF, &mut limit)?;
     Ok(limit)
 }
 
-/// How many bytes of frames may be on their way; `c_int::MAX` for any.
+/// Sets the send limit; `c_int::MAX` is none.
 pub(crate) fn tun_set_send_limit(fd: BorrowedFd<'_>, mut limit: c_int) -> io::Result<()> {
     call(fd, &TUNSETSNDBUF, &mut limit)
 }
 
-/// Whether the kernel gives this queue frames.
+/// Sets whether the kernel gives this queue frames.
 pub(crate) fn tun_set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
     let flags = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
     call(fd, &TUNSETQUEUE, &mut ifreq_with("", flags))
 }
 
-/// The user who may attach to the interface, besides root.
+/// Sets the user who may attach to the interface, besides root.
 pub(crate) fn tun_set_owner(fd: BorrowedFd<'_>, user: u32) -> io::Result<()> {
     call_by_value(fd, libc::TUNSETOWNER as _, user).map(drop)
 }
 
-/// The group whose members may attach to the interface.
+/// Sets the group whose members may attach to the interface.
 pub(crate) fn tun_set_group(fd: BorrowedFd<'_>, group: u32) -> io::Result<()> {
     call_by_value(fd, libc::TUNSETGROUP as _, group).map(drop)
 }
 
-/// The interface stays when its last queue is closed.
+/// Keeps the interface when its last queue is closed.
 pub(crate) fn tun_set_persistent(fd: BorrowedFd<'_>) -> io::Result<()> {
     call_by_value(fd, libc::TUNSETPERSIST as _, 1).map(drop)
 }
@@ -177,18 +177,18 @@ pub(crate) const PACKET_IGNORE_OUTGOING: c_int = 23;
 const PACKET_FANOUT: c_int = 18;
 /// `PACKET_FANOUT_DATA`.
 const PACKET_FANOUT_DATA: c_int = 22;
-/// `PACKET_FANOUT_CBPF` and `PACKET_FANOUT_FLAG_IGNORE_OUTGOING`, where the kind of a group stands in its number: what each
-/// socket ignores counts for nothing in a group.
+/// `PACKET_FANOUT_CBPF` and `PACKET_FANOUT_FLAG_IGNORE_OUTGOING`, as they stand in the option's value. A group needs
+/// the flag because it disregards its sockets' own `PACKET_IGNORE_OUTGOING`.
 const FANOUT_KIND: c_int = (6 | 0x4000) << 16;
-/// `PACKET_FANOUT_FLAG_UNIQUEID`, there too.
+/// `PACKET_FANOUT_FLAG_UNIQUEID`, in the same place.
 const FANOUT_UNIQUE: c_int = 0x2000 << 16;
 
-/// Sets one of a packet socket's options that are a number.
+/// Sets an option of a packet socket whose value is a number.
 pub(crate) fn set_packet_option(fd: BorrowedFd<'_>, option: c_int, value: c_int) -> io::Result<()> {
     set_option(fd, (libc::SOL_PACKET, option), &value)
 }
 
-/// Has the packet socket get frames of the interface with this index.
+/// Binds the packet socket to the interface with this index.
 pub(crate) fn bind_to_interface(fd: BorrowedFd<'_>, index: u32) -> io::Result<()> {
     let address = packet_address(c_int::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?);
     // SAFETY: bind reads one sockaddr_ll at the given address, that of `address`.
@@ -217,14 +217,14 @@ fn packet_address(index: c_int) -> libc::sockaddr_ll {
     }
 }
 
-/// How many frames the packet socket had no room for since this was asked last.
+/// How many frames the packet socket had no room for since the last call.
 pub(crate) fn packet_drops(fd: BorrowedFd<'_>) -> io::Result<u32> {
     let mut stats = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
     get_option(fd, (libc::SOL_PACKET, libc::PACKET_STATISTICS), &mut stats)?;
     Ok(stats.tp_drops)
 }
 
-/// Which frames an interface lets in besides those to its own address, for as long as a socket asks for it.
+/// Which frames an interface accepts besides those to its own address, while a socket asks for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Membership {
     /// Those to all groups.
@@ -235,7 +235,7 @@ pub(crate) enum Membership {
     Promiscuous,
 }
 
-/// Has the interface with this index let frames in.
+/// Has the interface with this index accept more frames.
 pub(crate) fn add_membership(fd: BorrowedFd<'_>, index: u32, membership: Membership) -> io::Result<()> {
     let (mr_type, address) = match membership {
         Membership::AllGroups => (libc::PACKET_MR_ALLMULTI, None),
@@ -255,11 +255,11 @@ pub(crate) fn add_membership(fd: BorrowedFd<'_>, index: u32, membership: Members
 /// `PACKET_MR_UNICAST`.
 const PACKET_MR_UNICAST: c_int = 3;
 
-/// Lets `bytes` wait in the socket each way, or as many as this process may.
+/// Sets the size of the socket's buffers to `bytes`, or to the most that this process may have.
 pub(crate) fn enlarge_buffers(fd: BorrowedFd<'_>, bytes: c_int) {
     for (forced, polite) in [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)] {
         let set = |option| set_option(fd, (libc::SOL_SOCKET, option), &bytes);
-        // The polite one takes less without an error.
+        // Unlike the forced option, this one limits the size silently.
         let _ = set(forced).or_else(|_| set(polite));
     }
 }

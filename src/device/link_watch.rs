@@ -1,7 +1,7 @@
-//! Hearing what happens to an interface, through rtnetlink: its carrier, its MTU, its end, and its coming back.
+//! Watches an interface through rtnetlink: its carrier, its MTU, its deletion, and its return.
 //!
-//! The socket belongs to the network namespace that it was made in, wherever the process is. It is asked once, at the
-//! start, what the interface is like; the answer comes as the first event. So nothing is missed between.
+//! The socket belongs to the network namespace in which it was made, wherever the process is later. At the start it
+//! asks for the interface's state, which comes as the first event: so no change is missed in between.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,23 +13,23 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use super::netlink::{self, AboutLink};
 
-/// What an interface is like.
+/// The state of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkState {
     /// Whether frames pass: it is administratively up and has a carrier.
     pub is_up: bool,
-    /// Its MTU, if it told one that fits a network card.
+    /// Its MTU, if that is known and fits a network card.
     pub mtu: Option<u16>,
 }
 
 /// What happened to an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkEvent {
-    /// It is so from now on, or still.
+    /// This is its state now, changed or not.
     Is(LinkState),
-    /// It is not in this network namespace any more.
+    /// It was deleted or left this network namespace.
     Gone,
-    /// An interface of its name, or of its parent's, is there that was not there when it was opened.
+    /// There is a new interface with its name or its parent's.
     Appeared,
 }
 
@@ -42,19 +42,19 @@ pub struct LinkStatistics {
     pub tx_dropped: u64,
 }
 
-/// See the file's head.
+/// A subscription to the events of one interface.
 #[derive(Debug)]
 pub struct LinkWatch {
     socket: Socket,
-    /// For questions that wait for their answer, in the same namespace.
+    /// For synchronous requests, in the same namespace.
     questions: Socket,
     index: u32,
-    /// Names that may come back, and the indices that they had.
+    /// The names to look for, and the indices that the interfaces had.
     names: Vec<(String, u32)>,
 }
 
 impl LinkWatch {
-    /// Hears of the interface with this index, and of new ones with these names.
+    /// Watches the interface with this index, and for new ones with these names.
     pub(super) fn new(index: u32, names: Vec<(String, u32)>) -> io::Result<LinkWatch> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, RTMGRP_LINK))?;
@@ -64,7 +64,7 @@ impl LinkWatch {
         Ok(watch)
     }
 
-    /// Asks what the interface is like; the answer is an event.
+    /// Asks for the interface's state; the answer is an event.
     ///
     /// # Errors
     /// What the socket says.
@@ -75,7 +75,7 @@ impl LinkWatch {
         self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0).map(drop)
     }
 
-    /// What the host counted.
+    /// The host's counters of the interface.
     ///
     /// # Errors
     /// What netlink says.
@@ -93,7 +93,7 @@ impl LinkWatch {
         Ok(told.unwrap_or_default())
     }
 
-    /// What happened next, if something did.
+    /// The next event, if there is one.
     ///
     /// # Errors
     /// What the socket says; events may have been missed.
@@ -112,7 +112,7 @@ impl LinkWatch {
     }
 
     fn event(&self, payload: NetlinkPayload<AboutLink>) -> Option<LinkEvent> {
-        // A bridge says of a port that joins or leaves it the same, in a family of its own.
+        // A bridge sends the same messages when a port joins or leaves it, in its own address family.
         let is_ours = |link: &LinkMessage| {
             link.header.index == self.index && link.header.interface_family == AddressFamily::Unspec
         };
@@ -120,7 +120,7 @@ impl LinkWatch {
             NetlinkPayload::InnerMessage(AboutLink::New(link)) if is_ours(&link) => Some(LinkEvent::Is(state(&link))),
             NetlinkPayload::InnerMessage(AboutLink::New(link)) => self.awaits(&link).then_some(LinkEvent::Appeared),
             NetlinkPayload::InnerMessage(AboutLink::Del(link)) => is_ours(&link).then_some(LinkEvent::Gone),
-            // It was asked for, and is gone.
+            // The interface that was asked for is gone.
             NetlinkPayload::Error(_) => Some(LinkEvent::Gone),
             _ => None,
         }
@@ -150,5 +150,5 @@ impl AsFd for LinkWatch {
     }
 }
 
-/// The group that hears of interfaces (linux/rtnetlink.h).
+/// The multicast group for interfaces (linux/rtnetlink.h).
 const RTMGRP_LINK: u32 = 1;

@@ -1,12 +1,13 @@
-//! MACVTAP interfaces: a network card's second address, whose frames come out of a character device.
+//! MACVTAP interfaces: one more MAC address on a network card, whose frames pass through a character device.
 //!
-//! The facts about the driver behind the checks:
-//! * an interface's queues are opened at `/dev/tapN`, N being its index; that folder is one for all network namespaces,
-//!   so a node of that name may be another namespace's interface, which opens without an error. The device numbers in
-//!   sysfs are the right ones, and where no node has them, one is made in a private folder for as long as opening takes;
-//! * the interface takes frames to its own address only (but in mode passthru), whatever promiscuity says: the guest's
-//!   card must have that address; and frames to groups that the host joined or, if told so, to all of them;
-//! * a deleted one goes on taking frames and gives none, without an error: netlink tells.
+//! What the driver does, and why it is checked here:
+//! * an interface's queues are opened at `/dev/tapN`, N being its index. All network namespaces share `/dev`, so the
+//!   node may belong to another namespace's interface, and opens without an error. Sysfs has the right device numbers;
+//!   if no node has them, one is made in a private folder while the queues are opened;
+//! * the interface accepts unicast frames to its own address only (except in mode passthru), even if promiscuous: so
+//!   the guest's card must have that address. It accepts frames to groups that the host joined or, if told so, to all
+//!   groups;
+//! * a deleted interface goes on taking frames and gives none, without an error: only netlink tells.
 
 use std::fs;
 use std::io;
@@ -59,7 +60,7 @@ pub enum MacvtapError {
     /// It cannot be found or made.
     #[error(transparent)]
     OnCard(#[from] OnCardError),
-    /// Nothing tells its device numbers.
+    /// Its device numbers cannot be found.
     #[error(
         "Cannot find the device numbers of MACVTAP {name:?} in /sys/class/net; is that another network namespace's? \
          --netns and 'ip netns exec' show the right one"
@@ -99,7 +100,7 @@ pub enum MacvtapError {
         #[source]
         cause: io::Error,
     },
-    /// What was opened is not its device.
+    /// The node that was opened is not its device.
     #[error("{path:?} is another interface's device, not that of MACVTAP {name:?}")]
     WrongNode {
         /// The interface.
@@ -160,7 +161,7 @@ fn open_queues(name: &str, link: &Link, queue_pairs: u16) -> Result<Vec<DeviceQu
     let usual = PathBuf::from(format!("/dev/tap{}", link.index));
     let is_it = fs::metadata(&usual).is_ok_and(|node| node.file_type().is_char_device() && node.rdev() == number);
     let no_node = |cause| MacvtapError::NoNode { name: name.to_owned(), usual: usual.clone(), cause };
-    // The node is there for as long as its folder.
+    // The node is removed with its folder, when `private` is dropped.
     let private = if is_it { None } else { Some(PrivateNode::make(number).map_err(no_node)?) };
     let path = private.as_ref().map_or(&usual, |node| &node.path);
     (0..queue_pairs).map(|queue| open_queue((name, number), path, queue, queue_pairs > 1)).collect()
@@ -176,7 +177,7 @@ fn open_queue(
     let fd = rustix::fs::open(path, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
         .map_err(|cause| fault(cause.into()))?;
     let wrong = || Err(MacvtapError::WrongNode { name: name.to_owned(), path: path.to_owned() });
-    // The node may be another one by now, and the other interface may have the same name in its namespace.
+    // The node may have been replaced, by that of an interface with the same name in another namespace.
     if rustix::fs::fstat(&fd).map_err(|cause| fault(cause.into()))?.st_rdev != number {
         return wrong();
     }
@@ -210,7 +211,7 @@ struct PrivateNode {
 }
 
 impl PrivateNode {
-    /// `/dev` is the one place that is never mounted without devices.
+    /// `/dev` is the only place that is never mounted with `nodev`.
     fn make(number: Dev) -> io::Result<PrivateNode> {
         let dir = new_folder(&format!("/dev/vhost-user-net.{}", std::process::id()))?;
         let node = PrivateNode { path: dir.join("tap"), dir };
@@ -219,8 +220,8 @@ impl PrivateNode {
     }
 }
 
-/// Makes a folder of that name, or of one that begins so: a process of our number that was killed may have left its own, or
-/// be in another container with the same `/dev`.
+/// Makes a folder with that name or, if it exists, one that begins with it: a process with our id may have been killed
+/// and left its folder, or run in another container that shares `/dev`.
 fn new_folder(name: &str) -> io::Result<PathBuf> {
     const TRIES: u32 = 100;
     let names = std::iter::once(name.to_owned()).chain((1..TRIES).map(|number| format!("{name}.{number}")));
@@ -235,7 +236,7 @@ fn new_folder(name: &str) -> io::Result<PathBuf> {
 
 impl Drop for PrivateNode {
     fn drop(&mut self) {
-        // Where there is none it was not made.
+        // If there is none, making it failed.
         let _ = fs::remove_file(&self.path);
         if let Err(error) = fs::remove_dir(&self.dir) {
             log::warn!("Cannot remove {:?}: {error}", self.dir);

@@ -1,5 +1,5 @@
-//! Many frames through a packet socket with one system call, and the VLAN tags that stand beside them: with `uring`,
-//! unsafe door 3.
+//! Moves many frames through a packet socket with one system call, and takes the VLAN tags that come beside them: with
+//! `uring`, unsafe door 3.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::stage::Job;
 
-/// Room for the control messages of one frame: an auxdata message, and one that nobody asked for.
+/// Room for the control messages of one frame: an auxdata message and some reserve.
 pub(crate) const CONTROL_LEN: usize = 64;
 
 /// A VLAN tag that the kernel took out of a frame.
@@ -22,7 +22,7 @@ pub struct VlanTag {
 }
 
 impl VlanTag {
-    /// The tag that a frame's control messages tell of (`PACKET_AUXDATA`, packet(7)).
+    /// The tag in a frame's control messages (`PACKET_AUXDATA`, packet(7)).
     #[inline]
     pub(crate) fn from_control(control: &[u8]) -> Option<VlanTag> {
         let (header, rest) = control.split_first_chunk::<{ size_of::<libc::cmsghdr>() }>()?;
@@ -34,7 +34,7 @@ impl VlanTag {
         }
         let (status, rest) = rest.split_first_chunk()?;
         let status = u32::from_ne_bytes(*status);
-        // Behind two lengths and two offsets.
+        // Skips two lengths and two offsets.
         let (tci, rest) = rest.get(12..)?.split_first_chunk()?;
         let tpid = u16::from_ne_bytes(*rest.first_chunk()?);
         let has_tpid = status & libc::TP_STATUS_VLAN_TPID_VALID != 0;
@@ -45,7 +45,7 @@ impl VlanTag {
 
 const VLAN_8021Q: u16 = 0x8100;
 
-/// What the calls need, kept so that nothing is allocated for a frame.
+/// The arguments of the calls, kept so that nothing is allocated for a frame.
 pub(super) struct Messages {
     headers: Vec<libc::mmsghdr>,
     iovecs: Vec<libc::iovec>,
@@ -113,7 +113,8 @@ impl Messages {
         self.headers.len() as libc::c_uint
     }
 
-    /// Notes what became of each job, of which `count` were done; the one behind them tells why, where it was the first.
+    /// Notes the result of each job. `count` of them were done; if the call failed, no job was, and the first one gets
+    /// the error.
     fn note(&self, jobs: &mut [Job], count: libc::c_int) {
         let Ok(count) = usize::try_from(count) else {
             let error = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO);

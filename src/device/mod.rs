@@ -1,4 +1,4 @@
-//! The host side: the interface that frames go to and come from. Knows no virtio rings and no messages.
+//! The host side: the interface that frames go to and come from. It knows nothing of virtqueues or vhost-user messages.
 //!
 //! A [`Device`] is the interface as a whole (its name, what it can do, its offloads); a [`DeviceQueue`] is one queue of
 //! it, owned by one worker, through which frames with their virtio-net header are read and written. A socket pair can
@@ -46,18 +46,18 @@ mod ioctl_flags {
 pub struct Device {
     name: String,
     kind: DeviceKind,
-    /// In our network namespace.
+    /// Its index, if it is in our network namespace.
     index: Option<u32>,
     control: Control,
-    /// The `TUN_F_` offloads that it can be asked for.
+    /// The `TUN_F_` offloads that can be set on it.
     offloads: u32,
     mtu: Option<u16>,
     mac: Option<[u8; 6]>,
-    /// Taken away with this.
+    /// The interface, if it was made here: it is deleted when this is dropped.
     created: Option<CreatedLink>,
 }
 
-/// What kind of device it is; all else that depends on that is asked of this.
+/// The kind of a device, from which follow its layer, its name, and which calls it takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceKind {
     /// A TAP: queues of `/dev/net/tun`.
@@ -114,12 +114,12 @@ impl Layer {
         }
     }
 
-    /// What such an interface of the TUN driver is called.
+    /// The name of such an interface of the TUN driver.
     pub(crate) fn name(self) -> &'static str {
         self.tun_driver_kind().name()
     }
 
-    /// The same, as ip(8) has it.
+    /// The same in the syntax of ip(8).
     fn mode(self) -> &'static str {
         match self {
             Layer::Ethernet => "tap",
@@ -128,7 +128,7 @@ impl Layer {
     }
 }
 
-/// What calls that concern the whole interface are made on.
+/// The descriptors for calls that concern the whole interface.
 #[derive(Debug)]
 enum Control {
     /// A second descriptor of the first queue of a TAP, TUN or MACVTAP.
@@ -140,8 +140,7 @@ enum Control {
 }
 
 impl Device {
-    /// A device whose queues are sockets that keep the borders of what goes over them, of `layer` (`SOCK_SEQPACKET`), for
-    /// tests and embedders.
+    /// A device whose queues are sockets that preserve message boundaries (`SOCK_SEQPACKET`), for tests and embedders.
     ///
     /// # Errors
     /// What `ioctl(2)` says where a socket cannot be made non-blocking.
@@ -176,7 +175,7 @@ impl Device {
         self.kind.layer()
     }
 
-    /// The `TUN_F_` offloads that the interface can be asked for.
+    /// The `TUN_F_` offloads that can be set on the interface.
     pub fn supported_offloads(&self) -> u32 {
         self.offloads
     }
@@ -186,18 +185,17 @@ impl Device {
         self.mtu
     }
 
-    /// The address that the guest's card must have for frames to come to it; none where any will do.
+    /// The MAC address that the guest's card must have to receive frames; `None` if any will do.
     pub fn mac(&self) -> Option<[u8; 6]> {
         self.mac
     }
 
-    /// The address of the interface, if it was made here. Somebody else may have changed it before it was told to anybody (udev
-    /// does).
+    /// The MAC address of the interface, if it was made here. Somebody else may have changed it at once (udev does).
     pub fn made_with_mac(&self) -> Option<[u8; 6]> {
         self.created.as_ref().and_then(|created| self.mac.or(created.mac()))
     }
 
-    /// Something that tells what happens to the interface; none where it is in another network namespace.
+    /// A subscription to the interface's events; `None` if it is in another network namespace.
     ///
     /// # Errors
     /// Where the kernel has no netlink socket for it.
@@ -208,7 +206,8 @@ impl Device {
         LinkWatch::new(index, names).map(Some)
     }
 
-    /// Whether neither netlink nor an error on its queues tells that the interface was deleted.
+    /// Whether neither netlink nor an error on its queues would tell that the interface was deleted, so that it has to
+    /// be polled ([`Device::is_gone`]).
     pub fn ends_silently(&self) -> bool {
         self.kind == DeviceKind::Macvtap && self.index.is_none()
     }
@@ -224,8 +223,8 @@ impl Device {
         }
     }
 
-    /// How many frames to the guest its packet sockets had no room for, if it has such. What other devices drop counts as
-    /// the interface's ([`link_watch::LinkStatistics`]).
+    /// How many frames to the guest its packet sockets had no room for, if it has packet sockets. Drops of other
+    /// devices are counted by the interface ([`link_watch::LinkStatistics`]).
     pub fn socket_drops(&self) -> Option<u64> {
         let Control::PacketSockets { sockets, dropped } = &self.control else { return None };
         // One that cannot be asked drops nothing.
@@ -233,11 +232,9 @@ impl Device {
         Some(dropped.fetch_add(new, Relaxed) + new)
     }
 
-    /// Sets the carrier, which those see who use the interface on the host, and which `ip link set NAME carrier on` gives
-    /// back.
+    /// Sets the carrier that the host sees on the interface. `ip link set NAME carrier on` restores it.
     ///
-    /// # Errors
-    /// `Unsupported` for what is no TAP or TUN; what `TUNSETCARRIER` says.
+    /// # Errors `Unsupported` if it is no TAP or TUN; the errors of `TUNSETCARRIER`.
     pub fn set_carrier(&self, is_on: bool) -> io::Result<()> {
         match (self.kind, &self.control) {
             (DeviceKind::Tap | DeviceKind::Tun, Control::Queue(queue)) => ioctl::tun_set_carrier(queue.as_fd(), is_on),
@@ -263,18 +260,19 @@ pub struct DeviceQueue {
     fd: OwnedFd,
     kind: DeviceKind,
     steering: Steering,
-    /// What it is one of several sockets of, and its place there.
+    /// Its fan-out group and its place there, if it is one of several packet sockets.
     group: Option<(Arc<FanOut>, u32)>,
     /// Whether it may refuse a frame now and take it later.
     may_block: bool,
-    /// The one address that frames come to, where there is one, until it was said that the guest has another.
+    /// The only MAC address to which frames come, if there is one; taken once a warning was logged that the guest has
+    /// another.
     address: Option<[u8; 6]>,
 }
 
-/// Whether the kernel can be told to give a queue no frames.
+/// Whether the kernel gives a queue frames, and can be told not to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Steering {
-    /// The only queue, or a socket.
+    /// It always does: the queue is the only one, or a socket.
     Always,
     Attached,
     Detached,
@@ -285,7 +283,7 @@ impl DeviceQueue {
         DeviceQueue { fd, kind, steering, group: None, may_block: true, address: None }
     }
 
-    /// Whether it is a packet socket: its virtio-net header is of 10 bytes, and VLAN tags stand beside the frames.
+    /// Whether it is a packet socket: its virtio-net header has 10 bytes, and VLAN tags come beside the frames.
     pub fn is_packet_socket(&self) -> bool {
         self.kind == DeviceKind::PacketSocket
     }
@@ -295,12 +293,12 @@ impl DeviceQueue {
         self.may_block
     }
 
-    /// The one address that frames come to, where there is one.
+    /// The only MAC address to which frames come, if there is one.
     pub fn address(&self) -> Option<[u8; 6]> {
         self.address
     }
 
-    /// Says, once, that the guest sends from another address than frames come to.
+    /// Warns, once, that the guest does not send from the address to which frames come.
     pub fn warn_of_source(&mut self, source: [u8; 6]) {
         if let Some(address) = self.address.take() {
             let (address, source) = (ShownMac(Some(address)), ShownMac(Some(source)));
@@ -316,7 +314,7 @@ impl DeviceQueue {
         self.steering != Steering::Detached
     }
 
-    /// Lets the kernel spread flows over this queue too; tells whether it did not before.
+    /// Lets the kernel spread flows over this queue too. Returns whether that is a change.
     ///
     /// # Errors
     /// What `TUNSETQUEUE` says.
@@ -324,8 +322,8 @@ impl DeviceQueue {
         self.steer(Steering::Detached, Steering::Attached)
     }
 
-    /// Takes this queue out of the kernel's steering; what waits in it is lost, at the latest as it is attached again. Tells
-    /// whether it was in it.
+    /// Takes this queue out of the kernel's steering. Frames that wait in it are lost, at the latest when it is
+    /// attached again. Returns whether that is a change.
     ///
     /// # Errors
     /// What `TUNSETQUEUE` says.
@@ -347,7 +345,7 @@ impl DeviceQueue {
             }
             None => {
                 if attached {
-                    // A MACVTAP's. A TAP's was emptied as it was detached, and cannot be read.
+                    // For a MACVTAP. A TAP's queue was emptied when it was detached, and cannot be read now.
                     self.forget_waiting();
                 }
                 ioctl::tun_set_queue(self.as_fd(), attached)?;
@@ -357,13 +355,13 @@ impl DeviceQueue {
         Ok(true)
     }
 
-    /// Loses what waits: attached again much later, the queue would give frames of long ago.
+    /// Discards the frames that wait, which would be stale once the queue is attached again.
     fn forget_waiting(&self) {
-        /// More than fit a socket's buffer, or a queue of the usual length. Where a socket is the last of its group, new ones
-        /// still come.
+        /// More than fit a socket's buffer, or a queue of the usual length. The limit is there because the last socket
+        /// of a group still gets new frames.
         const MOST: usize = 1 << 14;
         let lose = || match rustix::io::read(self, &mut [0; 64]) {
-            // One that no virtio-net header can tell of; it is gone too.
+            // `EINVAL` is for a frame that no virtio-net header can describe; the kernel has discarded it, too.
             Ok(_) | Err(Errno::INVAL) => Ok(()),
             Err(error) => Err(error),
         };

@@ -1,7 +1,7 @@
-//! What rtnetlink says of a network interface, and making and changing one of our own.
+//! Looks up network interfaces through rtnetlink, and makes and changes our own.
 //!
-//! Questions are synchronous, with a socket for each: when an interface is opened. The sandbox lets no socket be made, so
-//! whoever asks later ([`super::link_watch`]) has one from before.
+//! Requests are synchronous, each on a new socket. That is possible only before the sandbox closes; a later request
+//! ([`super::link_watch`]) uses a socket from before.
 
 use std::io;
 
@@ -44,7 +44,7 @@ impl Link {
     }
 }
 
-/// What a TUN or TAP interface says of itself (`IFLA_TUN_*`).
+/// The attributes of a TUN or TAP interface (`IFLA_TUN_*`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct TunInfo {
     /// `IFF_TUN` (1) or `IFF_TAP` (2).
@@ -57,17 +57,17 @@ pub(crate) struct TunInfo {
     pub(crate) open_queues: u32,
 }
 
-/// What is asked of, or told about, an interface. The library's own type for it knows routes, rules and filters, too, whose
-/// parsers would be a tenth of this program.
+/// A request or message about an interface. The library's own type also has routes, rules and filters, whose parsers
+/// would be a tenth of this program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum AboutLink {
-    /// It is so, or is to be made.
+    /// RTM_NEWLINK: it exists, or is to be made.
     New(LinkMessage),
-    /// It is no more, or is to go.
+    /// RTM_DELLINK: it was deleted, or is to be.
     Del(LinkMessage),
-    /// It is to be told.
+    /// RTM_GETLINK: it is asked for.
     Get(LinkMessage),
-    /// It is to be changed.
+    /// RTM_SETLINK: it is to be changed.
     Set(LinkMessage),
 }
 
@@ -152,7 +152,7 @@ impl CreatedLink {
         self.mac
     }
 
-    /// What it was made on, and its index.
+    /// The name and index of the interface that it was made on.
     pub(crate) fn parent(&self) -> &(String, u32) {
         &self.parent
     }
@@ -218,7 +218,7 @@ pub(crate) fn set_up(index: u32) -> io::Result<()> {
     request(AboutLink::Set(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
 
-/// Has the interface let in frames to all groups, not only to those that somebody on the host joined.
+/// Has the interface accept frames to all groups, not only to those that somebody on the host joined.
 pub(crate) fn let_groups_in(index: u32) -> io::Result<()> {
     let mut message = LinkMessage::default();
     message.header.index = index;
@@ -243,7 +243,7 @@ pub(crate) fn set_mtu(index: u32, mtu: u16) -> io::Result<()> {
     request(AboutLink::Set(message), NLM_F_REQUEST | NLM_F_ACK).map(drop)
 }
 
-/// Sends one request to the kernel and takes its one answer; an acknowledgement is `None`.
+/// Sends a request to the kernel and returns its answer; an acknowledgement is `None`.
 fn request(payload: AboutLink, flags: u16) -> io::Result<Option<AboutLink>> {
     request_on(&connected_socket()?, payload, flags)
 }

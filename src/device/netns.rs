@@ -1,7 +1,7 @@
-//! Another network namespace, for as long as devices are opened or made there.
+//! Opening and making devices in another network namespace.
 //!
-//! A thread enters it and ends; what it opened stays there, and this process where it was. The thread sees the
-//! namespace's sysfs, too, where the numbers of a MACVTAP's device are.
+//! A short-lived thread enters the namespace; what it opens stays there, and the process itself never moves. The thread
+//! also mounts the namespace's sysfs, which has the device numbers of a MACVTAP.
 
 use std::fs::File;
 use std::io;
@@ -16,7 +16,7 @@ use thiserror::Error;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetNs(PathBuf);
 
-/// Why nothing can be done in a network namespace.
+/// Why a network namespace cannot be used.
 #[derive(Debug, Error)]
 pub enum NetNsError {
     /// There is none.
@@ -50,14 +50,14 @@ fn hint_enter(cause: &io::Error) -> &'static str {
 }
 
 impl From<&str> for NetNs {
-    /// What has a `/` is a path.
+    /// A name with a `/` is a path.
     fn from(name: &str) -> NetNs {
         NetNs(if name.contains('/') { name.into() } else { Path::new("/run/netns").join(name) })
     }
 }
 
 impl NetNs {
-    /// Does `work` in it.
+    /// Does `work` in the namespace.
     ///
     /// # Errors
     /// [`NetNsError`].

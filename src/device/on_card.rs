@@ -1,4 +1,4 @@
-//! Interfaces on top of a card, MACVTAPs and MACVLANs: found by their name, or made, and then taken away with the device.
+//! Interfaces on top of a network card, MACVTAPs and MACVLANs: found by name, or made and then deleted with the device.
 
 use std::io;
 
@@ -33,7 +33,7 @@ impl OnCardKind {
     }
 }
 
-/// How those on the same card, and what is behind it, reach each other.
+/// How interfaces on the same card reach each other and the network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnCardMode {
     /// They reach each other directly.
@@ -43,20 +43,20 @@ pub enum OnCardMode {
     Vepa,
     /// They do not reach each other.
     Private,
-    /// There is one only, which has all frames of its parent.
+    /// There is only one, which gets all frames of its parent.
     Passthru,
 }
 
 /// Which interface to find, or to make.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// The interface; one that is made has a name of its own if not given.
+    /// The name; if not given, one that is made gets a unique one.
     pub name: Option<InterfaceName>,
-    /// What to make it on, and how; it must exist if not given.
+    /// What to make it on, and in which mode; if not given, the interface must exist.
     pub parent: Option<(InterfaceName, OnCardMode)>,
     /// The address of one that is made; in mode passthru it is its parent's.
     pub mac: Option<[u8; 6]>,
-    /// The address that one had which is made again, for where no other is wanted.
+    /// The address that it had before it was deleted, used if `mac` is not given.
     pub former_mac: Option<[u8; 6]>,
     /// The MTU of one that is made.
     pub mtu: Option<u16>,
@@ -65,7 +65,7 @@ pub struct Wanted {
 /// Why there is no such interface.
 #[derive(Debug, Error)]
 pub enum OnCardError {
-    /// What it is to be made on does not exist.
+    /// The interface to make it on does not exist.
     #[error("--{}-parent {parent:?}: there is no such interface; 'ip link' lists them", kind.type_name())]
     NoParent {
         /// What was to be made.
@@ -73,7 +73,7 @@ pub enum OnCardError {
         /// The interface that is not there.
         parent: String,
     },
-    /// What it is to be made on has no Ethernet.
+    /// The interface to make it on is no Ethernet interface.
     #[error(
         "--{}-parent {parent:?}: this is a {parent_kind} interface, and a {} is made on one with Ethernet frames; 'ip link' \
          lists them (link/ether)",
@@ -148,14 +148,14 @@ fn hint_make(kind: OnCardKind, parent: &str, cause: &io::Error) -> String {
 /// What was found or made.
 pub(super) struct Found {
     pub(super) name: String,
-    /// None where it does not exist, and was not to be made.
+    /// None if it does not exist and was not to be made.
     pub(super) link: Option<Link>,
     pub(super) created: Option<CreatedLink>,
 }
 
 /// Finds the interface of the wanted name, or makes one if there is a parent.
 pub(super) fn find_or_make(kind: OnCardKind, wanted: &Wanted) -> Result<Found, OnCardError> {
-    // A name that no other process of this namespace takes.
+    // A name that no other process in this PID namespace chooses.
     let own_name = || format!("{}-{}", kind.type_name(), std::process::id());
     let name = wanted.name.as_ref().map_or_else(own_name, |name| name.as_str().to_owned());
     let existing = lookup(&name)?;

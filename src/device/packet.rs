@@ -1,15 +1,15 @@
-//! An existing interface, or a MACVLAN that is made, through packet sockets (packet(7)).
+//! Packet sockets (packet(7)) on an existing interface, or on a MACVLAN that is made here.
 //!
-//! The facts behind it:
-//! * several sockets are a fan-out group: a program of ours picks the socket for each frame by its place in the group,
-//!   which is the order of joining. So a queue that the guest does not use gets no frames;
-//! * a socket sees what the host's own stack sends over the interface too, unless told not to;
-//! * an interface lets in frames to its own address and to groups that somebody on the host joined; the guest's groups,
-//!   without which it has no IPv6, are asked for as all groups;
-//! * the kernel takes VLAN tags out of frames and tells them beside (`mmsg`);
-//! * there is no setting which unfinished frames come: all kinds do, and `net::segment` finishes them for a guest that
-//!   takes no such frames;
-//! * an interface that goes down says so once (`ENETDOWN`), and its sockets work again when it is up.
+//! What the kernel does, and how it is used here:
+//! * several sockets form a fan-out group, and our BPF program picks the socket for each frame by its place in the
+//!   group, which is the order of joining. So a queue that the guest does not use gets no frames;
+//! * a socket also receives what the host's own stack sends over the interface, unless told not to;
+//! * an interface accepts frames to its own address and to groups that somebody on the host joined. The guest needs its
+//!   own groups, at least for IPv6, so all groups are asked for;
+//! * the kernel takes VLAN tags out of frames and gives them in control messages (`mmsg`);
+//! * all kinds of unfinished frames come, which cannot be set: `net::segment` finishes them for a guest that takes
+//!   none;
+//! * when the interface goes down, each socket gives one error (`ENETDOWN`), and works again when it is up.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,10 +26,10 @@ use super::on_card::{self, Found, OnCardError, OnCardKind, Wanted};
 use super::{Control, Device, DeviceKind, DeviceQueue, Steering, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
 use super::{TUN_F_USO4, TUN_F_USO6, bpf, ioctl};
 
-/// How to open an interface.
+/// Which interface to open, and how.
 #[derive(Clone, Debug)]
 pub struct Existing {
-    /// Which one, or what MACVLAN to make. The guest's address is its `mac`, or else the interface's.
+    /// The interface, or the MACVLAN to make. Its `mac` is the guest's address; if not given, that is the interface's.
     pub interface: Wanted,
     /// How many sockets to open.
     pub queue_pairs: u16,
@@ -49,7 +49,7 @@ pub enum PacketError {
         /// The interface.
         name: String,
     },
-    /// It is of a kind that this is not for.
+    /// It is of a kind for which there is a better option, or no Ethernet interface.
     #[error("Interface {name:?} is {kind}; {instead}")]
     WrongKind {
         /// The interface.
@@ -59,7 +59,7 @@ pub enum PacketError {
         /// What to use.
         instead: &'static str,
     },
-    /// Sockets of an interface that is down cannot be a group.
+    /// The interface is down, so its sockets cannot form a group.
     #[error("Interface {name:?} is down, and several queue pairs need it up: 'ip link set {name} up'")]
     Down {
         /// The interface.
@@ -68,7 +68,7 @@ pub enum PacketError {
     /// It cannot be found or made.
     #[error(transparent)]
     OnCard(#[from] OnCardError),
-    /// There is no socket, or it cannot be set up.
+    /// A socket cannot be opened or set up.
     #[error("Cannot open a packet socket on {name:?} ({what}){}", hint_open(cause))]
     Open {
         /// The interface.
@@ -119,7 +119,7 @@ pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
     Ok((device, queues))
 }
 
-/// Whether the interface will do; says what is odd about it.
+/// Checks that the interface can be used, and warns of what is odd about it.
 fn check(name: &str, link: &Link, how: &Existing) -> Result<(), PacketError> {
     let wrong = |kind, instead| PacketError::WrongKind { name: name.to_owned(), kind, instead };
     match link.kind.as_deref() {
@@ -148,7 +148,7 @@ fn check(name: &str, link: &Link, how: &Existing) -> Result<(), PacketError> {
     Ok(())
 }
 
-/// Such a MACVLAN cannot be asked for more.
+/// Warns where frames to other addresses are wanted, which a MACVLAN of this mode never accepts.
 fn warn_of_own_address(name: &str, link: &Link, how: &Existing) {
     let only = format_args!("MACVLAN {name:?} lets in frames to its own address and to groups only");
     match how.interface.mac {
@@ -161,7 +161,7 @@ fn warn_of_own_address(name: &str, link: &Link, how: &Existing) {
     }
 }
 
-/// An address of the interface that others may use; one of its link alone is there always.
+/// An IP address of the interface. Link-local IPv6 addresses do not count, as most interfaces have one.
 fn an_address(name: &str) -> Option<String> {
     let all = nix::ifaddrs::getifaddrs().ok()?;
     let addresses = all.filter(|address| address.interface_name == name).filter_map(|address| address.address);
@@ -214,7 +214,7 @@ fn open_sockets(
 fn open_socket(name: &str, index: u32, address: Option<[u8; 6]>) -> Result<OwnedFd, PacketError> {
     let fault = |what| move |cause: io::Error| PacketError::Open { name: name.to_owned(), what, cause };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    // Without a protocol it gets no frame before it is bound.
+    // Opened without a protocol, it gets no frames before it is bound.
     let socket = rustix::net::socket_with(AddressFamily::PACKET, SocketType::RAW, flags, None)
         .map_err(|cause| fault("socket")(cause.into()))?;
     let fd = socket.as_fd();
@@ -229,10 +229,11 @@ fn open_socket(name: &str, index: u32, address: Option<[u8; 6]>) -> Result<Owned
     Ok(socket)
 }
 
-/// Bytes that wait in a socket at most, as far as the host allows: some dozens of the largest frames.
+/// The buffers of a socket, if the host allows as much: some dozens of the largest frames.
 const BUFFER: libc::c_int = 4 << 20;
 
-/// What the guest may leave to the kernel. A socket tells nothing; datagrams are segmented since Linux 6.2.
+/// The offloads that the guest may leave to the kernel. A socket does not tell them; UDP segmentation came with Linux
+/// 6.2.
 fn offloads() -> u32 {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
@@ -241,12 +242,12 @@ fn offloads() -> u32 {
     TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | datagrams
 }
 
-/// Which sockets of a group get frames.
+/// A fan-out group: the places of the sockets that get frames.
 #[derive(Debug, Default)]
 pub(super) struct FanOut(Mutex<Vec<u32>>);
 
 impl FanOut {
-    /// Has the socket at `place` of the group, of which `socket` is any, get frames or not.
+    /// Sets whether the socket at `place` gets frames. `socket` is any socket of the group.
     pub(super) fn steer(&self, socket: std::os::fd::BorrowedFd<'_>, place: u32, attached: bool) -> io::Result<()> {
         let mut places = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut wanted: Vec<u32> = places.iter().copied().filter(|other| *other != place).collect();

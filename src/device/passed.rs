@@ -1,7 +1,7 @@
-//! Queues that somebody else opened and passed as descriptors: of a TAP, TUN or MACVTAP.
+//! Queues of a TAP, TUN or MACVTAP that somebody else opened and passed as descriptors (`--tap-fd`).
 //!
-//! `TUNGETIFF` always says `IFF_NO_PI` of a TAP without a packet filter, since that bit is `IFF_NOFILTER` too; netlink
-//! tells whether there is packet information.
+//! `TUNGETIFF` does not tell whether frames come with packet information: the bit of `IFF_NO_PI` is that of
+//! `IFF_NOFILTER`, too, which every TAP without a packet filter has. So netlink is asked.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,19 +16,19 @@ use super::tap::{self, TUN_PATH, TapError};
 use super::tap_queue::{self, CannotSet, Interface};
 use super::{Device, DeviceKind, DeviceQueue, Layer, Steering, ioctl, macvtap};
 
-/// Which descriptors.
+/// The descriptors, and what they are to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Passed {
     /// Their numbers.
     pub fds: Vec<i32>,
-    /// The TAP or TUN that they are to be queues of: one that is open and no queue yet becomes one.
+    /// The TAP or TUN of which they are to be queues: a descriptor that is not attached yet is attached to it.
     pub of: Option<(Layer, InterfaceName)>,
 }
 
 /// Why descriptors cannot be used.
 #[derive(Debug, Error)]
 pub enum PassedError {
-    /// One of them is wrong.
+    /// A descriptor cannot be used.
     #[error("Descriptor {fd} of --tap-fd {wrong}")]
     BadFd {
         /// Its number.
@@ -36,7 +36,7 @@ pub enum PassedError {
         /// What is wrong with it, and what would be right.
         wrong: String,
     },
-    /// One cannot become a queue.
+    /// A descriptor cannot be attached.
     #[error(transparent)]
     Attach(#[from] TapError),
     /// A setting was refused.
@@ -44,7 +44,7 @@ pub enum PassedError {
     Set(#[from] CannotSet),
 }
 
-/// Takes queues that somebody else opened, all of one interface.
+/// Takes over queues that somebody else opened, all of one interface.
 ///
 /// The numbers must be of descriptors that this process was started with and that nothing in it owns: they are closed
 /// with the queues.
@@ -103,7 +103,8 @@ pub fn open(how: &Passed) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
         queues.push(DeviceQueue::new(fd, kind, steering));
     }
     let (name, kind) = first.unwrap_or_default();
-    // None where it is another network namespace's: then no MTU is known, and packet information is not noticed.
+    // `None` if the interface is in another network namespace: then the MTU is unknown, and packet information goes
+    // unnoticed.
     let link = queues.first().and_then(|queue| link_of(queue.as_fd(), kind, &name)).unwrap_or_default();
     if link.tun.packet_information {
         let wrong = "with packet information before each frame; open it with IFF_NO_PI";
@@ -112,22 +113,21 @@ pub fn open(how: &Passed) -> Result<(Device, Vec<DeviceQueue>), PassedError> {
     }
     log::info!("Took {} descriptor(s) of {} {name:?}", queues.len(), kind.name());
     let is_macvtap = kind == DeviceKind::Macvtap;
-    // A MACVTAP says nothing of its end, so one that may be in another namespace has to be asked.
+    // A MACVTAP that was deleted gives no error. It may be in another namespace, so it is polled instead of watched.
     let index = Some(link.index).filter(|index| !is_macvtap && *index != 0);
     let mac = link.mac.filter(|_| is_macvtap && !link.takes_all);
     let interface = Interface { name, kind, index, mtu: link.mtu, mac };
     Ok(tap_queue::set_up(interface, queues)?)
 }
 
-/// What the interface of an open queue is like, if it is one of this network namespace: there may be another one of its
-/// name here.
+/// The interface of an open queue, if it is in this network namespace, where another one may have its name.
 fn link_of(queue: BorrowedFd<'_>, kind: DeviceKind, name: &str) -> Option<Link> {
     let link = netlink::link_by_name(name).ok().flatten()?;
-    // A TUN has none, so that of those who may not ask is believed to be the one of its name.
+    // A TUN has no address, so without the right to ask it is taken for the interface of its name.
     let has_its_address = || ioctl::hardware_address(queue).is_ok_and(|address| address == link.mac);
     let (kind, is_it) = if kind == DeviceKind::Macvtap {
         let is_its_device = |number| rustix::fs::fstat(queue).is_ok_and(|file| file.st_rdev == number);
-        // Where sysfs does not show it, the address has to do.
+        // If sysfs does not show the numbers, the address has to do.
         ("macvtap", has_its_address() && macvtap::numbers(name, link.index).map_or(true, is_its_device))
     } else {
         ("tun", is_of_this_namespace(queue).unwrap_or_else(|_| has_its_address()))
@@ -135,7 +135,7 @@ fn link_of(queue: BorrowedFd<'_>, kind: DeviceKind, name: &str) -> Option<Link> 
     Some(link).filter(|link| is_it && link.kind.as_deref() == Some(kind))
 }
 
-/// Whether a TAP or TUN is in this thread's network namespace, for those who may ask.
+/// Whether a TAP or TUN is in this thread's network namespace. To ask needs `CAP_NET_ADMIN` there.
 fn is_of_this_namespace(queue: BorrowedFd<'_>) -> io::Result<bool> {
     let (its, ours) = (rustix::fs::fstat(ioctl::tun_namespace(queue)?)?, rustix::fs::stat("/proc/thread-self/ns/net")?);
     Ok((its.st_dev, its.st_ino) == (ours.st_dev, ours.st_ino))
@@ -152,5 +152,5 @@ fn is_macvtap(fd: &OwnedFd) -> bool {
     }
 }
 
-/// Of the devices among which the TUN driver's is, and no MACVTAP's.
+/// The major number of miscellaneous devices: the TUN driver's is one, a MACVTAP's never.
 const MISC_MAJOR: u32 = 10;

@@ -1,14 +1,13 @@
-//! The stage: private memory of ours through which frames go to or come from a device queue, many at a time.
+//! The stage: private memory through which many frames at a time go to or come from a device queue.
 //!
 //! Slots of equal length, and a list of jobs: which slot, how many bytes. [`Stage::write`] and [`Stage::read`] do the
-//! jobs in order, through one batch of io_uring (or `sendmmsg` and `recvmmsg`, for a packet socket) where that is better,
-//! else by a system call each. What became of a job is told the same way for both, so those who use a stage do not know
-//! which it was.
+//! jobs in order, through one batch of io_uring (or `sendmmsg` and `recvmmsg`, for a packet socket) where that is
+//! better, else by a system call each. The results look the same, so users of a stage need not know which it was.
 //!
 //! Order is kept exactly. A write that the device does not take now holds back those after it, which stay undone
-//! (`CANCELED`). On a device that takes every frame at once (a TAP without a send limit) a batch need not be told so,
-//! which costs a third less; should one refuse all the same while a later frame went, the refused one is lost for lack
-//! of memory, never late.
+//! (`CANCELED`). A device that never blocks (a TAP without a send limit) gets the writes of a batch unlinked, which
+//! costs a third less. If it refuses a frame all the same and takes a later one, the refused frame is dropped as for
+//! lack of memory, never sent late.
 
 use std::io;
 use std::ops::Range;
@@ -23,7 +22,7 @@ pub use super::uring::UringPool;
 use super::uring::{self, BatchMemory, Operation};
 use super::{DeviceQueue, VlanTag};
 
-/// From how many frames on a batch is worth its setting up.
+/// The smallest number of frames for which a batch pays.
 const BATCH_MIN: usize = 4;
 
 /// How frames are read and written (`--io`).
@@ -46,7 +45,7 @@ pub struct NoUring {
     cause: io::Error,
 }
 
-/// What may help where there is no io_uring.
+/// A hint for the operator on why io_uring cannot be used.
 pub(crate) fn why_no_uring(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
         Some(libc::ENOMEM) => {
@@ -59,10 +58,9 @@ pub(crate) fn why_no_uring(cause: &io::Error) -> &'static str {
 }
 
 impl Io {
-    /// What can be done of this on this host.
+    /// What this host supports of it.
     ///
-    /// # Errors
-    /// [`NoUring`] where nothing else will do.
+    /// # Errors [`NoUring`] if io_uring was demanded and cannot be used.
     pub fn usable(self) -> Result<Io, NoUring> {
         let probed = if self == Io::Syscall { Ok(()) } else { uring::probe() };
         match (self, probed) {
@@ -121,9 +119,9 @@ pub struct Slots {
 
 /// The slots for one direction of a device queue, and the jobs on them.
 pub struct Stage {
-    /// All slots; without a ring until the first batch, and for ever on a packet socket.
+    /// The bytes of all slots. They have no ring before the first batch, and never one on a packet socket.
     memory: BatchMemory,
-    /// Of a packet socket.
+    /// For a packet socket.
     messages: Option<Messages>,
     slot_len: usize,
     /// Bytes of a slot's start that do not go over the device.
@@ -174,7 +172,7 @@ impl Stage {
         self.jobs.clear();
     }
 
-    /// Adds a job on the first `len` bytes of slot `slot`, but for those that do not go over the device.
+    /// Adds a job on the first `len` bytes of slot `slot`, less the omitted ones.
     #[inline]
     pub fn add(&mut self, slot: usize, len: usize) {
         let from = slot * self.slot_len;
@@ -187,8 +185,8 @@ impl Stage {
         self.jobs.iter().map(|&Job { slot, result, tag, .. }| Outcome { slot, result, tag })
     }
 
-    /// Writes the jobs' bytes to `device`, each a frame, until one is refused that may be taken later. Tells whether all
-    /// went; else [`Stage::outcomes`] is to be looked at.
+    /// Writes the jobs' bytes to `device`, each a frame, until one has to wait. Returns whether all were written; if
+    /// not, [`Stage::outcomes`] says what became of each.
     pub fn write(&mut self, device: &DeviceQueue) -> bool {
         let mut at = 0;
         while at < self.jobs.len() {
@@ -234,14 +232,15 @@ impl Stage {
         let count = if self.io == Io::Syscall { 1 } else { usize::MAX };
         let jobs = self.jobs.get_mut(first..).unwrap_or_default();
         let jobs = jobs.split_at_mut(count.min(jobs.len())).0;
-        // Only the first one's failure is told: it is the one that may have passed.
+        // The call fails only for the first job; a later one that is refused ends it early, and is tried again by the
+        // caller.
         let _ = write_patiently(|| {
             messages.send(socket, memory, jobs);
             jobs.first().map_or(Ok(0), |job| job.result)
         });
     }
 
-    /// Writes the jobs from `first` on; tells whether all went.
+    /// Writes the jobs from `first` on in a batch. Returns whether all were written.
     fn write_batch(&mut self, first: usize) -> bool {
         let operation = if self.may_block { Operation::WriteLinked } else { Operation::Write };
         let all_went = self.transfer(operation, first);
@@ -251,7 +250,7 @@ impl Stage {
         all_went
     }
 
-    /// A refused frame that others have overtaken must not go after them.
+    /// Drops refused frames that later ones have overtaken, which must not be sent after these.
     fn settle_refused(&mut self, first: usize) {
         let jobs = self.jobs.get_mut(first..).unwrap_or_default();
         let overtaken = jobs.iter().rposition(|job| job.result.is_ok()).unwrap_or(0);
@@ -261,7 +260,7 @@ impl Stage {
         }
     }
 
-    /// Reads a frame into each job's slot, for as long as `device` has some.
+    /// Reads a frame into each job's slot, until `device` has no more.
     pub fn read(&mut self, device: &DeviceQueue) {
         if let Some(messages) = &mut self.messages {
             return messages.receive(device.as_fd(), self.memory.bytes_mut(), &mut self.jobs);
@@ -283,7 +282,7 @@ impl Stage {
         }
     }
 
-    /// Whether `count` jobs go in a batch. A ring is taken the first time they are to.
+    /// Whether `count` jobs go in a batch. The first batch takes a ring.
     fn takes_batch(&mut self, device: &DeviceQueue, count: usize) -> bool {
         if !self.io.batches(count) {
             return false;
@@ -295,13 +294,13 @@ impl Stage {
         true
     }
 
-    /// Does the jobs from `first` on in a batch; tells whether all succeeded.
+    /// Does the jobs from `first` on in a batch. Returns whether all succeeded.
     fn transfer(&mut self, operation: Operation, first: usize) -> bool {
         let jobs = self.jobs.get_mut(first..).unwrap_or_default();
         match self.memory.transfer(operation, jobs) {
             Ok(all_succeeded) => all_succeeded,
             Err(error) => {
-                // Nobody knows which of these went.
+                // It is unknown which of these were done.
                 jobs.iter_mut().filter(|job| job.result.is_err()).for_each(|job| job.result = Err(Errno::NOBUFS));
                 self.fall_back(&error);
                 false
@@ -316,7 +315,7 @@ impl Stage {
     }
 }
 
-/// Whether the frames after one that ended so have to wait.
+/// Whether the frames after one with this result have to wait.
 fn holds_back(result: Result<usize, Errno>) -> bool {
     classify_write(result).is_err_and(WriteFailure::holds_back)
 }

@@ -1,10 +1,11 @@
-//! TAP and TUN interfaces: attaching to one by name, or creating one.
+//! Attaches to a TAP or TUN interface by name, or creates one.
 //!
-//! Everything that an operator can get wrong here ends the start with one message: what was tried, on what, the cause,
-//! and the command that puts it right. The facts about the driver behind the checks:
+//! Every mistake of an operator ends the start with one message: what was tried, on what, the cause, and the command
+//! that puts it right. What the driver does, and why it is checked here:
 //! * `TUNSETIFF` cuts a name of more than 15 bytes, expands `%d`, and creates what does not exist;
 //! * a single-queue interface and a multi-queue one open with different flags, `EINVAL` if they do not match;
-//! * on a multi-queue one anybody who may open it can add queues, and the kernel then spreads flows over all of them.
+//! * anybody who may open a multi-queue interface can add queues to it, and the kernel then spreads flows over all of
+//!   them.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,30 +24,30 @@ use super::{Device, DeviceQueue, Layer, Steering, ioctl};
 /// How to open a TAP or TUN by name.
 #[derive(Clone, Debug)]
 pub struct TapByName {
-    /// Which of the two.
+    /// TAP or TUN.
     pub layer: Layer,
     /// The interface.
     pub name: InterfaceName,
     /// How many queues to open.
     pub queue_pairs: u16,
-    /// Whether others may have queues on it.
+    /// Whether other processes may have queues on it.
     pub shared: bool,
     /// The MTU of an interface that is created; an existing one keeps its own.
     pub mtu: Option<u16>,
-    /// What else one that is created gets.
+    /// Further settings of an interface that is created.
     pub extras: Extras,
-    /// Whether it was open before: then it must exist, and one that is in use is not waited for.
+    /// Whether this opens a lost interface again: then it must exist, and is not waited for if it is in use.
     pub reopens: bool,
 }
 
-/// What a TAP that is created gets; an existing one is left as it is.
+/// Settings of an interface that is created; an existing one is left as it is.
 #[derive(Clone, Debug, Default)]
 pub struct Extras {
     /// The bridge that it becomes a port of.
     pub bridge: Option<InterfaceName>,
-    /// The user who may attach to it, besides root; if no group is given either, who creates it.
+    /// The user who may attach to it, besides root. If neither this nor a group is given, it is the creator.
     pub owner: Option<u32>,
-    /// The group whose members may; with an owner, that one and only as a member.
+    /// The group whose members may attach to it. If an owner is given too, only the owner may, and only as a member.
     pub group: Option<u32>,
     /// Whether it stays when its last queue is closed.
     pub persists: bool,
@@ -84,7 +85,7 @@ pub enum TapError {
         /// What it is.
         kind: String,
     },
-    /// It went away again.
+    /// It was deleted meanwhile.
     #[error("There is no {} {name:?}", layer.name())]
     Missing {
         /// What it should be.
@@ -92,7 +93,7 @@ pub enum TapError {
         /// The interface.
         name: String,
     },
-    /// It is not where a descriptor that was passed was opened.
+    /// It does not exist in the network namespace where a passed descriptor was opened.
     #[error(
         "There is no {} {name:?} in the network namespace where descriptor {fd} of --tap-fd was opened, and none is \
          created for it; as root, there: '{}'",
@@ -108,7 +109,7 @@ pub enum TapError {
         /// Whether it needs several queues.
         multi_queue: bool,
     },
-    /// Several queue pairs on a TAP that has one queue.
+    /// Several queue pairs are wanted on an interface with a single queue.
     #[error(
         "{} {name:?} was made with a single queue, {queue_pairs} queue pairs need a multi-queue one, so it has to be made \
          anew, as root: 'ip link delete {name} && {}', or use --queue-pairs 1",
@@ -165,7 +166,7 @@ pub enum TapError {
         /// The interface that is not there.
         bridge: String,
     },
-    /// What is named as a bridge is none.
+    /// The interface is no bridge.
     #[error("--bridge {bridge:?} is a {kind} interface, not a bridge")]
     NotABridge {
         /// The interface.
@@ -179,7 +180,7 @@ pub enum TapError {
 }
 
 impl TapError {
-    /// Whether somebody else has the interface, who may be about to let go of it.
+    /// Whether another process has the interface, which may be about to release it.
     fn is_busy(&self) -> bool {
         match self {
             TapError::InUse { .. } => true,
@@ -189,8 +190,8 @@ impl TapError {
     }
 }
 
-/// How long to wait for a TAP that is in use: the kernel ends the io_uring of a killed process, and lets go of the TAP
-/// with it, a while after the process.
+/// How long to wait for a TAP that is in use: the kernel tears down the io_uring of a killed process, which holds the
+/// TAP, only a while after the process has ended.
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 const BUSY_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) const TUN_PATH: &str = "/dev/net/tun";
@@ -205,7 +206,7 @@ fn hint_tun(cause: &io::Error) -> &'static str {
     }
 }
 
-/// The commands that make an interface that serves, and of which nothing is warned.
+/// The command that makes a suitable interface, one that causes no warning.
 fn command_to_make(layer: Layer, name: &str, multi_queue: bool) -> String {
     let multi = if multi_queue { " multi_queue" } else { "" };
     format!("ip tuntap add dev {name} mode {} vnet_hdr{multi} user USER && ip link set {name} up", layer.mode())
@@ -252,10 +253,10 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     let Attached { existing, queues, multi_queue } = attached?;
     let lookup = |cause| TapError::Lookup { name: name.clone(), cause };
     let link = netlink::link_by_name(&name).map_err(lookup)?;
-    // One that went away meanwhile, with the process that had made it, was made anew by us.
+    // If the interface was deleted meanwhile with the process that had made it, `TUNSETIFF` has created a new one.
     let existing = existing.filter(|before| link.as_ref().is_none_or(|now| now.index == before.index));
     if how.reopens && existing.is_none() {
-        // It is somebody else's to make: this one goes with `queues`.
+        // Its owner has to make it; ours is deleted with `queues`.
         return Err(TapError::Missing { layer: how.layer, name });
     }
     match (&existing, &link, queues.first()) {
@@ -274,7 +275,7 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
     }
     let verb = if existing.is_some() { "Attached to" } else { "Created" };
     log::info!("{verb} {what} {name:?} with {} queue(s)", how.queue_pairs);
-    // An MTU that was asked for on creation was set there; netlink's answer may be from before.
+    // On creation the wanted MTU was set; netlink's answer may be older.
     let mtu = if existing.is_none() { how.mtu.or(link.mtu) } else { link.mtu };
     let steering = if multi_queue { Steering::Attached } else { Steering::Always };
     let index = (link.index != 0).then_some(link.index);
@@ -309,7 +310,7 @@ fn attach(how: &TapByName) -> Result<Attached, TapError> {
     Ok(Attached { existing, queues, multi_queue })
 }
 
-/// Whether an existing interface will do; tells whether it is a multi-queue one.
+/// Checks that an existing interface can be used. Returns whether it is a multi-queue one.
 fn check_existing(how: &TapByName, link: &Link) -> Result<bool, TapError> {
     let name = how.name.as_str().to_owned();
     let layer = how.layer;
@@ -358,8 +359,8 @@ fn open_queue(how: &TapByName, queue: u16, exists: bool, multi_queue: bool) -> R
     Ok(fd)
 }
 
-/// Makes a descriptor of the TUN driver that somebody else opened a queue of an interface, which may be in another network
-/// namespace: that of whoever opened it.
+/// Attaches a descriptor of the TUN driver that somebody else opened. The interface is in the network namespace in
+/// which the descriptor was opened, which may not be ours.
 pub(super) fn attach_passed(
     fd: BorrowedFd<'_>,
     of: (Layer, &InterfaceName),
@@ -370,15 +371,16 @@ pub(super) fn attach_passed(
     }
     let mut attached = attach_queue(fd, of, multi_queue);
     if !multi_queue && attached.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {
-        // One queue of several.
+        // It may be one queue of a multi-queue interface.
         attached = attach_queue(fd, of, true);
     }
     let (layer, name) = (of.0, of.1.as_str().to_owned());
     attached.map_err(|cause| TapError::Attach { layer, name, queue, exists: true, multi_queue, cause })
 }
 
-/// Whether there is an interface of that name in the network namespace where `fd` was opened, which netlink here may not
-/// see: asked to create one of no kind, the kernel says `EBUSY` if there is one, and creates nothing if there is none.
+/// Whether an interface of that name exists in the network namespace where `fd` was opened, which our netlink may not
+/// see. The trick is to ask for a new one without a type: the kernel says `EBUSY` if the name exists, and creates
+/// nothing if not.
 fn is_there(fd: BorrowedFd<'_>, name: &InterfaceName) -> bool {
     let made = ioctl::tun_set_iff(fd, name.as_str(), IFF_TUN_EXCL);
     made.is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
@@ -410,7 +412,7 @@ fn find_bridge(bridge: &str) -> Result<u32, TapError> {
 /// Gives an interface that was just created what was asked for, and sets it up.
 fn complete(name: &str, link: &Link, how: &TapByName, bridge: Option<u32>, queue: &OwnedFd) -> Result<(), TapError> {
     let set = |what| move |cause| CannotSet { what, name: name.to_owned(), cause };
-    // For a moment it was nobody's, and somebody else could add a queue to a multi-queue one.
+    // Before the owner was set, another process could add a queue to a multi-queue interface.
     if link.tun.open_queues > u32::from(how.queue_pairs) && !how.shared {
         let (layer, open_queues) = (how.layer, link.tun.open_queues);
         return Err(TapError::InUse { layer, name: name.to_owned(), open_queues });
@@ -428,8 +430,8 @@ fn complete(name: &str, link: &Link, how: &TapByName, bridge: Option<u32>, queue
     Ok(())
 }
 
-/// Says whose an interface that was just created is. One that is nobody's is open to every user of this host, by
-/// `TUNSETIFF` without a privilege: so it is who created it whose it is, if nobody is named.
+/// Sets owner and group of an interface that was just created. An ownerless TAP is open to every user, so its creator
+/// becomes owner if nobody is named.
 fn close_to_others(name: &str, how: &TapByName, queue: &OwnedFd) -> Result<(), TapError> {
     let set = |what| move |cause| CannotSet { what, name: name.to_owned(), cause };
     let Extras { owner, group, .. } = how.extras;

@@ -1,9 +1,9 @@
-//! What the queues of a TAP or MACVTAP need, however they were opened: header layout, no offload yet, only the first one
-//! attached.
+//! Sets up the queues of a TAP, TUN or MACVTAP, however they were opened: header layout, no offloads yet, only the
+//! first queue attached.
 //!
-//! The TUN driver's `TUNSETOFFLOAD` refuses what the kernel does not know, so trying it tells what there is. A MACVTAP's
-//! refuses unknown bits only and says nothing of how they go together; it undoes for us what was not asked for, as a
-//! TAP does. Neither does anything with `TUN_F_UFO` any more.
+//! The TUN driver's `TUNSETOFFLOAD` refuses what the kernel does not support, so offloads are found by trying. A
+//! MACVTAP's refuses unknown bits only, in any combination. Both finish frames themselves whose offload was not asked
+//! for, and both ignore `TUN_F_UFO` in newer kernels.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -29,7 +29,7 @@ pub struct CannotSet {
     pub(super) cause: io::Error,
 }
 
-/// The interface that queues were opened of, as far as it is known.
+/// The interface to which the queues belong, as far as it is known.
 #[derive(Debug, Default)]
 pub(super) struct Interface {
     pub(super) name: String,
@@ -37,11 +37,11 @@ pub(super) struct Interface {
     /// Its index, where it is in our network namespace.
     pub(super) index: Option<u32>,
     pub(super) mtu: Option<u16>,
-    /// The address that frames of the guest must have.
+    /// The only MAC address to which frames come, if there is one.
     pub(super) mac: Option<[u8; 6]>,
 }
 
-/// Makes a device of `queues`, of which there is one at least.
+/// Sets up `queues`, of which there must be one at least, and makes a device of them.
 pub(super) fn set_up(
     interface: Interface,
     mut queues: Vec<DeviceQueue>,
@@ -57,19 +57,19 @@ pub(super) fn set_up(
         rustix::io::ioctl_fionbio(&queue.fd, true).map_err(io::Error::from).map_err(set("O_NONBLOCK"))?;
         ioctl::tun_set_vnet_header_size(queue.as_fd(), VNET_HEADER_LEN).map_err(set("the header size"))?;
         ioctl::tun_set_vnet_little_endian(queue.as_fd()).map_err(set("the header's byte order"))?;
-        // Without a send limit every frame is taken at once.
+        // A queue without a send limit never blocks.
         queue.may_block = if kind == DeviceKind::Macvtap {
-            // It has one, does not tell it, and frames would wait for the card.
+            // It has a limit, which cannot be read, and would block while the card is busy.
             ioctl::tun_set_send_limit(queue.as_fd(), c_int::MAX).map_err(set("the send limit"))?;
             false
         } else {
-            // Nobody gave it one, unless somebody wanted one.
+            // It has a limit only if an operator set one.
             ioctl::tun_send_limit(queue.as_fd()).map_err(set("(read) the send limit"))? != c_int::MAX
         };
         if control.is_none() {
             queue.attach().map_err(set("the first queue to be used"))?;
             offloads = probe_offloads(queue);
-            // One queue says it for all.
+            // The warning of the first queue is enough.
             queue.address = mac;
             control = Some(queue.fd.try_clone().map_err(set("up a second descriptor"))?);
         } else {
@@ -82,7 +82,7 @@ pub(super) fn set_up(
     Ok((Device { name, kind, index, control, offloads, mtu, mac, created: None }, queues))
 }
 
-/// The offloads that the kernel takes. Each needs the checksum; USO comes for both IP versions or for none.
+/// The offloads that the kernel supports. Each needs the checksum; USO is set for both IP versions or for none.
 fn probe_offloads(queue: &DeviceQueue) -> u32 {
     let groups = [TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO4 | TUN_F_TSO_ECN, TUN_F_UFO, TUN_F_USO4 | TUN_F_USO6];
     let takes = |flags| ioctl::tun_set_offload(queue.as_fd(), flags).is_ok();

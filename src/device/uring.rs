@@ -22,22 +22,22 @@ use rustix::io::Errno;
 
 use super::stage::Job;
 
-/// The device, as it is registered.
+/// The registered file: the device.
 const DEVICE: types::Fixed = types::Fixed(0);
-/// The memory, as it is registered.
+/// The registered buffer: the memory.
 const MEMORY: u16 = 0;
 /// The most operations of a batch.
 const ENTRIES: u32 = 64;
-/// Virtqueues of a thread: each has a ring of its own.
+/// The virtqueues of a thread, each of which has a ring of its own.
 const DIRECTIONS: usize = 2;
 
 /// What a batch does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
     Read,
-    /// As many as there are, whatever becomes of those before.
+    /// All of them, even if some fail.
     Write,
-    /// None before the one before has succeeded; what follows a failed one ends with `ECANCELED`.
+    /// Each after the one before has succeeded; those after a failed one end with `ECANCELED`.
     WriteLinked,
 }
 
@@ -48,15 +48,14 @@ pub struct UringPool(Arc<Mutex<Pool>>);
 #[derive(Default)]
 struct Pool {
     idle: Vec<IoUring>,
-    /// Whether no more can be made.
+    /// Whether no more may be made.
     is_sealed: bool,
 }
 
 impl UringPool {
-    /// Makes a ring for each direction, by the thread that will use them, and none after these.
+    /// Makes a ring for each direction, and none later. The thread that will use them has to call this.
     ///
-    /// # Errors
-    /// What the kernel says; none can be made later all the same.
+    /// # Errors What the kernel says; the pool is sealed all the same.
     pub fn seal(&self) -> io::Result<()> {
         let mut pool = self.lock();
         pool.is_sealed = true;
@@ -106,12 +105,12 @@ pub(super) fn probe() -> io::Result<()> {
     if needed.iter().all(|code| probe.is_supported(*code)) { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
 }
 
-/// A ring for one thread. Without `DEFER_TASKRUN`: what ends at once costs less so.
+/// Makes a ring for one thread. It has no `DEFER_TASKRUN`: operations that complete at once cost less without.
 fn build(entries: u32) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     builder.setup_r_disabled();
     let ring = builder.clone().setup_single_issuer().setup_no_sqarray().build(entries).or_else(|error| {
-        // A kernel before 6.6 knows no such rings.
+        // Kernels before 6.6 do not know these flags.
         if error.raw_os_error() == Some(libc::EINVAL) { builder.build(entries) } else { Err(error) }
     })?;
     restrict(&ring)?;
@@ -119,7 +118,7 @@ fn build(entries: u32) -> io::Result<IoUring> {
     Ok(ring)
 }
 
-/// Has the kernel take nothing else on this ring, ever.
+/// Restricts the ring to the two operations.
 fn restrict(ring: &IoUring) -> io::Result<()> {
     /// `IORING_REGISTER_BUFFERS` and `UNREGISTER`, the same of files, and `PROBE`, as linux/io_uring.h numbers them.
     const CHANGES: [u8; 5] = [0, 1, 2, 3, 8];
@@ -133,7 +132,7 @@ fn restrict(ring: &IoUring) -> io::Result<()> {
 }
 
 impl BatchMemory {
-    /// Memory of `len` bytes, as yet without a ring.
+    /// Memory of `len` bytes, without a ring.
     pub(super) fn new(len: usize, rings: &UringPool) -> BatchMemory {
         BatchMemory { ring: None, rings: rings.clone(), memory: vec![0; len].into_boxed_slice(), outstanding: 0 }
     }
@@ -161,8 +160,8 @@ impl BatchMemory {
         Ok(ring)
     }
 
-    /// Does without the ring from now on, and with a copy of the memory where the kernel failed us and may still use this:
-    /// frames that were not submitted are there, too.
+    /// Gives up the ring. If the kernel may still use the memory, goes on with a copy of it, since it also holds frames
+    /// that were not submitted.
     pub(super) fn renounce(&mut self) {
         if self.outstanding > 0 {
             let mut other = BatchMemory::new(self.memory.len(), &self.rings);
@@ -177,17 +176,16 @@ impl BatchMemory {
         &self.memory
     }
 
-    /// The same, to be written.
+    /// The memory, to be written.
     #[inline]
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.memory
     }
 
-    /// Does what `jobs` say, in their order, and notes in each what came of it. Tells whether all succeeded.
+    /// Does `jobs` in their order and notes the result in each. Returns whether all succeeded.
     ///
-    /// # Errors
-    /// Where the kernel did not take the batch or did not end it; what has no result then is unknown, and this is of no
-    /// more use.
+    /// # Errors The kernel did not accept or did not complete the batch. What became of jobs without a result is
+    /// unknown, and the ring must not be used again.
     pub(super) fn transfer(&mut self, operation: Operation, jobs: &mut [Job]) -> io::Result<bool> {
         let BatchMemory { ring: Some(ring), memory, outstanding, .. } = self else {
             return Err(io::ErrorKind::NotConnected.into());
@@ -236,7 +234,7 @@ fn entry(operation: Operation, bytes: &mut [u8]) -> squeue::Entry {
     }
 }
 
-/// Notes what came of one job; tells whether it succeeded.
+/// Notes the result of one job. Returns whether it succeeded.
 #[inline]
 fn note(jobs: &mut [Job], completion: &cqueue::Entry) -> bool {
     let Some(job) = jobs.get_mut(completion.user_data() as usize) else { return false };
@@ -248,7 +246,7 @@ fn note(jobs: &mut [Job], completion: &cqueue::Entry) -> bool {
 impl Drop for BatchMemory {
     fn drop(&mut self) {
         if let Some(ring) = self.ring.take() {
-            // Closing a ring ends later than the call; the device is to be free at once.
+            // Closing a ring takes effect later than the call, but the device has to be released at once.
             let files = ring.submitter().unregister_files();
             let memory = ring.submitter().unregister_buffers();
             if self.outstanding == 0 && files.and(memory).is_ok() {
@@ -256,7 +254,7 @@ impl Drop for BatchMemory {
             }
         }
         if self.outstanding > 0 {
-            // The kernel may still use it: better lost than given to somebody else.
+            // The kernel may still use the memory, so it is leaked rather than freed.
             std::mem::forget(std::mem::take(&mut self.memory));
         }
     }
