@@ -120,7 +120,7 @@ impl RunsRings for ControlQueue {
         let iovecs = GuestIovecs::new(Arc::clone(start.queue.mem()), IOV_MAX + 1);
         // A driver that was reset begins with the first entry.
         let goes_on = start.queue.position() != 0;
-        self.ring = Some((RunningRing::start(start, &self.poll, Event::ControlKick, &self.counters)?, iovecs));
+        self.ring = Some((RunningRing::start(start, &self.poll, Event::ControlKick)?, iovecs));
         if let Some(former) = self.former.take() {
             self.begin(former, goes_on);
         }
@@ -137,7 +137,7 @@ impl RunsRings for ControlQueue {
     }
 
     fn change(&mut self, _: Direction, change: RingChange) -> io::Result<()> {
-        self.ring.as_mut().map_or(Ok(()), |(ring, _)| ring.change(change, &self.poll, &self.counters))
+        self.ring.as_mut().map_or(Ok(()), |(ring, _)| ring.change(change, &self.poll))
     }
 
     fn relocate(&mut self, _: Direction, mem: &Arc<MemView>, found: SplitRing) {

@@ -1,7 +1,7 @@
-//! Counters: one set per queue pair, written by its worker alone and read by anyone.
+//! Counters: one set per queue pair, written by its worker and read by anyone.
 //!
-//! A worker adds with a plain load and store, no locked instruction: it is the only writer. Each set has cache lines of
-//! its own, so workers do not slow each other down. Every way to drop a frame has a counter, so that at a quiescent
+//! A counter has one writer, a worker (`rings_resumed_off_base`: the control thread), which adds with a plain load and
+//! store, no locked instruction. Each set has cache lines of its own, so workers do not slow each other down. Every way to drop a frame has a counter, so that at a quiescent
 //! moment frames in = frames out + drops.
 
 use std::fmt;
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds `n`; only the owning worker may.
+    /// Adds `n`; only its one writer may.
     #[inline]
     pub fn add(&self, n: u64) {
         self.0.store(self.0.load(Relaxed).wrapping_add(n), Relaxed);

@@ -344,6 +344,16 @@ impl Nic {
         changed.map_err(|cause| NicError::Kick { ring, cause })
     }
 
+    /// Counts that ring `index` carries on elsewhere than its front-end said.
+    pub fn count_off_base(&self, ring: usize) {
+        let counters = match self.place(ring) {
+            Place::Pair(pair, _) => self.counters.get(pair),
+            Place::Control => Some(&self.control_counters),
+            Place::Nowhere => None,
+        };
+        counters.into_iter().for_each(|counters| counters.rings_resumed_off_base.add(1));
+    }
+
     /// Has a running ring carry on where it was found in a new view of memory.
     ///
     /// # Errors

@@ -1,4 +1,5 @@
-//! The two notifications of a virtqueue, as descriptors that a front-end sent: [`Kick`] from the guest, [`Call`] to it.
+//! The two notifications of a virtqueue, as descriptors that a front-end sent: [`Kick`] from the guest, [`Call`] to it; and all
+//! that a ring has of them, [`RingFds`].
 //!
 //! The front-end chose what they are: eventfds, pipes, or worse. Kicks, and the ends of pipes and sockets, are made non-blocking on
 //! arrival, so no read or write of one ever waits. A call that is an eventfd stays as it came: that it blocks is a property
@@ -82,6 +83,26 @@ impl Call {
     fn has_room(&self) -> bool {
         let mut out = [PollFd::new(&self.fd, PollFlags::OUT)];
         poll(&mut out, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1) && out[0].revents().contains(PollFlags::OUT)
+    }
+}
+
+/// A ring's descriptors, as its front-end sent them.
+#[derive(Debug, Default)]
+pub struct RingFds {
+    /// By what the guest kicks; without one the ring is polled.
+    pub kick: Option<Kick>,
+    /// By what the guest is called; without one it polls.
+    pub call: Option<Call>,
+    /// By what the front-end learns that the ring is broken.
+    pub err: Option<Call>,
+}
+
+impl RingFds {
+    /// Tells the front-end that the ring is broken, if it can be told.
+    pub(crate) fn signal_err(&self) {
+        if let Some(err) = &self.err {
+            err.signal();
+        }
     }
 }
 

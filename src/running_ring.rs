@@ -7,8 +7,8 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::memory::MemView;
-use crate::metrics::{Counter, PairCounters};
-use crate::notify::{Call, Kick, KickState};
+use crate::metrics::Counter;
+use crate::notify::{Call, Kick, KickState, RingFds};
 use crate::poll::{Event, Poll};
 use crate::throttle::Throttle;
 use crate::virtqueue::{Queue, RingBroken, SplitRing};
@@ -29,14 +29,8 @@ pub enum RingMode {
 pub struct StartRing {
     /// The queue.
     pub queue: Queue,
-    /// Its kick; without one the ring is polled.
-    pub kick: Option<Kick>,
-    /// Its call; without one the guest polls.
-    pub call: Option<Call>,
-    /// Where a broken ring is reported.
-    pub err: Option<Call>,
-    /// Where the front-end says that it carries on; the queue knows better.
-    pub base: u16,
+    /// Its descriptors.
+    pub fds: RingFds,
     /// What it may do.
     pub mode: RingMode,
     /// The acknowledged virtio features.
@@ -48,25 +42,19 @@ pub struct StartRing {
 pub struct StoppedRing {
     /// Where it carries on.
     pub position: u16,
-    /// Its kick, if it was not polled.
-    pub kick: Option<Kick>,
     /// Whether it was parked.
     pub is_broken: bool,
-    /// Its call.
-    pub call: Option<Call>,
-    /// Its error descriptor.
-    pub err: Option<Call>,
+    /// Its descriptors.
+    pub fds: RingFds,
 }
 
-/// What is left of a ring that did not start: all but its kick.
+/// What is left of a ring that did not start.
 #[derive(Debug)]
 pub struct NotStarted {
     /// What `epoll_ctl(2)` said of the kick descriptor.
     pub cause: io::Error,
-    /// Its call.
-    pub call: Option<Call>,
-    /// Its error descriptor.
-    pub err: Option<Call>,
+    /// Its descriptors.
+    pub fds: RingFds,
 }
 
 /// One thing that may change about a running ring.
@@ -80,8 +68,6 @@ pub enum RingChange {
     Call(Option<Call>),
     /// Where its break is reported.
     Err(Option<Call>),
-    /// Where the front-end says that it carries on.
-    Base(u16),
 }
 
 /// A thread's object that runs one ring of each direction, or one in all.
@@ -121,9 +107,7 @@ pub enum Direction {
 #[derive(Debug)]
 pub(crate) struct RunningRing {
     pub(crate) queue: Queue,
-    kick: Option<Kick>,
-    call: Option<Call>,
-    err: Option<Call>,
+    fds: RingFds,
     pub(crate) mode: RingMode,
     /// Whether there may be entries that were not looked at.
     pub(crate) can_run: bool,
@@ -131,8 +115,6 @@ pub(crate) struct RunningRing {
     asleep: bool,
     /// Whether it is parked until it is set up anew.
     broken: bool,
-    /// Where the front-end says that it carries on.
-    base: u16,
     event: Event,
     /// The acknowledged virtio features.
     pub(crate) features: u64,
@@ -140,45 +122,23 @@ pub(crate) struct RunningRing {
 
 impl RunningRing {
     /// Watches the kick and calls the driver once: a kick or a call may have been lost with the process before.
-    pub(crate) fn start(
-        start: StartRing,
-        poll: &Poll,
-        event: Event,
-        counters: &PairCounters,
-    ) -> Result<RunningRing, NotStarted> {
-        let StartRing { queue, kick, call, err, base, mode, features } = start;
-        if let Some(kick) = &kick
+    pub(crate) fn start(start: StartRing, poll: &Poll, event: Event) -> Result<RunningRing, NotStarted> {
+        let StartRing { queue, fds, mode, features } = start;
+        if let Some(kick) = &fds.kick
             && let Err(cause) = poll.add(kick, event, EventSet::IN)
         {
-            return Err(NotStarted { cause, call, err });
+            return Err(NotStarted { cause, fds });
         }
-        if let Some(call) = &call {
+        if let Some(call) = &fds.call {
             call.signal();
         }
         let (can_run, asleep, broken) = (true, false, false);
-        let ring = RunningRing { queue, kick, call, err, mode, can_run, asleep, broken, base, event, features };
-        if mode != RingMode::Waiting {
-            ring.compare_base(counters);
-        }
-        Ok(ring)
-    }
-
-    /// Counts a base that is not where the ring carries on. Until frames pass it may change.
-    fn compare_base(&self, counters: &PairCounters) {
-        if self.base != self.queue.position() {
-            counters.rings_resumed_off_base.add(1);
-        }
+        Ok(RunningRing { queue, fds, mode, can_run, asleep, broken, event, features })
     }
 
     pub(crate) fn stop(self, poll: &Poll) -> StoppedRing {
-        unwatch(poll, self.kick.as_ref());
-        StoppedRing {
-            position: self.queue.position(),
-            kick: self.kick,
-            is_broken: self.broken,
-            call: self.call,
-            err: self.err,
-        }
+        unwatch(poll, self.fds.kick.as_ref());
+        StoppedRing { position: self.queue.position(), is_broken: self.broken, fds: self.fds }
     }
 
     /// Whether its frames pass.
@@ -193,36 +153,30 @@ impl RunningRing {
 
     /// Whether it has to be looked at without being kicked.
     pub(crate) fn is_polled(&self) -> bool {
-        self.kick.is_none() && !self.broken
+        self.fds.kick.is_none() && !self.broken
     }
 
     /// Changes one thing about it. A kick that is replaced is unwatched before it is closed; a new call is signalled,
     /// as the old one's last signal may not have been seen.
-    pub(crate) fn change(&mut self, change: RingChange, poll: &Poll, counters: &PairCounters) -> io::Result<()> {
+    pub(crate) fn change(&mut self, change: RingChange, poll: &Poll) -> io::Result<()> {
         match change {
-            RingChange::Mode(mode) => {
-                let was_waiting = std::mem::replace(&mut self.mode, mode) == RingMode::Waiting;
-                if was_waiting && mode != RingMode::Waiting {
-                    self.compare_base(counters);
-                }
-            }
-            RingChange::Base(base) => self.base = base,
+            RingChange::Mode(mode) => self.mode = mode,
             // A broken ring is not kicked any more.
             RingChange::Kick(_) if self.broken => {}
             RingChange::Kick(kick) => {
-                unwatch(poll, self.kick.take().as_ref());
+                unwatch(poll, self.fds.kick.take().as_ref());
                 if let Some(kick) = &kick {
                     poll.add(kick, self.event, EventSet::IN)?;
                 }
-                self.kick = kick;
+                self.fds.kick = kick;
             }
             RingChange::Call(call) => {
                 if let Some(call) = &call {
                     call.signal();
                 }
-                self.call = call;
+                self.fds.call = call;
             }
-            RingChange::Err(err) => self.err = err,
+            RingChange::Err(err) => self.fds.err = err,
         }
         self.can_run = true;
         Ok(())
@@ -230,7 +184,7 @@ impl RunningRing {
 
     /// Takes a kick; tells what the descriptor is worth.
     pub(crate) fn kicked(&mut self) -> KickState {
-        let state = self.kick.as_ref().map_or(KickState::Open, Kick::drain);
+        let state = self.fds.kick.as_ref().map_or(KickState::Open, Kick::drain);
         if state == KickState::Open {
             self.can_run = true;
             self.asleep = false;
@@ -242,7 +196,7 @@ impl RunningRing {
     /// Makes completions visible and calls the driver if it asked for it.
     pub(crate) fn publish(&mut self, calls: &Counter) {
         if self.queue.publish()
-            && let Some(call) = &self.call
+            && let Some(call) = &self.fds.call
         {
             call.signal();
             calls.add(1);
@@ -282,10 +236,8 @@ impl RunningRing {
         if std::mem::replace(&mut self.broken, true) {
             return;
         }
-        unwatch(poll, self.kick.take().as_ref());
-        if let Some(err) = &self.err {
-            err.signal();
-        }
+        unwatch(poll, self.fds.kick.take().as_ref());
+        self.fds.signal_err();
         broken_rings.add(1);
         if throttle.allows() {
             log::warn!("Ring of {:?} broken, parked until it is set up anew: {why}", self.event);

@@ -1,7 +1,7 @@
 //! A ring's life in a session (vhost-user, "Ring states").
 //!
 //! ```text
-//!   Stopped(RingSetup) ── size, addresses and a kick are there ──▶ Started(Layout)   its Queue is with a worker
+//!   Stopped(RingSetup) ── size, addresses and a kick are there ──▶ Started(StartedRing)   its Queue is with a worker
 //!          ▲                                                            │
 //!          └── GET_VRING_BASE, a reset, memory taken away, session over ┘
 //! ```
@@ -16,7 +16,7 @@ use thiserror::Error;
 use vhost::vhost_user::message::VhostUserVringAddr;
 
 use crate::memory::MemView;
-use crate::notify::{Call, Kick};
+use crate::notify::RingFds;
 use crate::running_ring::StoppedRing;
 use crate::virtqueue::queue::RingFeatures;
 use crate::virtqueue::split::used_ring_len;
@@ -100,39 +100,16 @@ impl Layout {
     }
 }
 
-/// By what a ring is kicked.
-#[derive(Debug)]
-pub(super) enum KickSource {
-    /// A descriptor.
-    Descriptor(Kick),
-    /// Nothing: the front-end asks for polling.
-    Polled,
-}
-
-impl From<Option<Kick>> for KickSource {
-    fn from(kick: Option<Kick>) -> KickSource {
-        kick.map_or(KickSource::Polled, KickSource::Descriptor)
-    }
-}
-
-impl From<KickSource> for Option<Kick> {
-    fn from(source: KickSource) -> Option<Kick> {
-        match source {
-            KickSource::Descriptor(kick) => Some(kick),
-            KickSource::Polled => None,
-        }
-    }
-}
-
 /// What is known of a ring that is stopped.
 #[derive(Debug, Default)]
 pub(super) struct RingSetup {
     pub(super) size: Option<QueueSize>,
     pub(super) addresses: Option<Addresses>,
+    /// Where the front-end says that it carries on.
     pub(super) base: u16,
-    pub(super) kick: Option<KickSource>,
-    pub(super) call: Option<Call>,
-    pub(super) err: Option<Call>,
+    pub(super) fds: RingFds,
+    /// Whether its kick was told, be it that there is no descriptor: with that it starts.
+    pub(super) is_kick_told: bool,
     /// Whether it ran until its memory was taken away; it runs again when that is back.
     pub(super) is_lost: bool,
 }
@@ -145,15 +122,41 @@ impl RingSetup {
 
     /// A ring of `layout` that has just stopped. What starts it again is a new kick, unless `keeps_kick`.
     pub(super) fn stopped(layout: Layout, left: StoppedRing, keeps_kick: bool) -> RingSetup {
-        RingSetup {
+        let mut setup = RingSetup {
             size: Some(layout.size),
             addresses: Some(layout.addresses),
             base: left.position,
-            kick: (keeps_kick && !left.is_broken).then(|| KickSource::from(left.kick)),
-            call: left.call,
-            err: left.err,
+            fds: left.fds,
+            is_kick_told: true,
             is_lost: false,
+        };
+        if !keeps_kick || left.is_broken {
+            setup.forget_kick();
         }
+        setup
+    }
+
+    /// It does not start before its kick is told anew.
+    pub(super) fn forget_kick(&mut self) {
+        self.fds.kick = None;
+        self.is_kick_told = false;
+    }
+}
+
+/// What the session knows of a ring that a worker has.
+#[derive(Debug)]
+pub(super) struct StartedRing {
+    pub(super) layout: Layout,
+    /// Where the front-end says that it carries on; it may correct that until frames pass.
+    pub(super) base: u16,
+    /// Where it does, until frames pass.
+    pub(super) position: u16,
+}
+
+impl StartedRing {
+    /// Whether the front-end is wrong about where it carries on.
+    pub(super) fn is_off_base(&self) -> bool {
+        self.base != self.position
     }
 }
 
@@ -163,7 +166,7 @@ pub(super) enum Ring {
     /// Being described.
     Stopped(RingSetup),
     /// With a worker.
-    Started(Layout),
+    Started(StartedRing),
 }
 
 impl Default for Ring {

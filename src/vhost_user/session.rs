@@ -354,7 +354,7 @@ impl Session {
         self.features = bits;
         log::debug!("Features: {}", features::names(bits));
         for index in 0..self.slots.len() {
-            self.start_if_it_can(index)?;
+            self.start_or_warn(index)?;
         }
         Ok(Answer::Done)
     }

@@ -27,12 +27,12 @@ impl RunsRings for QueuePair {
         drop(self.stop(direction));
         match direction {
             Direction::Rx => {
-                let ring = RunningRing::start(start, &self.poll, Event::RxKick, &self.counters)?;
+                let ring = RunningRing::start(start, &self.poll, Event::RxKick)?;
                 let left = std::mem::take(&mut self.left);
                 self.rx = Some((ring, Rx::new(mem, features, self.admission.clone(), &self.uplink(), left)));
             }
             Direction::Tx => {
-                let ring = RunningRing::start(start, &self.poll, Event::TxKick, &self.counters)?;
+                let ring = RunningRing::start(start, &self.poll, Event::TxKick)?;
                 self.tx = Some((ring, Tx::new(mem, features, &self.uplink())));
             }
         }
@@ -58,7 +58,7 @@ impl RunsRings for QueuePair {
 
     fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()> {
         let ring = ring_of(direction, &mut self.rx, &mut self.tx);
-        let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll, &self.counters));
+        let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll));
         self.look_again();
         changed
     }

@@ -30,8 +30,8 @@ impl Session {
         check_size(&self.mem, &log)?;
         let view = Arc::new(self.mem.logged(Some(Arc::clone(&log)), false));
         for slot in &self.slots {
-            if let Ring::Started(layout) = &slot.ring {
-                layout.find(&view)?;
+            if let Ring::Started(started) = &slot.ring {
+                started.layout.find(&view)?;
             }
         }
         self.log = Some(Arc::clone(&log));

@@ -50,8 +50,8 @@ impl Session {
     pub(super) fn replace_memory(&mut self, view: &MemView) -> Handled {
         self.mem = Arc::new(self.logged(view, self.features)?);
         for index in 0..self.slots.len() {
-            let Some(Slot { ring: Ring::Started(layout), .. }) = self.slots.get(index) else { continue };
-            match layout.find(&self.mem) {
+            let Some(Slot { ring: Ring::Started(started), .. }) = self.slots.get(index) else { continue };
+            match started.layout.find(&self.mem) {
                 Ok(found) => self.nic.relocate(index, &self.mem, found)?,
                 Err(error) => self.lose_ring(index, &error)?,
             }

@@ -1,12 +1,13 @@
 //! The messages that describe, start and stop rings.
 
+use std::fmt::Arguments;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{VhostUserVringAddr, VhostUserVringState};
 use vm_memory::ByteValued;
 
-use super::super::ring::{Addresses, KickSource, Layout, Ring, RingSetup, StartError, VRING_LOG};
+use super::super::ring::{Addresses, Layout, Ring, RingSetup, StartError, StartedRing, VRING_LOG};
 use super::refusal::Refusal;
 use super::{Answer, Handled, Session, Slot};
 use crate::mailbox::Stuck;
@@ -52,7 +53,7 @@ impl Session {
             return Err(Refusal::Range { what: "Queue size (see --queue-size)", value: u64::from(size.get()) });
         }
         self.stopped(index)?.size = Some(size);
-        self.start_if_complete(index)
+        self.start_if_ready(index)
     }
 
     pub(super) fn set_vring_base(&mut self, state: VhostUserVringState) -> Handled {
@@ -61,9 +62,7 @@ impl Session {
         let base = base.map_err(|_| Refusal::Range { what: "Ring base", value: u64::from(state.num) })?;
         match self.slot(index)? {
             // Complete, and nothing of it was used: libkrun says it once more at the end.
-            Slot { ring: Ring::Started(_), mode: RingMode::Waiting } => {
-                self.nic.change(index, RingChange::Base(base))?
-            }
+            Slot { ring: Ring::Started(started), mode: RingMode::Waiting } => started.base = base,
             _ => self.stopped(index)?.base = base,
         }
         Ok(Answer::Done)
@@ -76,7 +75,7 @@ impl Session {
             return Err(Refusal::Range { what: "Ring address flags", value: u64::from(flags) });
         }
         let addresses = Addresses::from(message);
-        if let Ring::Started(layout) = self.slot(index)?.ring {
+        if let Ring::Started(StartedRing { layout, .. }) = self.slot(index)?.ring {
             return self.change_addresses(index, layout, addresses);
         }
         let size = match self.stopped(index)?.size {
@@ -85,7 +84,7 @@ impl Session {
         };
         Layout { size, addresses }.find(&self.mem)?;
         self.stopped(index)?.addresses = Some(addresses);
-        self.start_if_complete(index)
+        self.start_if_ready(index)
     }
 
     /// Of a ring that runs nothing changes but where its used ring is logged.
@@ -97,7 +96,9 @@ impl Session {
             let layout = Layout { addresses, ..layout };
             let found = layout.find(&self.mem)?;
             self.nic.relocate(index, &self.mem, found)?;
-            self.slot(index)?.ring = Ring::Started(layout);
+            if let Ring::Started(started) = &mut self.slot(index)?.ring {
+                started.layout = layout;
+            }
         }
         Ok(Answer::Done)
     }
@@ -111,8 +112,9 @@ impl Session {
                 Ok(Answer::Done)
             }
             Ring::Stopped(setup) => {
-                setup.kick = Some(KickSource::from(kick));
-                self.start_if_complete(index)
+                setup.fds.kick = kick;
+                setup.is_kick_told = true;
+                self.start_if_ready(index)
             }
         }
     }
@@ -122,7 +124,7 @@ impl Session {
         let call = fd.map(Call::new).transpose().map_err(|_| Refusal::BadDescriptor { index })?;
         match &mut self.slot(index)?.ring {
             Ring::Started(_) => self.nic.change(index, RingChange::Call(call))?,
-            Ring::Stopped(setup) => setup.call = call,
+            Ring::Stopped(setup) => setup.fds.call = call,
         }
         Ok(Answer::Done)
     }
@@ -132,7 +134,7 @@ impl Session {
         let err = fd.map(Call::new).transpose().map_err(|_| Refusal::BadDescriptor { index })?;
         match &mut self.slot(index)?.ring {
             Ring::Started(_) => self.nic.change(index, RingChange::Err(err))?,
-            Ring::Stopped(setup) => setup.err = err,
+            Ring::Stopped(setup) => setup.fds.err = err,
         }
         Ok(Answer::Done)
     }
@@ -166,9 +168,13 @@ impl Session {
 
     fn set_mode(&mut self, index: usize, mode: RingMode) -> Handled {
         let slot = self.slot(index)?;
-        slot.mode = mode;
-        if matches!(slot.ring, Ring::Started(_)) {
+        let is_resumed = std::mem::replace(&mut slot.mode, mode) == RingMode::Waiting && mode != RingMode::Waiting;
+        if let Ring::Started(started) = &slot.ring {
+            let is_off_base = is_resumed && started.is_off_base();
             self.nic.change(index, RingChange::Mode(mode))?;
+            if is_off_base {
+                self.nic.count_off_base(index);
+            }
         }
         self.is_unsettled = true;
         Ok(Answer::Done)
@@ -192,71 +198,79 @@ impl Session {
         Ok(Answer::Payload(answer.as_slice().to_vec()))
     }
 
-    /// Starts a ring once the guest's features, size, addresses and a kick are there.
-    pub(super) fn start_if_complete(&mut self, index: usize) -> Handled {
-        let features = self.features;
-        let mem = Arc::clone(&self.mem);
-        let Some(slot) = self.slots.get_mut(index) else { return Ok(Answer::Done) };
-        let Ring::Stopped(setup) = &mut slot.ring else { return Ok(Answer::Done) };
-        let (Some(layout), Some(_)) = (setup.layout(), &setup.kick) else { return Ok(Answer::Done) };
-        if self.is_legacy {
-            if self.throttle.allows() {
-                log::warn!("Ring {index} does not start: {}", Refusal::Legacy);
-            }
-            return Ok(Answer::Done);
-        }
-        if features & VERSION_1 == 0 {
-            return Ok(Answer::Done);
-        }
-        // It keeps its kick for the time when its memory is back.
-        if setup.is_lost && layout.find(&mem).is_err() {
-            return Ok(Answer::Done);
-        }
+    /// Starts a ring if all that it needs is there.
+    pub(super) fn start_if_ready(&mut self, index: usize) -> Handled {
+        let Some(layout) = self.ready_layout(index)? else { return Ok(Answer::Done) };
+        let tried = self.start_ring(index, layout);
         // What starts it again after a failure is a new kick.
-        let kick = setup.kick.take().and_then(Option::<Kick>::from);
-        if let Some(why) = self.nic.why_idle(index) {
-            if self.throttle.allows() {
-                log::warn!("Ring {index} was set up, and stays idle: {why}");
-            }
-            return Ok(Answer::Done);
+        if let Ring::Stopped(setup) = &mut self.slot(index)?.ring {
+            setup.forget_kick();
         }
-        let ring_features =
-            RingFeatures { event_idx: features & EVENT_IDX != 0, indirect: features & INDIRECT_DESC != 0 };
-        let queue = layout.start(&mem, ring_features).inspect_err(|_| {
-            if let Some(err) = &setup.err {
-                err.signal();
-            }
-        })?;
-        // Without protocol features there is no message to enable a ring (vhost-user, "Ring states").
-        if features & PROTOCOL_FEATURES == 0 {
-            slot.mode = RingMode::Enabled;
-        }
-        let RingSetup { call, err, base, .. } = std::mem::take(setup);
-        let described = RingSetup { size: Some(layout.size), addresses: Some(layout.addresses), ..Default::default() };
-        log::debug!("Ring {index} starts at {} (base {base}), {:?}", queue.position(), slot.mode);
-        let start = StartRing { queue, kick, call, err, base, mode: slot.mode, features };
-        self.is_unsettled = true;
-        if let Err(NotStarted { cause, call, err }) = self.nic.start(index, start)? {
-            slot.ring = Ring::Stopped(RingSetup { base, call, err, ..described });
-            return Err(NicError::Kick { ring: index, cause }.into());
-        }
-        slot.ring = Ring::Started(layout);
-        self.started_before_log |= features & LOG_ALL != 0;
-        self.tell_what_is_owed();
-        Ok(Answer::Done)
+        tried.map(|()| Answer::Done)
     }
 
     /// The same after a message that is done whatever is wrong with a ring; the ring's own descriptor is told.
-    pub(super) fn start_if_it_can(&mut self, index: usize) -> Result<(), Refusal> {
-        match self.start_if_complete(index) {
-            Ok(_) => {}
+    pub(super) fn start_or_warn(&mut self, index: usize) -> Result<(), Refusal> {
+        match self.start_if_ready(index) {
             Err(stuck @ (Refusal::Stuck(_) | Refusal::Nic(NicError::Stuck(_)))) => return Err(stuck),
-            Err(refusal) if self.throttle.allows() => {
-                log::warn!("Ring {index} does not start: {}", crate::error_chain(&refusal));
-            }
-            Err(_) => {}
+            Err(refusal) => self.warn(format_args!("Ring {index} does not start: {}", crate::error_chain(&refusal))),
+            Ok(_) => {}
         }
         Ok(())
+    }
+
+    /// Where a stopped ring is to start: known once its size, its addresses, its kick and the guest's features are. One that was
+    /// lost waits for its memory besides.
+    fn ready_layout(&mut self, index: usize) -> Result<Option<Layout>, Refusal> {
+        let Ring::Stopped(setup) = &self.slot(index)?.ring else { return Ok(None) };
+        let Some(layout) = setup.layout().filter(|_| setup.is_kick_told) else { return Ok(None) };
+        let is_lost = setup.is_lost;
+        if self.is_legacy {
+            self.warn(format_args!("Ring {index} does not start: {}", Refusal::Legacy));
+            return Ok(None);
+        }
+        let waits = self.features & VERSION_1 == 0 || is_lost && layout.find(&self.mem).is_err();
+        Ok((!waits).then_some(layout))
+    }
+
+    fn start_ring(&mut self, index: usize, layout: Layout) -> Result<(), Refusal> {
+        if let Some(why) = self.nic.why_idle(index) {
+            self.warn(format_args!("Ring {index} was set up, and stays idle: {why}"));
+            return Ok(());
+        }
+        let Some(Slot { ring, mode }) = self.slots.get_mut(index) else { return Ok(()) };
+        let Ring::Stopped(setup) = ring else { return Ok(()) };
+        let features = self.features;
+        let ring_features =
+            RingFeatures { event_idx: features & EVENT_IDX != 0, indirect: features & INDIRECT_DESC != 0 };
+        let queue = layout.start(&self.mem, ring_features).inspect_err(|_| setup.fds.signal_err())?;
+        // Without protocol features there is no message to enable a ring (vhost-user, "Ring states").
+        if features & PROTOCOL_FEATURES == 0 {
+            *mode = RingMode::Enabled;
+        }
+        let started = StartedRing { layout, base: setup.base, position: queue.position() };
+        log::debug!("Ring {index} starts at {} (base {}), {mode:?}", started.position, started.base);
+        setup.is_lost = false;
+        self.is_unsettled = true;
+        let start = StartRing { queue, fds: std::mem::take(&mut setup.fds), mode: *mode, features };
+        if let Err(NotStarted { cause, fds }) = self.nic.start(index, start)? {
+            setup.fds = fds;
+            return Err(NicError::Kick { ring: index, cause }.into());
+        }
+        if *mode != RingMode::Waiting && started.is_off_base() {
+            self.nic.count_off_base(index);
+        }
+        *ring = Ring::Started(started);
+        self.started_before_log |= features & LOG_ALL != 0;
+        self.tell_what_is_owed();
+        Ok(())
+    }
+
+    /// Says what its front-end may repeat, once a second.
+    fn warn(&mut self, what: Arguments) {
+        if self.throttle.allows() {
+            log::warn!("{what}");
+        }
     }
 
     /// Stops a ring that is no longer in guest memory, until its memory is back or it is set up anew.
@@ -264,12 +278,8 @@ impl Session {
         self.take_back(index, Nic::abandon, true)?;
         let setup = self.stopped(index)?;
         setup.is_lost = true;
-        if let Some(err) = &setup.err {
-            err.signal();
-        }
-        if self.throttle.allows() {
-            log::warn!("Ring {index} stopped: {error}");
-        }
+        setup.fds.signal_err();
+        self.warn(format_args!("Ring {index} stopped: {error}"));
         Ok(())
     }
 
@@ -278,7 +288,7 @@ impl Session {
         let mem = Arc::clone(&self.mem);
         let Ring::Stopped(setup) = &mut self.slot(index)?.ring else { return Ok(()) };
         let is_back = setup.is_lost && setup.layout().is_some_and(|layout| layout.find(&mem).is_ok());
-        if is_back { self.start_if_it_can(index) } else { Ok(()) }
+        if is_back { self.start_or_warn(index) } else { Ok(()) }
     }
 
     fn stop_ring(&mut self, index: usize) -> Result<(), Refusal> {
@@ -294,9 +304,9 @@ impl Session {
     ) -> Result<(), Refusal> {
         let slot = self.slot(index)?;
         let layout = match &mut slot.ring {
-            Ring::Started(layout) => *layout,
+            Ring::Started(started) => started.layout,
             Ring::Stopped(setup) => {
-                setup.kick = None;
+                setup.forget_kick();
                 setup.is_lost = false;
                 return Ok(());
             }
