@@ -8,7 +8,7 @@ use clap::{ArgGroup, Parser, ValueEnum};
 use rustix::thread::CpuSet;
 
 use crate::device::name::InterfaceName;
-use crate::net::filter::Mac;
+use crate::mac::Mac;
 use crate::net::header::SegmentLimit;
 use crate::net::ip_link::Gateway;
 use crate::polling::Polling;

@@ -10,12 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::device_slot::DeviceSlot;
+use crate::mac::Mac;
 use crate::mailbox::{Inbox, Mailbox};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
 use crate::net::config_space::ConfigSpace;
 use crate::net::control::{ControlState, ERR, Effect, OK};
-use crate::net::filter::{Mac, RxFilter};
+use crate::net::filter::RxFilter;
 use crate::notify::KickState;
 use crate::poll::{Event, Poll, Wait};
 use crate::running_ring::{Direction, NotStarted, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::device::Device;
+use crate::mac::Mac;
 
 /// See the file's head.
 #[derive(Debug)]
@@ -28,12 +29,12 @@ impl DeviceSlot {
     }
 
     /// The address that its device must be reached by, where that is one ([`Device::mac`]).
-    pub fn mac(&self) -> Option<[u8; 6]> {
+    pub fn mac(&self) -> Option<Mac> {
         self.lock().device.mac()
     }
 
     /// The address of its device, if that was made here ([`Device::made_with_mac`]).
-    pub fn made_with_mac(&self) -> Option<[u8; 6]> {
+    pub fn made_with_mac(&self) -> Option<Mac> {
         self.lock().device.made_with_mac()
     }
 

@@ -12,6 +12,7 @@ use crate::device::packet::{self, Existing};
 use crate::device::passed::{self, Passed};
 use crate::device::tap::{self, TapByName};
 use crate::device::{Device, DeviceQueue};
+use crate::mac::Mac;
 
 /// The kinds of it.
 #[derive(Clone, Debug)]
@@ -125,7 +126,7 @@ impl HostSide {
     ///
     /// # Errors
     /// As [`HostSide::open`].
-    pub fn reopen(&self, former_mac: Option<[u8; 6]>) -> Result<Opened, OpenError> {
+    pub fn reopen(&self, former_mac: Option<Mac>) -> Result<Opened, OpenError> {
         let mut device = self.device.clone();
         match &mut device {
             DeviceChoice::Tap(how) => how.reopens = true,

@@ -18,7 +18,7 @@
 //! | [`worker`], [`control_queue`] | the threads; [`mailbox`] is how they are talked to, [`running_ring`] what they run |
 //! | [`net`] | the virtio-net device: features, headers, frames each way; no sockets, threads or messages |
 //! | [`virtqueue`] | rings and descriptor chains; no networking |
-//! | [`memory`], [`notify`] | guest memory; kicks and calls |
+//! | [`memory`], [`notify`], [`mac`] | guest memory; kicks and calls; MAC addresses |
 //! | [`device`] | the host's interface; no virtio |
 //! | [`tuning`] | what an operator may choose of how frames are moved; [`polling`] is how long a worker looks for more |
 //! | [`metrics`], [`log_lines`] | counters; log lines, which no thread waits for |
@@ -34,6 +34,7 @@ mod device_slot;
 pub mod host_side;
 pub mod inherited;
 pub mod log_lines;
+pub mod mac;
 pub mod mailbox;
 pub mod memory;
 pub mod metrics;

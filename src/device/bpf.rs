@@ -8,6 +8,8 @@ use libc::{
     BPF_MSH, BPF_MUL, BPF_RET, BPF_RSH, BPF_ST, BPF_W, BPF_X, BPF_XOR, sock_filter,
 };
 
+use crate::mac::Mac;
+
 /// The offset of the link-layer header.
 const LINK: u32 = libc::SKF_LL_OFF as u32;
 /// The offset of the network header.
@@ -27,7 +29,7 @@ fn jump(code: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
 }
 
 /// Accepts frames to `mac` and to groups.
-pub(super) fn frames_to(mac: [u8; 6]) -> Vec<sock_filter> {
+pub(super) fn frames_to(mac: Mac) -> Vec<sock_filter> {
     let [a, b, c, d, e, f] = mac;
     vec![
         op(BPF_LD | BPF_B | BPF_ABS, LINK),

@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_uint, ifreq};
 
+use crate::mac::Mac;
+
 /// Longest interface name, without the closing NUL.
 pub(crate) const MAX_NAME: usize = libc::IFNAMSIZ - 1;
 
@@ -100,7 +102,7 @@ pub(crate) fn tun_get_iff(fd: BorrowedFd<'_>) -> io::Result<(String, c_int)> {
 }
 
 /// The interface's Ethernet address, if it has one; of any queue of the TUN driver or a MACVTAP.
-pub(crate) fn hardware_address(fd: BorrowedFd<'_>) -> io::Result<Option<[u8; 6]>> {
+pub(crate) fn hardware_address(fd: BorrowedFd<'_>) -> io::Result<Option<Mac>> {
     let mut request = HardwareAddress { name: [0; libc::IFNAMSIZ], family: 0, address: [0; 14], rest: [0; 8] };
     call(fd, &SIOCGIFHWADDR, &mut request)?;
     Ok(request.address.first_chunk().copied().filter(|_| request.family == libc::ARPHRD_ETHER))
@@ -230,7 +232,7 @@ pub(crate) enum Membership {
     /// Those to all groups.
     AllGroups,
     /// Those to this address.
-    Address([u8; 6]),
+    Address(Mac),
     /// All.
     Promiscuous,
 }

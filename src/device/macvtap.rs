@@ -24,6 +24,7 @@ use super::netlink::Link;
 use super::on_card::{self, Found, OnCardError, OnCardKind, Wanted};
 use super::tap_queue::{self, CannotSet, Interface};
 use super::{Device, DeviceKind, DeviceQueue, Steering, ioctl};
+use crate::mac;
 
 /// Which MACVTAP to open, or to make.
 #[derive(Clone, Debug)]
@@ -149,7 +150,7 @@ pub fn open(how: &Macvtap) -> Result<(Device, Vec<DeviceQueue>), MacvtapError> {
     }
     let queues = open_queues(&name, &link, how.queue_pairs)?;
     let verb = if created.is_some() { "Made" } else { "Attached to" };
-    log::info!("{verb} MACVTAP {name:?} with {} queue(s), address {}", how.queue_pairs, ShownMac(link.mac));
+    log::info!("{verb} MACVTAP {name:?} with {} queue(s), address {}", how.queue_pairs, mac::shown(link.mac));
     let mac = link.mac.filter(|_| !link.takes_all);
     let interface = Interface { name, kind: DeviceKind::Macvtap, index: Some(link.index), mtu: link.mtu, mac };
     let (device, queues) = tap_queue::set_up(interface, queues)?;
@@ -241,15 +242,5 @@ impl Drop for PrivateNode {
         if let Err(error) = fs::remove_dir(&self.dir) {
             log::warn!("Cannot remove {:?}: {error}", self.dir);
         }
-    }
-}
-
-/// An address as people write it.
-pub(crate) struct ShownMac(pub(crate) Option<[u8; 6]>);
-
-impl std::fmt::Display for ShownMac {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Some([a, b, c, d, e, g]) = self.0 else { return f.write_str("unknown") };
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
     }
 }

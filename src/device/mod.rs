@@ -30,11 +30,12 @@ use rustix::io::Errno;
 
 pub use ioctl_flags::*;
 use link_watch::LinkWatch;
-use macvtap::ShownMac;
 pub use mmsg::VlanTag;
 use netlink::CreatedLink;
 use packet::FanOut;
 pub use stage::Io;
+
+use crate::mac::{self, Mac};
 
 /// `TUN_F_` offload flags, under the names of linux/if_tun.h.
 mod ioctl_flags {
@@ -52,7 +53,7 @@ pub struct Device {
     /// The `TUN_F_` offloads that can be set on it.
     offloads: u32,
     mtu: Option<u16>,
-    mac: Option<[u8; 6]>,
+    mac: Option<Mac>,
     /// The interface, if it was made here: it is deleted when this is dropped.
     created: Option<CreatedLink>,
 }
@@ -186,12 +187,12 @@ impl Device {
     }
 
     /// The MAC address that the guest's card must have to receive frames; `None` if any will do.
-    pub fn mac(&self) -> Option<[u8; 6]> {
+    pub fn mac(&self) -> Option<Mac> {
         self.mac
     }
 
     /// The MAC address of the interface, if it was made here. Somebody else may have changed it at once (udev does).
-    pub fn made_with_mac(&self) -> Option<[u8; 6]> {
+    pub fn made_with_mac(&self) -> Option<Mac> {
         self.created.as_ref().and_then(|created| self.mac.or(created.mac()))
     }
 
@@ -266,7 +267,7 @@ pub struct DeviceQueue {
     may_block: bool,
     /// The only MAC address to which frames come, if there is one; taken once a warning was logged that the guest has
     /// another.
-    address: Option<[u8; 6]>,
+    address: Option<Mac>,
 }
 
 /// Whether the kernel gives a queue frames, and can be told not to.
@@ -294,14 +295,14 @@ impl DeviceQueue {
     }
 
     /// The only MAC address to which frames come, if there is one.
-    pub fn address(&self) -> Option<[u8; 6]> {
+    pub fn address(&self) -> Option<Mac> {
         self.address
     }
 
     /// Warns, once, that the guest does not send from the address to which frames come.
-    pub fn warn_of_source(&mut self, source: [u8; 6]) {
+    pub fn warn_of_source(&mut self, source: Mac) {
         if let Some(address) = self.address.take() {
-            let (address, source) = (ShownMac(Some(address)), ShownMac(Some(source)));
+            let (address, source) = (mac::shown(address), mac::shown(source));
             log::warn!(
                 "The guest sends from {source}, but only frames to {address} come to it: give its card that address \
                  (QEMU: -device virtio-net-pci,mac={address}), or the interface the guest's"

@@ -16,6 +16,7 @@ use netlink_packet_route::link::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use super::on_card::{OnCardKind, OnCardMode};
+use crate::mac::Mac;
 
 /// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,7 +30,7 @@ pub(crate) struct Link {
     /// The index of the bridge that it is a port of, or of another master.
     pub(crate) master: Option<u32>,
     /// Its hardware address.
-    pub(crate) mac: Option<[u8; 6]>,
+    pub(crate) mac: Option<Mac>,
     /// Whether it is a MACVTAP or MACVLAN that takes frames to any address (mode passthru).
     pub(crate) takes_all: bool,
     /// Whether it carries Ethernet frames.
@@ -138,7 +139,7 @@ pub(crate) struct CreatedLink {
     socket: Socket,
     index: u32,
     name: String,
-    mac: Option<[u8; 6]>,
+    mac: Option<Mac>,
     parent: (String, u32),
 }
 
@@ -148,7 +149,7 @@ impl CreatedLink {
     }
 
     /// The address that it was made with.
-    pub(crate) fn mac(&self) -> Option<[u8; 6]> {
+    pub(crate) fn mac(&self) -> Option<Mac> {
         self.mac
     }
 
@@ -177,7 +178,7 @@ pub(super) fn make_on_card(
     name: &str,
     parent: (&str, u32),
     mode: OnCardMode,
-    mac: Option<[u8; 6]>,
+    mac: Option<Mac>,
 ) -> io::Result<CreatedLink> {
     let mode = kernel_mode(mode);
     let (kind, data) = match kind {

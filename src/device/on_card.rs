@@ -6,6 +6,7 @@ use thiserror::Error;
 
 use super::name::InterfaceName;
 use super::netlink::{self, CreatedLink, Link};
+use crate::mac::Mac;
 
 /// Which of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,9 +56,9 @@ pub struct Wanted {
     /// What to make it on, and in which mode; if not given, the interface must exist.
     pub parent: Option<(InterfaceName, OnCardMode)>,
     /// The address of one that is made; in mode passthru it is its parent's.
-    pub mac: Option<[u8; 6]>,
+    pub mac: Option<Mac>,
     /// The address that it had before it was deleted, used if `mac` is not given.
-    pub former_mac: Option<[u8; 6]>,
+    pub former_mac: Option<Mac>,
     /// The MTU of one that is made.
     pub mtu: Option<u16>,
 }

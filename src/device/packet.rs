@@ -20,11 +20,11 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use thiserror::Error;
 
 use super::ioctl::Membership;
-use super::macvtap::ShownMac;
 use super::netlink::Link;
 use super::on_card::{self, Found, OnCardError, OnCardKind, Wanted};
 use super::{Control, Device, DeviceKind, DeviceQueue, Steering, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
 use super::{TUN_F_USO4, TUN_F_USO6, bpf, ioctl};
+use crate::mac::{self, Mac};
 
 /// Which interface to open, and how.
 #[derive(Clone, Debug)]
@@ -105,7 +105,7 @@ pub fn open(how: &Existing) -> Result<(Device, Vec<DeviceQueue>), PacketError> {
     let second = |cause| PacketError::Open { name: name.clone(), what: "second descriptor", cause };
     let sockets = queues.iter().map(|queue| queue.fd.try_clone()).collect::<Result<_, _>>().map_err(second)?;
     let verb = if created.is_some() { "Made" } else { "Opened" };
-    log::info!("{verb} interface {name:?} with {} packet socket(s), address {}", how.queue_pairs, ShownMac(address));
+    log::info!("{verb} interface {name:?} with {} packet socket(s), address {}", how.queue_pairs, mac::shown(address));
     let device = Device {
         name,
         kind: DeviceKind::PacketSocket,
@@ -154,7 +154,7 @@ fn warn_of_own_address(name: &str, link: &Link, how: &Existing) {
     match how.interface.mac {
         _ if how.promiscuous => log::warn!("{only}, with --promiscuous, too: one of mode passthru lets in all"),
         Some(mac) if Some(mac) != link.mac => {
-            let mac = ShownMac(Some(mac));
+            let mac = mac::shown(mac);
             log::warn!("{only}, and its own is not that of --mac: 'ip link set {name} address {mac}'");
         }
         _ => {}
@@ -174,12 +174,7 @@ fn an_address(name: &str) -> Option<String> {
         .next()
 }
 
-fn open_sockets(
-    name: &str,
-    index: u32,
-    how: &Existing,
-    address: Option<[u8; 6]>,
-) -> Result<Vec<DeviceQueue>, PacketError> {
+fn open_sockets(name: &str, index: u32, how: &Existing, address: Option<Mac>) -> Result<Vec<DeviceQueue>, PacketError> {
     let group = (how.queue_pairs > 1).then(|| Arc::new(FanOut::default()));
     let fault = |what| move |cause| PacketError::Open { name: name.to_owned(), what, cause };
     let mut id = None;
@@ -211,7 +206,7 @@ fn open_sockets(
         .collect()
 }
 
-fn open_socket(name: &str, index: u32, address: Option<[u8; 6]>) -> Result<OwnedFd, PacketError> {
+fn open_socket(name: &str, index: u32, address: Option<Mac>) -> Result<OwnedFd, PacketError> {
     let fault = |what| move |cause: io::Error| PacketError::Open { name: name.to_owned(), what, cause };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     // Opened without a protocol, it gets no frames before it is bound.

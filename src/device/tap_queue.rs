@@ -15,6 +15,7 @@ use super::{
     Control, Device, DeviceKind, DeviceQueue, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
     TUN_F_USO6, ioctl,
 };
+use crate::mac::Mac;
 
 /// Bytes of the header before each frame: `struct virtio_net_hdr_v1`.
 const VNET_HEADER_LEN: c_int = 12;
@@ -38,7 +39,7 @@ pub(super) struct Interface {
     pub(super) index: Option<u32>,
     pub(super) mtu: Option<u16>,
     /// The only MAC address to which frames come, if there is one.
-    pub(super) mac: Option<[u8; 6]>,
+    pub(super) mac: Option<Mac>,
 }
 
 /// Sets up `queues`, of which there must be one at least, and makes a device of them.

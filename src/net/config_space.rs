@@ -1,5 +1,7 @@
 //! The device configuration space (VIRTIO 1.3, "Network Device", "Device configuration layout").
 
+use crate::mac::Mac;
+
 /// Link is up, in `status`.
 const STATUS_LINK_UP: u16 = 1;
 /// `speed` and `duplex` are not known.
@@ -16,7 +18,7 @@ pub const MTU_MIN: u16 = 68;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigSpace {
     /// The MAC address; zero where none was given.
-    pub mac: [u8; 6],
+    pub mac: Mac,
     /// The most queue pairs that may be used.
     pub max_queue_pairs: u16,
     /// The largest MTU that the driver may use.

@@ -10,7 +10,8 @@ use super::features::{
     self, CTRL_GUEST_OFFLOADS, CTRL_MAC_ADDR, CTRL_RX, CTRL_RX_EXTRA, CTRL_VLAN, GUEST_ANNOUNCE, GuestOffloads,
     LOG_ALL, MQ, PROTOCOL_FEATURES,
 };
-use super::filter::{Mac, MacTable, RxFilter, VlanTable};
+use super::filter::{MacTable, RxFilter, VlanTable};
+use crate::mac::Mac;
 
 /// `VIRTIO_NET_OK`.
 pub const OK: u8 = 0;

@@ -4,23 +4,10 @@
 //! Initially, and without those commands, everything passes.
 
 use super::ETH_HEADER;
+use crate::mac::Mac;
 
 /// Bytes of a frame that [`RxFilter::accepts`] looks at: the Ethernet header and one VLAN tag.
 pub(crate) const FILTER_LEN: usize = ETH_HEADER + 4;
-
-/// A MAC address.
-pub type Mac = [u8; 6];
-
-/// Shows a MAC address as it is usually written.
-#[derive(Clone, Copy, Debug)]
-pub struct MacDisplay(pub Mac);
-
-impl std::fmt::Display for MacDisplay {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
 
 /// Receive modes that the driver switches (`VIRTIO_NET_CTRL_RX`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -118,8 +118,9 @@ fn finish_unfinished(
 
 #[cfg(test)]
 mod tests {
-    use super::super::filter::{Mac, Modes};
+    use super::super::filter::Modes;
     use super::*;
+    use crate::mac::Mac;
 
     #[test]
     fn frame_that_is_an_ethernet_header_alone_is_filtered_by_its_address() {

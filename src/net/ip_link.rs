@@ -21,9 +21,9 @@ use smoltcp::wire::{
 };
 
 use super::ETH_HEADER;
-use super::filter::Mac;
 use super::header::{F_NEEDS_CSUM, HEADER_LEN, VnetHeader};
 use super::protocol::{ETHERTYPE_IPV4, ETHERTYPE_IPV6};
+use crate::mac::Mac;
 
 /// The gateway's address. It is the same for every guest on every host, so that a guest that migrates finds it again;
 /// each gateway is alone with its guest.

@@ -1,7 +1,7 @@
 //! The frame that tells switches where a guest is now, after a migration (RFC 903; vhost-user, `VHOST_USER_SEND_RARP`).
 
-use super::filter::Mac;
 use super::header::HEADER_LEN;
+use crate::mac::Mac;
 
 /// The shortest Ethernet frame, without frame check sequence (IEEE 802.3).
 const FRAME_MIN: usize = 60;

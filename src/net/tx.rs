@@ -21,7 +21,6 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::coalesce::{Coalesce, Run, Segment};
-use super::filter::Mac;
 use super::flow::flow_hint;
 use super::frame::{Fate, Frame, fate};
 use super::framing::Framing;
@@ -31,6 +30,7 @@ use super::{BUDGET, ETH_HEADER, FRAME_MAX, LARGE_FRAME, Pump, Uplink};
 use crate::device::DeviceQueue;
 use crate::device::errno::write_patiently;
 use crate::device::stage::{Outcome, Slots, Stage};
+use crate::mac::Mac;
 use crate::memory::MemView;
 use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::iovec::{IOV_MAX, Part};

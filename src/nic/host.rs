@@ -9,9 +9,9 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Nic;
 use crate::device::link_watch::LinkState;
 use crate::device::{Device, DeviceQueue};
+use crate::mac::{self, Mac};
 use crate::mailbox::Stuck;
 use crate::net::config_space::MTU_MIN;
-use crate::net::filter::{Mac, MacDisplay};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::worker::QueuePair;
 
@@ -140,7 +140,7 @@ impl Nic {
         let Some(mac) = device.mac().filter(|_| self.setup.mac.is_none()) else { return };
         let told = self.with_initial_config(|initial| std::mem::replace(&mut initial.mac, mac));
         if told != mac && told != Mac::default() {
-            let (name, mac, told) = (device.name(), MacDisplay(mac), MacDisplay(told));
+            let (name, mac, told) = (device.name(), mac::shown(mac), mac::shown(told));
             log::warn!(
                 "Interface {name:?} has address {mac} now, and guests were told {told}: nothing comes to one that runs until \
                  it starts again; make the interface with 'address {told}' to spare it that"

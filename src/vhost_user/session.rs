@@ -30,6 +30,7 @@ use self::refusal::Refusal;
 use super::codec::{Codec, Message, Received, StreamError};
 use super::memory::MEMORY_SLOTS;
 use super::ring::Ring;
+use crate::mac;
 use crate::mailbox::Stuck;
 use crate::memory::MemView;
 use crate::memory::dirty_log::DirtyLog;
@@ -389,7 +390,7 @@ impl Session {
         let mac = mac.first_chunk().copied().unwrap_or_default();
         self.nic.send_rarp(mac)?;
         if self.rarp_throttle.allows() {
-            log::info!("Sent a RARP frame for {}", crate::net::filter::MacDisplay(mac));
+            log::info!("Sent a RARP frame for {}", mac::shown(mac));
         }
         Ok(Answer::Done)
     }
