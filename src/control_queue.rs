@@ -6,15 +6,15 @@
 
 use std::fmt::Display;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::card_config::CardConfig;
 use crate::device_slot::DeviceSlot;
 use crate::mac::Mac;
 use crate::mailbox::{Inbox, Mailbox};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
-use crate::net::config_space::ConfigSpace;
 use crate::net::control::{ControlState, ERR, Effect, OK};
 use crate::net::filter::RxFilter;
 use crate::notify::KickState;
@@ -43,7 +43,7 @@ pub struct Surroundings {
     /// The queue pairs' workers.
     pub pairs: Arc<[Mailbox<QueuePair>]>,
     /// The configuration space, whose address a command may change.
-    pub config: Arc<Mutex<ConfigSpace>>,
+    pub config: Arc<CardConfig>,
 }
 
 /// All that the control queue's thread owns.
@@ -257,7 +257,7 @@ impl ControlQueue {
                 pair.set_allowed(index < usize::from(count));
             }),
             Effect::Mac(mac) => {
-                self.with_config(|config| config.mac = mac);
+                self.around.config.set_mac(mac);
                 let filter = self.state.filter();
                 self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter)))
             }
@@ -275,10 +275,6 @@ impl ControlQueue {
                 }
             }
         }
-    }
-
-    fn with_config(&self, act: impl FnOnce(&mut ConfigSpace)) {
-        act(&mut self.around.config.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Has every worker do `job`; tells whether all did.

@@ -14,7 +14,7 @@
 //! | [`inherited`] | descriptors that the process was started with |
 //! | [`daemon`] | life of the process: accept, serve, end; [`host_side`] is what it follows |
 //! | [`vhost_user`] | the control plane: sessions, messages, rings being described; never a packet |
-//! | [`nic`] | the card: what outlives sessions, and which thread runs which ring |
+//! | [`nic`] | the card: what outlives sessions, and which thread runs which ring; [`card_config`] is what guests are told of it |
 //! | [`worker`], [`control_queue`] | the threads; [`mailbox`] is how they are talked to, [`running_ring`] what they run |
 //! | [`net`] | the virtio-net device: features, headers, frames each way; no sockets, threads or messages |
 //! | [`virtqueue`] | rings and descriptor chains; no networking |
@@ -25,6 +25,7 @@
 //! | [`sandbox`] | what is given up once everything is open |
 #![deny(unsafe_code)]
 
+pub mod card_config;
 pub mod cli;
 pub mod config;
 pub mod control_queue;

@@ -7,12 +7,13 @@
 mod host;
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::card_config::CardConfig;
 use crate::control_queue::{self, ControlQueue, Surroundings};
 use crate::device::{Device, DeviceQueue, Layer};
 use crate::device_slot::DeviceSlot;
@@ -31,7 +32,7 @@ use crate::tuning::Tuning;
 use crate::virtqueue::SplitRing;
 use crate::worker::{self, Fitting, QueuePair};
 
-pub use host::{ConfigChange, NotConfined};
+pub use host::NotConfined;
 
 /// The usual MTU, where neither the operator nor the interface says one.
 const MTU_DEFAULT: u16 = 1500;
@@ -53,6 +54,13 @@ pub struct NicSetup {
     pub is_generic: bool,
     /// How the workers go about it.
     pub tuning: Tuning,
+}
+
+impl NicSetup {
+    /// The MAC address of a guest's card whose device is `device`, if that matters.
+    fn mac_on(&self, device: &Device) -> Option<Mac> {
+        self.mac.or(device.mac())
+    }
 }
 
 /// What could not be done.
@@ -117,8 +125,7 @@ pub struct Nic {
     control_counters: Arc<PairCounters>,
     /// Whether the driver uses one pair alone, whatever there is, and has its control queue behind that.
     has_one_pair: AtomicBool,
-    config: Arc<Mutex<ConfigSpace>>,
-    initial_config: Mutex<ConfigSpace>,
+    config: Arc<CardConfig>,
     card_counters: CardCounters,
     setup: NicSetup,
     /// Dropped last: an interface that we made is taken away by the thread that drops the card, which may.
@@ -149,14 +156,14 @@ impl Nic {
             .collect::<io::Result<Vec<_>>>()?
             .into();
         bind(&pairs, &setup.tuning.cpus)?;
-        let initial_config = ConfigSpace {
-            mac: setup.mac.or(device.mac()).unwrap_or_default(),
+        let config = ConfigSpace {
+            mac: setup.mac_on(&device).unwrap_or_default(),
             max_queue_pairs: u16::try_from(pairs.len()).unwrap_or(QUEUE_PAIRS_MAX),
             mtu: setup.mtu.or(device.mtu()).unwrap_or(MTU_DEFAULT),
             link_up: true,
         };
         let device = Arc::new(DeviceSlot::new(device));
-        let config = Arc::new(Mutex::new(initial_config.clone()));
+        let config = Arc::new(CardConfig::new(config));
         let around =
             Surroundings { device: Arc::clone(&device), pairs: Arc::clone(&pairs), config: Arc::clone(&config) };
         let control_counters = Arc::new(PairCounters::default());
@@ -171,7 +178,6 @@ impl Nic {
             control_counters,
             has_one_pair: AtomicBool::new(false),
             config,
-            initial_config: Mutex::new(initial_config),
             card_counters: CardCounters::default(),
             setup,
         })
@@ -182,7 +188,7 @@ impl Nic {
         let device = self.device.get();
         features::offered(Circumstances {
             device_offloads: device.supported_offloads(),
-            has_mac: self.setup.mac.or(device.mac()).is_some(),
+            has_mac: self.setup.mac_on(&device).is_some(),
             is_generic: self.setup.is_generic,
         })
     }
@@ -231,19 +237,9 @@ impl Nic {
         if self.has_one_pair.load(Ordering::Relaxed) { 1 } else { self.pairs.len() }
     }
 
-    /// The lock is held for this alone: the control queue's thread takes it too.
-    fn with_config<R>(&self, act: impl FnOnce(&mut ConfigSpace) -> R) -> R {
-        act(&mut self.config.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The configuration space as each session begins with it.
-    fn with_initial_config<R>(&self, act: impl FnOnce(&mut ConfigSpace) -> R) -> R {
-        act(&mut self.initial_config.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
     /// Reads the configuration space; `None` where not all of the range can be read.
     pub fn read_config(&self, offset: u32, size: u32, shown: LinkShown) -> Option<Vec<u8>> {
-        self.with_config(|config| config.read(offset, size, shown))
+        self.config.read(offset, size, shown)
     }
 
     /// Changes the MTU that the guest is told.
@@ -252,14 +248,13 @@ impl Nic {
     /// [`NicError::Mtu`].
     pub fn set_mtu(&self, mtu: u64) -> Result<(), NicError> {
         let valid = u16::try_from(mtu).ok().filter(|mtu| *mtu >= MTU_MIN).ok_or(NicError::Mtu { mtu })?;
-        self.with_config(|config| config.mtu = valid);
+        self.config.set_mtu(valid);
         Ok(())
     }
 
     /// Forgets what an earlier front-end and its guest changed about the configuration space, and set by commands.
     pub fn begin_session(&self) {
-        let initial = self.with_initial_config(|initial| initial.clone());
-        self.with_config(|config| *config = initial);
+        self.config.begin_session();
         if let Err(stuck) = self.control.call(ControlQueue::forget) {
             log::error!("{stuck}");
         }
@@ -267,8 +262,7 @@ impl Nic {
 
     /// Forgets the MAC address that a guest set, if it did.
     pub fn reset_mac(&self) {
-        let mac = self.with_initial_config(|initial| initial.mac);
-        self.with_config(|config| config.mac = mac);
+        self.config.reset_mac();
     }
 
     /// Takes what the guest acknowledged: the device's offloads follow, the control queue's state begins anew.
@@ -286,9 +280,8 @@ impl Nic {
             flags,
             cause,
         })?;
-        let initial = self.with_initial_config(|initial| initial.clone());
-        self.with_config(|config| *config = ConfigSpace { mtu: config.mtu, ..initial });
-        let mac = self.setup.mac.or(device.mac());
+        self.config.begin_driver();
+        let mac = self.setup.mac_on(&device);
         let filter = self.control.call(move |control| control.reset(acked, mac))?;
         // With the control queue here, the driver says how many pairs it uses, and begins with one (VIRTIO 1.3,
         // "Automatic receive steering"). Else the front-end says it, by enabling rings.

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use event_manager::EventOps;
 
 use super::{Daemon, DaemonError, Token, unwatch, watch};
+use crate::card_config::ConfigChange;
 use crate::device::link_watch::{LinkEvent, LinkState, LinkStatistics, LinkWatch};
 use crate::host_side::{HostSide, OnLoss, OpenError, Opened};
-use crate::nic::ConfigChange;
 use crate::vhost_user::session::{Session, Told};
 
 /// How often an interface that would not tell is asked whether it was deleted.

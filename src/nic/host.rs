@@ -7,22 +7,13 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Nic;
+use crate::card_config::ConfigChange;
 use crate::device::link_watch::LinkState;
 use crate::device::{Device, DeviceQueue};
 use crate::mac::{self, Mac};
 use crate::mailbox::Stuck;
-use crate::net::config_space::MTU_MIN;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::worker::QueuePair;
-
-/// What of the configuration space changed with the interface.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ConfigChange {
-    /// Whether the link is up now, if that changed.
-    pub link_up: Option<bool>,
-    /// The MTU, if it changed.
-    pub mtu: Option<u16>,
-}
 
 /// Why a thread is not confined.
 #[derive(Debug, Error)]
@@ -33,13 +24,6 @@ pub enum NotConfined {
     /// The sandbox cannot be closed.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
-}
-
-impl ConfigChange {
-    /// Whether nothing did.
-    pub fn is_none(&self) -> bool {
-        *self == ConfigChange::default()
-    }
 }
 
 impl Nic {
@@ -95,20 +79,8 @@ impl Nic {
     /// [`Stuck`].
     pub fn follow(&self, state: LinkState) -> Result<ConfigChange, Stuck> {
         // An MTU that the operator chose stays.
-        let mtu = state.mtu.filter(|mtu| self.setup.mtu.is_none() && *mtu >= MTU_MIN);
-        let change = self.with_initial_config(|initial| {
-            let before = initial.clone();
-            initial.link_up = state.is_up;
-            initial.mtu = mtu.unwrap_or(initial.mtu);
-            ConfigChange {
-                link_up: (initial.link_up != before.link_up).then_some(initial.link_up),
-                mtu: (initial.mtu != before.mtu).then_some(initial.mtu),
-            }
-        });
-        self.with_config(|config| {
-            config.link_up = state.is_up;
-            config.mtu = change.mtu.unwrap_or(config.mtu);
-        });
+        let mtu = state.mtu.filter(|_| self.setup.mtu.is_none());
+        let change = self.config.follow(LinkState { mtu, ..state });
         if let Some(up) = change.link_up {
             self.card_counters.link_changes.add(1);
             self.pairs.iter().try_for_each(|pair| pair.call(move |pair| pair.set_link(up)))?;
@@ -138,7 +110,7 @@ impl Nic {
     /// Tells guests that come later to which address frames come now. Whoever runs has a card with the one before.
     fn take_address(&self, device: &Device) {
         let Some(mac) = device.mac().filter(|_| self.setup.mac.is_none()) else { return };
-        let told = self.with_initial_config(|initial| std::mem::replace(&mut initial.mac, mac));
+        let told = self.config.replace_mac(mac);
         if told != mac && told != Mac::default() {
             let (name, mac, told) = (device.name(), mac::shown(mac), mac::shown(told));
             log::warn!(
