@@ -167,8 +167,8 @@ impl ControlQueue {
                     _ => self.kicked(),
                 }
             }
-            if let Some((ring, _)) = self.ring.as_mut().filter(|(ring, _)| ring.is_polled()) {
-                ring.can_run = true;
+            if let Some((ring, _)) = self.ring.as_mut().filter(|(ring, _)| ring.has_no_kick()) {
+                ring.schedule();
             }
             if self.is_ready() {
                 self.pass();
@@ -184,7 +184,7 @@ impl ControlQueue {
     fn wait(&self) -> Wait {
         if self.is_ready() {
             Wait::No
-        } else if self.ring.as_ref().is_some_and(|(ring, _)| ring.is_polled()) {
+        } else if self.ring.as_ref().is_some_and(|(ring, _)| ring.has_no_kick()) {
             Wait::Millis(POLL_INTERVAL_MS)
         } else {
             Wait::Forever

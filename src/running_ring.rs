@@ -110,9 +110,7 @@ pub(crate) struct RunningRing {
     fds: RingFds,
     pub(crate) mode: RingMode,
     /// Whether there may be entries that were not looked at.
-    pub(crate) can_run: bool,
-    /// Whether the driver was told to kick.
-    asleep: bool,
+    can_run: bool,
     /// Whether it is parked until it is set up anew.
     broken: bool,
     event: Event,
@@ -132,8 +130,7 @@ impl RunningRing {
         if let Some(call) = &fds.call {
             call.signal();
         }
-        let (can_run, asleep, broken) = (true, false, false);
-        Ok(RunningRing { queue, fds, mode, can_run, asleep, broken, event, features })
+        Ok(RunningRing { queue, fds, mode, can_run: true, broken: false, event, features })
     }
 
     pub(crate) fn stop(self, poll: &Poll) -> StoppedRing {
@@ -152,7 +149,7 @@ impl RunningRing {
     }
 
     /// Whether it has to be looked at without being kicked.
-    pub(crate) fn is_polled(&self) -> bool {
+    pub(crate) fn has_no_kick(&self) -> bool {
         self.fds.kick.is_none() && !self.broken
     }
 
@@ -182,12 +179,16 @@ impl RunningRing {
         Ok(())
     }
 
+    /// There may be something to do: it is run at the next pass.
+    pub(crate) fn schedule(&mut self) {
+        self.can_run = true;
+    }
+
     /// Takes a kick; tells what the descriptor is worth.
     pub(crate) fn kicked(&mut self) -> KickState {
         let state = self.fds.kick.as_ref().map_or(KickState::Open, Kick::drain);
         if state == KickState::Open {
             self.can_run = true;
-            self.asleep = false;
             self.queue.disable_kicks();
         }
         state
@@ -206,27 +207,26 @@ impl RunningRing {
     /// Goes to sleep on this ring, unless entries came meanwhile.
     pub(crate) fn sleep(&mut self) -> Result<(), RingBroken> {
         self.can_run = self.queue.enable_kicks()?;
-        self.asleep = !self.can_run;
         if self.can_run {
             self.queue.disable_kicks();
         }
         Ok(())
     }
 
-    /// There is nothing to do, but it is looked at again soon ([`RunningRing::look`]): no kicks are needed. What the driver
-    /// was told before holds no more: entries were taken since, perhaps without its kick.
+    /// There is nothing to do, but it is looked at again soon ([`RunningRing::check_avail`]): no kicks are needed. If the driver
+    /// was asked for one before, that holds no more: entries were taken since, perhaps without its kick.
     pub(crate) fn rest(&mut self) {
         self.can_run = false;
-        self.asleep = false;
+        self.queue.disable_kicks();
     }
 
     /// Whether nothing was there, and no kick will tell when something is.
     pub(crate) fn is_resting(&self) -> bool {
-        !self.can_run && !self.asleep && !self.broken
+        !self.can_run && !self.queue.wants_kicks() && !self.broken
     }
 
-    /// Looks for entries, without a kick.
-    pub(crate) fn look(&mut self) -> Result<(), RingBroken> {
+    /// Reads whether the driver made entries available, without its kick.
+    pub(crate) fn check_avail(&mut self) -> Result<(), RingBroken> {
         self.can_run = self.queue.has_entries()?;
         Ok(())
     }

@@ -8,13 +8,13 @@
 //! message, waits for the other. With nothing to do the thread sleeps, without a timeout unless a ring is to be polled, or
 //! frames wait for buffers.
 //!
-//! Rings and device are remembered as flags: a ring's `can_run` (it may have entries), the device's `readable` (it may
-//! have frames). A flag is cleared only by having looked and found nothing, after which an event is certain to come:
-//! the device is watched edge-triggered; kicks are asked for, and then the ring is looked at once more. While the device
-//! has frames for which there are no buffers, what else arrives there wakes nobody. The kernel tells of a TAP's end as it does
-//! of an arrival, so the worker then looks for that itself now and then.
+//! Rings and device are remembered as flags: a ring's `can_run` (it may have entries), those of `readiness` for the device.
+//! A flag is cleared only by having looked and found nothing, after which an event is certain to come: kicks are asked for,
+//! and then the ring is looked at once more. While arrivals at the device are not watched for, the worker looks for its end
+//! itself now and then: the kernel tells of a TAP's end as it does of an arrival.
 
 mod orders;
+mod readiness;
 
 use std::fmt::Display;
 use std::io;
@@ -24,6 +24,7 @@ use std::time::Duration;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::readiness::{ARRIVAL, DeviceReadiness};
 use crate::device::stage::UringPool;
 use crate::device::{DeviceQueue, Io};
 use crate::mailbox::{Inbox, Mailbox};
@@ -50,9 +51,6 @@ pub(crate) const POLL_INTERVAL_MS: i32 = 1;
 
 /// How often it is looked whether a device is still there whose arrivals are not watched for.
 const DEAF_INTERVAL_MS: i32 = 1000;
-
-/// Edge-triggered: an event for each arrival, none for what is still there.
-const ARRIVAL: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
 /// Whether a pair passes frames, and whether the kernel gives it any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,15 +88,7 @@ pub struct QueuePair {
     segment_limit: SegmentLimit,
     poller: Poller,
     admission: Admission,
-    /// Whether the device may have frames.
-    readable: bool,
-    /// Whether it may have, and is to be asked again a moment later.
-    retry: bool,
-    /// Whether the device takes no frames until it says so.
-    blocked: bool,
-    /// Whether the device's arrivals are not watched for: it has frames already, and they have to wait.
-    deaf: bool,
-    lost: bool,
+    readiness: DeviceReadiness,
     /// Whether frames pass over the device; while not, those of the guest are dropped.
     link_up: bool,
     /// Tells the control thread to look after the device.
@@ -136,11 +126,7 @@ pub fn spawn(
         segment_limit: how.segment_limit,
         poller: Poller::new(how.polling),
         admission: Admission::default(),
-        readable: true,
-        retry: false,
-        blocked: false,
-        deaf: false,
-        lost: false,
+        readiness: DeviceReadiness::new(),
         link_up: true,
         alarm,
         allowed: true,
@@ -156,7 +142,7 @@ impl QueuePair {
             return log::error!("Queue pair {}: cannot watch its mailbox: {e}", self.index);
         }
         while inbox.run_jobs(&mut self) {
-            let wait = self.next_wait();
+            let wait = self.prepare_wait();
             let poll = &mut self.poll;
             let woken = match wait {
                 Wait::Forever => self.poller.sleep(|| poll.wait(wait)),
@@ -171,12 +157,12 @@ impl QueuePair {
                 is_quiet = false;
                 self.handle(event, on, inbox);
             }
-            if is_quiet && self.deaf && wait != Wait::No {
+            if is_quiet && self.readiness.is_deaf() && wait != Wait::No {
                 self.watch_device();
             }
-            self.readable |= std::mem::take(&mut self.retry);
-            self.look_at_polled();
-            self.look_at_resting();
+            self.readiness.end_retry();
+            self.schedule_rings_without_kick();
+            self.for_resting_rings(RunningRing::check_avail);
             // Before it is read: what a queue holds from long ago goes as it is attached.
             self.attach_if_used();
             if self.tx_ready() {
@@ -188,8 +174,9 @@ impl QueuePair {
         }
     }
 
-    /// How to wait; rings that no kick would tell of are looked at soon, or asked for kicks.
-    fn next_wait(&mut self) -> Wait {
+    /// Gets ready to wait, and tells how. With nothing to do, it lets other threads have the CPU, and looks again while that pays;
+    /// then it asks for kicks, and attaches the device's queue if that found buffers.
+    fn prepare_wait(&mut self) -> Wait {
         if self.tx_ready() || self.rx_ready() {
             self.poller.found_work();
             return Wait::No;
@@ -197,14 +184,14 @@ impl QueuePair {
         if self.poller.goes_on() {
             return Wait::No;
         }
-        self.for_resting(RunningRing::sleep);
+        self.for_resting_rings(RunningRing::sleep);
         // That was a last look at the rings: of buffers that it found no kick tells.
         self.attach_if_used();
-        self.wait()
+        self.allowed_wait()
     }
 
     /// Does `act` with each ring of which no kick would tell that it has entries.
-    fn for_resting(&mut self, act: impl Fn(&mut RunningRing) -> Result<(), RingBroken>) {
+    fn for_resting_rings(&mut self, act: impl Fn(&mut RunningRing) -> Result<(), RingBroken>) {
         for direction in [Direction::Rx, Direction::Tx] {
             let resting = self.ring(direction).filter(|ring| ring.is_resting());
             if let Some(Err(broken)) = resting.map(&act) {
@@ -213,17 +200,14 @@ impl QueuePair {
         }
     }
 
-    fn look_at_resting(&mut self) {
-        self.for_resting(RunningRing::look);
-    }
-
-    fn wait(&self) -> Wait {
-        let polled = |ring: Option<&RunningRing>| ring.is_some_and(RunningRing::is_polled);
+    /// The longest wait after which nothing is missed.
+    fn allowed_wait(&self) -> Wait {
+        let rings = [self.rx.as_ref().map(|(ring, _)| ring), self.tx.as_ref().map(|(ring, _)| ring)];
         if self.tx_ready() || self.rx_ready() {
             Wait::No
-        } else if self.retry || polled(self.rx.as_ref().map(|(r, _)| r)) || polled(self.tx.as_ref().map(|(r, _)| r)) {
+        } else if self.readiness.has_retry() || rings.into_iter().flatten().any(RunningRing::has_no_kick) {
             Wait::Millis(POLL_INTERVAL_MS)
-        } else if self.deaf {
+        } else if self.readiness.is_deaf() {
             Wait::Millis(DEAF_INTERVAL_MS)
         } else {
             Wait::Forever
@@ -234,11 +218,12 @@ impl QueuePair {
         match event {
             Event::Mailbox => inbox.clear(),
             Event::Device => {
-                if on.contains(EventSet::IN) && self.readable && !self.rx_ready() {
+                if on.contains(EventSet::IN) && self.readiness.is_readable() && !self.rx_ready() {
                     // That was known, and has to wait: the guest has a better use for the CPU.
-                    self.watch_arrivals(false);
+                    let changed = self.readiness.ignore_arrivals();
+                    self.watch_device_if(changed);
                 }
-                self.readable = true;
+                self.readiness.set_readable();
                 if on.intersects(EventSet::ERROR | EventSet::HANG_UP) {
                     self.raise_alarm();
                 }
@@ -265,10 +250,10 @@ impl QueuePair {
         }
     }
 
-    fn look_at_polled(&mut self) {
+    fn schedule_rings_without_kick(&mut self) {
         for direction in [Direction::Rx, Direction::Tx] {
-            if let Some(ring) = self.ring(direction).filter(|ring| ring.is_polled()) {
-                ring.can_run = true;
+            if let Some(ring) = self.ring(direction).filter(|ring| ring.has_no_kick()) {
+                ring.schedule();
             }
         }
     }
@@ -277,19 +262,20 @@ impl QueuePair {
     fn tx_ready(&self) -> bool {
         self.tx.as_ref().is_some_and(|(ring, _)| match ring.mode {
             RingMode::Waiting => false,
-            RingMode::Enabled => ring.is_ready() && !(self.blocked && self.passes()),
+            RingMode::Enabled => ring.is_ready() && !(self.readiness.is_blocked() && self.passes()),
             RingMode::Disabled => ring.is_ready(),
         })
     }
 
     /// Whether there is a device over which frames pass.
     fn passes(&self) -> bool {
-        self.link_up && !self.lost
+        self.link_up && !self.readiness.is_lost()
     }
 
     fn rx_ready(&self) -> bool {
         let takes = |ring: &RunningRing| ring.is_ready() && ring.mode == RingMode::Enabled;
-        self.readable && self.allowed && !self.lost && self.rx.as_ref().is_some_and(|(ring, _)| takes(ring))
+        let may_read = self.readiness.is_readable() && !self.readiness.is_lost() && self.allowed;
+        may_read && self.rx.as_ref().is_some_and(|(ring, _)| takes(ring))
     }
 
     /// One pass over the direction to the device.
@@ -312,7 +298,7 @@ impl QueuePair {
             for answer in tx.take_answers() {
                 rx.answer(answer, &self.counters);
                 // It goes out with what the device has.
-                self.readable = true;
+                self.readiness.set_readable();
             }
         }
         let settled = passed.and_then(|pump| match pump {
@@ -340,7 +326,7 @@ impl QueuePair {
             Ok(Pump::Drained) => self.wait_for_arrival(),
             Ok(Pump::TryLater) => {
                 self.wait_for_arrival();
-                self.retry = true;
+                self.readiness.look_again_soon();
             }
             Ok(Pump::DeviceLost) => self.lose_device(),
             Ok(Pump::NoBuffers | Pump::DeviceBlocked | Pump::BudgetSpent) => {}
@@ -350,34 +336,30 @@ impl QueuePair {
 
     /// The device has no frames: there is an event for the next, also if it came since it was looked.
     fn wait_for_arrival(&mut self) {
-        self.readable = false;
-        self.watch_arrivals(true);
-    }
-
-    fn watch_arrivals(&mut self, watch: bool) {
-        if std::mem::replace(&mut self.deaf, !watch) == watch {
-            self.watch_device();
-        }
+        let changed = self.readiness.found_empty();
+        self.watch_device_if(changed);
     }
 
     /// Asks for an event once the device takes frames again.
     fn wait_until_writable(&mut self) {
-        self.blocked = true;
+        self.readiness.block();
         self.watch_device();
     }
 
     fn unblock(&mut self) {
-        if std::mem::take(&mut self.blocked) {
-            // Only while blocked is it worth being woken for every frame that somebody takes.
+        let changed = self.readiness.unblock();
+        self.watch_device_if(changed);
+    }
+
+    fn watch_device_if(&mut self, changed: bool) {
+        if changed {
             self.watch_device();
         }
     }
 
     /// Watches the device for what is of interest now; what is there already is told again.
     fn watch_device(&mut self) {
-        let mut on = if self.deaf { EventSet::EDGE_TRIGGERED } else { ARRIVAL };
-        on.set(EventSet::OUT, self.blocked);
-        if let Err(e) = self.poll.modify(&self.device, Event::Device, on) {
+        if let Err(e) = self.poll.modify(&self.device, Event::Device, self.readiness.interest()) {
             log::error!("Queue pair {}: cannot watch the device: {e}", self.index);
             self.lose_device();
         }
@@ -390,8 +372,8 @@ impl QueuePair {
     }
 
     /// Something changed by which the device may have become of interest; whoever changed it finds the queue attached.
-    fn look_again(&mut self) {
-        self.readable = true;
+    fn reconsider_device(&mut self) {
+        self.readiness.set_readable();
         self.attach_if_used();
     }
 
@@ -399,7 +381,7 @@ impl QueuePair {
     /// queue that the guest never fills would be lost. However the buffers were found: by a kick, or by looking.
     fn attach_if_used(&mut self) {
         let (Some((ring, rx)), Some(_)) = (&mut self.rx, &self.tx) else { return };
-        if self.device.is_attached() || self.lost || !self.allowed || !ring.passes() {
+        if self.device.is_attached() || self.readiness.is_lost() || !self.allowed || !ring.passes() {
             return;
         }
         match ring.queue.has_entries() {
@@ -408,7 +390,9 @@ impl QueuePair {
             Err(broken) => return self.park(Direction::Rx, &broken),
         }
         let attached = self.device.attach();
-        self.readable |= attached.is_ok();
+        if attached.is_ok() {
+            self.readiness.set_readable();
+        }
         self.log_steering("attach to", attached);
     }
 

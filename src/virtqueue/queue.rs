@@ -110,7 +110,7 @@ impl Queue {
             avail_seen: used,
             kicks_wanted: true,
         };
-        queue.look()?;
+        queue.read_avail_idx()?;
         queue.disable_kicks();
         Ok(queue)
     }
@@ -181,7 +181,7 @@ impl Queue {
     #[inline]
     pub fn has_entries(&mut self) -> Result<bool, RingBroken> {
         if self.avail_seen == self.next_avail {
-            self.look()?;
+            self.read_avail_idx()?;
         }
         Ok(self.avail_seen != self.next_avail)
     }
@@ -193,7 +193,7 @@ impl Queue {
     }
 
     /// Reads the avail index, once, and checks it.
-    fn look(&mut self) -> Result<(), RingBroken> {
+    fn read_avail_idx(&mut self) -> Result<(), RingBroken> {
         let avail = self.ring.avail_idx();
         if avail.wrapping_sub(self.next_used) > self.size() {
             return Err(RingBroken::AvailIndex { avail, used: self.next_used, size: self.size() });
@@ -239,6 +239,11 @@ impl Queue {
         }
     }
 
+    /// Whether the driver was asked for a kick, and not told since that none is needed.
+    pub fn wants_kicks(&self) -> bool {
+        self.kicks_wanted
+    }
+
     /// Tells the driver that kicks are not needed: we look without them.
     pub fn disable_kicks(&mut self) {
         if std::mem::replace(&mut self.kicks_wanted, false) && !self.features.event_idx {
@@ -260,7 +265,7 @@ impl Queue {
         }
         // The driver writes its index and then looks at our event or flags.
         full_fence();
-        self.look()?;
+        self.read_avail_idx()?;
         Ok(self.avail_seen != self.next_avail)
     }
 }

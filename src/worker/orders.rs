@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::{ARRIVAL, QueuePair, Usage, ring_of};
+use super::readiness::{ARRIVAL, DeviceReadiness};
+use super::{QueuePair, Usage, ring_of};
 use crate::device::stage::why_no_uring;
 use crate::device::{DeviceQueue, Io};
 use crate::memory::MemView;
@@ -36,7 +37,7 @@ impl RunsRings for QueuePair {
                 self.tx = Some((ring, Tx::new(mem, features, &self.uplink())));
             }
         }
-        self.look_again();
+        self.reconsider_device();
         Ok(())
     }
 
@@ -59,7 +60,7 @@ impl RunsRings for QueuePair {
     fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()> {
         let ring = ring_of(direction, &mut self.rx, &mut self.tx);
         let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll));
-        self.look_again();
+        self.reconsider_device();
         changed
     }
 
@@ -129,7 +130,7 @@ impl QueuePair {
         if let Some((ring, rx)) = &mut self.rx {
             rx.set_admission(self.admission.clone());
             // A frame that waits for buffers may not be for the guest any more.
-            ring.can_run = true;
+            ring.schedule();
         }
     }
 
@@ -138,7 +139,7 @@ impl QueuePair {
     pub fn set_allowed(&mut self, allowed: bool) {
         self.allowed = allowed;
         if allowed {
-            return self.look_again();
+            return self.reconsider_device();
         }
         self.detach();
         if let Some((_, rx)) = &mut self.rx {
@@ -167,7 +168,7 @@ impl QueuePair {
 
     /// Passes no frames any more: the device is gone. The guest's are dropped from now on.
     pub fn lose_device(&mut self) {
-        if !std::mem::replace(&mut self.lost, true) {
+        if self.readiness.lose() {
             log::debug!("Queue pair {}: the device is gone", self.index);
             self.raise_alarm();
         }
@@ -181,7 +182,7 @@ impl QueuePair {
         self.poll.add(&device, Event::Device, ARRIVAL)?;
         let gone = std::mem::replace(&mut self.device, device);
         self.poll.remove(&gone)?;
-        (self.lost, self.blocked, self.deaf) = (false, false, false);
+        self.readiness = DeviceReadiness::new();
         // Their batches' memory belongs to the queue that is gone.
         if let Some((mut ring, mut rx)) = self.rx.take() {
             let mem = Arc::clone(ring.queue.mem());
@@ -195,9 +196,9 @@ impl QueuePair {
             self.tx = Some((ring, tx));
         }
         for direction in [Direction::Rx, Direction::Tx] {
-            self.ring(direction).into_iter().for_each(|ring| ring.can_run = true);
+            self.ring(direction).into_iter().for_each(|ring| ring.schedule());
         }
-        self.look_again();
+        self.reconsider_device();
         Ok(())
     }
 
@@ -205,7 +206,7 @@ impl QueuePair {
     pub fn set_link(&mut self, up: bool) {
         self.link_up = up;
         self.unblock();
-        self.look_again();
+        self.reconsider_device();
     }
 
     fn uplink(&self) -> Uplink<'_> {
