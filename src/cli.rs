@@ -7,11 +7,11 @@ use std::time::Duration;
 use clap::{ArgGroup, Parser, ValueEnum};
 use rustix::thread::CpuSet;
 
+use crate::busy_poll::Polling;
 use crate::device::name::InterfaceName;
 use crate::mac::Mac;
 use crate::net::header::SegmentLimit;
 use crate::net::ip_link::Gateway;
-use crate::polling::Polling;
 use crate::virtqueue::QueueSize;
 
 /// End a virtual machine's network card on an interface of the host, in a process of its own.

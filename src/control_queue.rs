@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::card_config::CardConfig;
 use crate::device_slot::DeviceSlot;
+use crate::epoll::{EpollSet, Event, Wait};
 use crate::mac::Mac;
 use crate::mailbox::{Inbox, Mailbox};
 use crate::memory::MemView;
@@ -18,7 +19,6 @@ use crate::metrics::PairCounters;
 use crate::net::control::{ControlState, ERR, Effect, OK};
 use crate::net::filter::RxFilter;
 use crate::notify::KickState;
-use crate::poll::{Event, Poll, Wait};
 use crate::running_ring::{Direction, NotStarted, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
 use crate::sandbox::syscalls::Role;
 use crate::sandbox::{Sandbox, SandboxError};
@@ -53,7 +53,7 @@ pub struct ControlQueue {
     /// The state before the last resets, until a ring starts.
     former: Option<ControlState>,
     ring: Option<(RunningRing, GuestIovecs)>,
-    poll: Poll,
+    epoll: EpollSet,
     command: Vec<u8>,
     counters: Arc<PairCounters>,
     throttle: Throttle,
@@ -69,7 +69,7 @@ pub fn spawn(around: Surroundings, counters: Arc<PairCounters>) -> io::Result<Ma
         state: ControlState::default(),
         former: None,
         ring: None,
-        poll: Poll::new()?,
+        epoll: EpollSet::new()?,
         command: Vec::new(),
         counters,
         throttle: Throttle::default(),
@@ -121,7 +121,7 @@ impl RunsRings for ControlQueue {
         let iovecs = GuestIovecs::new(Arc::clone(start.queue.mem()), IOV_MAX + 1);
         // A driver that was reset begins with the first entry.
         let goes_on = start.queue.position() != 0;
-        self.ring = Some((RunningRing::start(start, &self.poll, Event::ControlKick)?, iovecs));
+        self.ring = Some((RunningRing::start(start, &self.epoll, Event::ControlKick)?, iovecs));
         if let Some(former) = self.former.take() {
             self.begin(former, goes_on);
         }
@@ -129,7 +129,7 @@ impl RunsRings for ControlQueue {
     }
 
     fn stop(&mut self, _: Direction) -> Option<StoppedRing> {
-        self.ring.take().map(|(ring, _)| ring.stop(&self.poll))
+        self.ring.take().map(|(ring, _)| ring.stop(&self.epoll))
     }
 
     fn abandon(&mut self, direction: Direction) -> Option<StoppedRing> {
@@ -138,7 +138,7 @@ impl RunsRings for ControlQueue {
     }
 
     fn change(&mut self, _: Direction, change: RingChange) -> io::Result<()> {
-        self.ring.as_mut().map_or(Ok(()), |(ring, _)| ring.change(change, &self.poll))
+        self.ring.as_mut().map_or(Ok(()), |(ring, _)| ring.change(change, &self.epoll))
     }
 
     fn relocate(&mut self, _: Direction, mem: &Arc<MemView>, found: SplitRing) {
@@ -152,12 +152,12 @@ impl RunsRings for ControlQueue {
 /// What happens in the thread.
 impl ControlQueue {
     fn run(mut self, inbox: &Inbox<ControlQueue>) {
-        if let Err(e) = self.poll.add_eventfd(inbox.wake(), Event::Mailbox) {
+        if let Err(e) = self.epoll.add_eventfd(inbox.wake(), Event::Mailbox) {
             return log::error!("Control queue: cannot watch its mailbox: {e}");
         }
         while inbox.run_jobs(&mut self) {
             let wait = self.wait();
-            let events = match self.poll.wait(wait) {
+            let events = match self.epoll.wait(wait) {
                 Ok(events) => events,
                 Err(e) => return log::error!("Control queue: cannot wait for events: {e}"),
             };
@@ -292,7 +292,7 @@ impl ControlQueue {
 
     fn park(&mut self, why: &dyn Display) {
         if let Some((ring, _)) = &mut self.ring {
-            ring.park(&self.poll, &self.counters.broken_rings, &mut self.throttle, why);
+            ring.park(&self.epoll, &self.counters.broken_rings, &mut self.throttle, why);
         }
     }
 }

@@ -20,11 +20,12 @@
 //! | [`virtqueue`] | rings and descriptor chains; no networking |
 //! | [`memory`], [`notify`], [`mac`] | guest memory; kicks and calls; MAC addresses |
 //! | [`device`] | the host's interface; no virtio |
-//! | [`tuning`] | what an operator may choose of how frames are moved; [`polling`] is how long a worker looks for more |
+//! | [`tuning`] | what an operator may choose of how frames are moved; [`busy_poll`] is how long a worker looks for more |
 //! | [`metrics`], [`log_lines`] | counters; log lines, which no thread waits for |
 //! | [`sandbox`] | what is given up once everything is open |
 #![deny(unsafe_code)]
 
+pub mod busy_poll;
 pub mod card_config;
 pub mod cli;
 pub mod config;
@@ -32,6 +33,7 @@ pub mod control_queue;
 pub mod daemon;
 pub mod device;
 mod device_slot;
+mod epoll;
 pub mod host_side;
 pub mod inherited;
 pub mod log_lines;
@@ -42,8 +44,6 @@ pub mod metrics;
 pub mod net;
 pub mod nic;
 pub mod notify;
-mod poll;
-pub mod polling;
 pub mod running_ring;
 pub mod sandbox;
 mod throttle;

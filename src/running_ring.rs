@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
+use crate::epoll::{EpollSet, Event};
 use crate::memory::MemView;
 use crate::metrics::Counter;
 use crate::notify::{Call, Kick, KickState, RingFds};
-use crate::poll::{Event, Poll};
 use crate::throttle::Throttle;
 use crate::virtqueue::{Queue, RingBroken, SplitRing};
 
@@ -120,10 +120,10 @@ pub(crate) struct RunningRing {
 
 impl RunningRing {
     /// Watches the kick and calls the driver once: a kick or a call may have been lost with the process before.
-    pub(crate) fn start(start: StartRing, poll: &Poll, event: Event) -> Result<RunningRing, NotStarted> {
+    pub(crate) fn start(start: StartRing, epoll: &EpollSet, event: Event) -> Result<RunningRing, NotStarted> {
         let StartRing { queue, fds, mode, features } = start;
         if let Some(kick) = &fds.kick
-            && let Err(cause) = poll.add(kick, event, EventSet::IN)
+            && let Err(cause) = epoll.add(kick, event, EventSet::IN)
         {
             return Err(NotStarted { cause, fds });
         }
@@ -133,8 +133,8 @@ impl RunningRing {
         Ok(RunningRing { queue, fds, mode, can_run: true, broken: false, event, features })
     }
 
-    pub(crate) fn stop(self, poll: &Poll) -> StoppedRing {
-        unwatch(poll, self.fds.kick.as_ref());
+    pub(crate) fn stop(self, epoll: &EpollSet) -> StoppedRing {
+        unwatch(epoll, self.fds.kick.as_ref());
         StoppedRing { position: self.queue.position(), is_broken: self.broken, fds: self.fds }
     }
 
@@ -155,15 +155,15 @@ impl RunningRing {
 
     /// Changes one thing about it. A kick that is replaced is unwatched before it is closed; a new call is signalled,
     /// as the old one's last signal may not have been seen.
-    pub(crate) fn change(&mut self, change: RingChange, poll: &Poll) -> io::Result<()> {
+    pub(crate) fn change(&mut self, change: RingChange, epoll: &EpollSet) -> io::Result<()> {
         match change {
             RingChange::Mode(mode) => self.mode = mode,
             // A broken ring is not kicked any more.
             RingChange::Kick(_) if self.broken => {}
             RingChange::Kick(kick) => {
-                unwatch(poll, self.fds.kick.take().as_ref());
+                unwatch(epoll, self.fds.kick.take().as_ref());
                 if let Some(kick) = &kick {
-                    poll.add(kick, self.event, EventSet::IN)?;
+                    epoll.add(kick, self.event, EventSet::IN)?;
                 }
                 self.fds.kick = kick;
             }
@@ -232,11 +232,17 @@ impl RunningRing {
     }
 
     /// Parks a ring that cannot go on: counted, reported once to the front-end, and left alone until it is set up anew.
-    pub(crate) fn park(&mut self, poll: &Poll, broken_rings: &Counter, throttle: &mut Throttle, why: &dyn Display) {
+    pub(crate) fn park(
+        &mut self,
+        epoll: &EpollSet,
+        broken_rings: &Counter,
+        throttle: &mut Throttle,
+        why: &dyn Display,
+    ) {
         if std::mem::replace(&mut self.broken, true) {
             return;
         }
-        unwatch(poll, self.fds.kick.take().as_ref());
+        unwatch(epoll, self.fds.kick.take().as_ref());
         self.fds.signal_err();
         broken_rings.add(1);
         if throttle.allows() {
@@ -245,9 +251,9 @@ impl RunningRing {
     }
 }
 
-fn unwatch(poll: &Poll, kick: Option<&Kick>) {
+fn unwatch(epoll: &EpollSet, kick: Option<&Kick>) {
     if let Some(kick) = kick {
         // It was added, so this fails only for a descriptor that epoll had to drop itself.
-        let _ = poll.remove(kick);
+        let _ = epoll.remove(kick);
     }
 }

@@ -1,8 +1,8 @@
 //! What an operator may choose about how frames are moved.
 
+use crate::busy_poll::Polling;
 use crate::device::Io;
 use crate::net::header::SegmentLimit;
-use crate::polling::Polling;
 
 pub use crate::net::coalesce::Coalescing;
 

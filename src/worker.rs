@@ -25,8 +25,10 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::readiness::{ARRIVAL, DeviceReadiness};
+use crate::busy_poll::Poller;
 use crate::device::stage::UringPool;
 use crate::device::{DeviceQueue, Io};
+use crate::epoll::{EpollSet, Event, Wait};
 use crate::mailbox::{Inbox, Mailbox};
 use crate::metrics::PairCounters;
 use crate::net::Pump;
@@ -36,8 +38,6 @@ use crate::net::header::SegmentLimit;
 use crate::net::rx::{Admission, HeldFrame, Rx};
 use crate::net::tx::Tx;
 use crate::notify::KickState;
-use crate::poll::{Event, Poll, Wait};
-use crate::polling::Poller;
 use crate::running_ring::{Direction, RingMode, RunningRing};
 use crate::throttle::Throttle;
 use crate::tuning::Tuning;
@@ -76,7 +76,7 @@ pub struct QueuePair {
     index: usize,
     device: DeviceQueue,
     counters: Arc<PairCounters>,
-    poll: Poll,
+    epoll: EpollSet,
     rx: Option<(RunningRing, Rx)>,
     tx: Option<(RunningRing, Tx)>,
     /// Frames that were read for a ring that stopped.
@@ -109,13 +109,13 @@ pub fn spawn(
     Fitting { coalesce, framing, alarm }: Fitting,
     counters: Arc<PairCounters>,
 ) -> io::Result<Mailbox<QueuePair>> {
-    let poll = Poll::new()?;
-    poll.add(&device, Event::Device, ARRIVAL)?;
+    let epoll = EpollSet::new()?;
+    epoll.add(&device, Event::Device, ARRIVAL)?;
     let pair = QueuePair {
         index,
         device,
         counters,
-        poll,
+        epoll,
         rx: None,
         tx: None,
         left: Vec::new(),
@@ -138,15 +138,15 @@ pub fn spawn(
 /// What happens in the thread.
 impl QueuePair {
     fn run(mut self, inbox: &Inbox<QueuePair>) {
-        if let Err(e) = self.poll.add_eventfd(inbox.wake(), Event::Mailbox) {
+        if let Err(e) = self.epoll.add_eventfd(inbox.wake(), Event::Mailbox) {
             return log::error!("Queue pair {}: cannot watch its mailbox: {e}", self.index);
         }
         while inbox.run_jobs(&mut self) {
             let wait = self.prepare_wait();
-            let poll = &mut self.poll;
+            let epoll = &mut self.epoll;
             let woken = match wait {
-                Wait::Forever => self.poller.sleep(|| poll.wait(wait)),
-                Wait::No | Wait::Millis(_) => poll.wait(wait),
+                Wait::Forever => self.poller.sleep(|| epoll.wait(wait)),
+                Wait::No | Wait::Millis(_) => epoll.wait(wait),
             };
             let events = match woken {
                 Ok(events) => events,
@@ -359,7 +359,7 @@ impl QueuePair {
 
     /// Watches the device for what is of interest now; what is there already is told again.
     fn watch_device(&mut self) {
-        if let Err(e) = self.poll.modify(&self.device, Event::Device, self.readiness.interest()) {
+        if let Err(e) = self.epoll.modify(&self.device, Event::Device, self.readiness.interest()) {
             log::error!("Queue pair {}: cannot watch the device: {e}", self.index);
             self.lose_device();
         }
@@ -414,7 +414,7 @@ impl QueuePair {
         let ring = ring_of(direction, &mut self.rx, &mut self.tx);
         if let Some(ring) = ring {
             let why = format_args!("queue pair {}: {why}", self.index);
-            ring.park(&self.poll, &self.counters.broken_rings, &mut self.throttle, &why);
+            ring.park(&self.epoll, &self.counters.broken_rings, &mut self.throttle, &why);
         }
     }
 }

@@ -18,8 +18,8 @@ use common::path_bench::{Bench, FEATURE_SETS, RX, TX, rx_frame, tx_frame};
 use common::split_ring::{Buf, RingAddrs, SplitRing};
 use common::virtio::{VnetHdr, feature};
 use common::{PATIENCE, QUIET, wait_readable, wait_until};
+use vhost_user_net::busy_poll::Polling;
 use vhost_user_net::nic::NicSetup;
-use vhost_user_net::polling::Polling;
 use vhost_user_net::tuning::Tuning;
 
 /// E-01: the last of these is one back.

@@ -9,13 +9,13 @@ use super::readiness::{ARRIVAL, DeviceReadiness};
 use super::{QueuePair, Usage, ring_of};
 use crate::device::stage::why_no_uring;
 use crate::device::{DeviceQueue, Io};
+use crate::epoll::Event;
 use crate::memory::MemView;
 use crate::net::Uplink;
 use crate::net::features::GuestOffloads;
 use crate::net::filter::RxFilter;
 use crate::net::rx::Rx;
 use crate::net::tx::Tx;
-use crate::poll::Event;
 use crate::running_ring::{Direction, NotStarted, RingChange, RunningRing, RunsRings, StartRing, StoppedRing};
 use crate::sandbox::syscalls::Role;
 use crate::sandbox::{Level, Sandbox, SandboxError};
@@ -28,12 +28,12 @@ impl RunsRings for QueuePair {
         drop(self.stop(direction));
         match direction {
             Direction::Rx => {
-                let ring = RunningRing::start(start, &self.poll, Event::RxKick)?;
+                let ring = RunningRing::start(start, &self.epoll, Event::RxKick)?;
                 let left = std::mem::take(&mut self.left);
                 self.rx = Some((ring, Rx::new(mem, features, self.admission.clone(), &self.uplink(), left)));
             }
             Direction::Tx => {
-                let ring = RunningRing::start(start, &self.poll, Event::TxKick)?;
+                let ring = RunningRing::start(start, &self.epoll, Event::TxKick)?;
                 self.tx = Some((ring, Tx::new(mem, features, &self.uplink())));
             }
         }
@@ -49,7 +49,7 @@ impl RunsRings for QueuePair {
             }),
             Direction::Tx => self.tx.take().map(|(ring, _)| ring),
         }?;
-        Some(ring.stop(&self.poll))
+        Some(ring.stop(&self.epoll))
     }
 
     fn abandon(&mut self, direction: Direction) -> Option<StoppedRing> {
@@ -59,7 +59,7 @@ impl RunsRings for QueuePair {
 
     fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()> {
         let ring = ring_of(direction, &mut self.rx, &mut self.tx);
-        let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.poll));
+        let changed = ring.map_or(Ok(()), |ring| ring.change(change, &self.epoll));
         self.reconsider_device();
         changed
     }
@@ -179,9 +179,9 @@ impl QueuePair {
     /// # Errors
     /// What `epoll_ctl(2)` says; the pair goes on without a device then.
     pub fn replace_device(&mut self, device: DeviceQueue) -> io::Result<()> {
-        self.poll.add(&device, Event::Device, ARRIVAL)?;
+        self.epoll.add(&device, Event::Device, ARRIVAL)?;
         let gone = std::mem::replace(&mut self.device, device);
-        self.poll.remove(&gone)?;
+        self.epoll.remove(&gone)?;
         self.readiness = DeviceReadiness::new();
         // Their batches' memory belongs to the queue that is gone.
         if let Some((mut ring, mut rx)) = self.rx.take() {

@@ -36,14 +36,14 @@ pub(crate) enum Wait {
 
 /// An epoll set.
 #[derive(Debug)]
-pub(crate) struct Poll {
+pub(crate) struct EpollSet {
     epoll: Epoll,
     ready: [EpollEvent; EVENTS.len()],
 }
 
-impl Poll {
-    pub(crate) fn new() -> io::Result<Poll> {
-        Ok(Poll { epoll: Epoll::new()?, ready: [EpollEvent::default(); EVENTS.len()] })
+impl EpollSet {
+    pub(crate) fn new() -> io::Result<EpollSet> {
+        Ok(EpollSet { epoll: Epoll::new()?, ready: [EpollEvent::default(); EVENTS.len()] })
     }
 
     /// Watches `fd`; it must be removed before it is closed, as a copy in another process would keep it alive here.
