@@ -142,7 +142,7 @@ impl TryFrom<Cli> for Config {
             mac: cli.mac,
             mtu: cli.mtu,
             gateway: cli.gateway,
-            is_generic: cli.front_end == FrontEndKind::Generic,
+            has_control_queue: cli.front_end == FrontEndKind::Generic,
             tuning,
         };
         let access = SocketAccess {

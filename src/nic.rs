@@ -51,7 +51,7 @@ pub struct NicSetup {
     /// By what the guest asks for its gateway, where the device has packets only; by any address if not given.
     pub gateway: Option<Gateway>,
     /// Whether the front-end hands over the control queue.
-    pub is_generic: bool,
+    pub has_control_queue: bool,
     /// How the workers go about it.
     pub tuning: Tuning,
 }
@@ -189,7 +189,7 @@ impl Nic {
         features::offered(Circumstances {
             device_offloads: device.supported_offloads(),
             has_mac: self.setup.mac_on(&device).is_some(),
-            is_generic: self.setup.is_generic,
+            has_control_queue: self.setup.has_control_queue,
         })
     }
 
@@ -201,7 +201,7 @@ impl Nic {
 
     /// Whether the front-end is to hand over the control queue.
     pub fn has_control_queue(&self) -> bool {
-        self.setup.is_generic
+        self.setup.has_control_queue
     }
 
     /// How many rings a front-end may set up: as many as one that takes the queue number for pairs may think there are.
@@ -227,7 +227,7 @@ impl Nic {
         let direction = if index.is_multiple_of(2) { Direction::Rx } else { Direction::Tx };
         match index / 2 {
             pair if pair < pairs => Place::Pair(pair, direction),
-            _ if self.setup.is_generic && index == 2 * pairs => Place::Control,
+            _ if self.setup.has_control_queue && index == 2 * pairs => Place::Control,
             _ => Place::Nowhere,
         }
     }
@@ -285,13 +285,13 @@ impl Nic {
         let filter = self.control.call(move |control| control.reset(acked, mac))?;
         // With the control queue here, the driver says how many pairs it uses, and begins with one (VIRTIO 1.3,
         // "Automatic receive steering"). Else the front-end says it, by enabling rings.
-        let starts_with_one = self.setup.is_generic && acked & MQ != 0;
+        let starts_with_one = self.setup.has_control_queue && acked & MQ != 0;
         // Without that feature it has one pair, and the control queue behind it (VIRTIO 1.3, "Network Device", "Virtqueues").
         // The rings' indices are the driver's then.
         let is_driver = acked & VERSION_1 != 0;
-        self.has_one_pair.store(self.setup.is_generic && is_driver && acked & MQ == 0, Ordering::Relaxed);
+        self.has_one_pair.store(self.setup.has_control_queue && is_driver && acked & MQ == 0, Ordering::Relaxed);
         // A driver that may have switched offloads off gets finished frames until it is seen from its control ring whether it did.
-        let says_later = self.setup.is_generic && acked & CTRL_GUEST_OFFLOADS != 0;
+        let says_later = self.setup.has_control_queue && acked & CTRL_GUEST_OFFLOADS != 0;
         let offloads = if says_later { GuestOffloads::of(0) } else { offloads };
         for (index, pair) in self.pairs.iter().enumerate() {
             let filter = Arc::clone(&filter);
@@ -409,7 +409,7 @@ impl Nic {
     /// One line of counters for each queue pair, for the log, and one for the control queue if we run it.
     pub fn counter_lines(&self) -> impl Iterator<Item = String> {
         let pairs = self.counters.iter().enumerate().map(|(index, counters)| format!("pair={index} {counters}"));
-        let control = self.setup.is_generic.then(|| {
+        let control = self.setup.has_control_queue.then(|| {
             let counters = &self.control_counters;
             format!("control tx_calls={} broken_rings={}", counters.tx_calls.get(), counters.broken_rings.get())
         });

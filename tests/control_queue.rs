@@ -66,7 +66,7 @@ fn drivers(mem: &Arc<GuestMemory>, features: u64) -> (Vec<NetDriver>, CtrlDriver
 
 impl Bench {
     fn new(features: u64) -> Self {
-        let setup = NicSetup { mac: Some(GUEST_MAC), is_generic: true, ..NicSetup::default() };
+        let setup = NicSetup { mac: Some(GUEST_MAC), has_control_queue: true, ..NicSetup::default() };
         let backend = InProcess::start_as(2, setup);
         let mem = Arc::new(GuestMemory::single(64 << 20));
         let features = features | feature::VERSION_1 | feature::PROTOCOL_FEATURES;

@@ -23,11 +23,11 @@ pub struct Card {
 
 impl Card {
     /// A card with one queue pair.
-    pub fn new(is_generic: bool) -> Self {
+    pub fn new(has_control_queue: bool) -> Self {
         crate::ignore_broken_pipes();
         let (tap, fd) = TapDouble::new();
         let (device, queues) = Device::from_sockets(vec![fd], Layer::Ethernet).unwrap();
-        let nic = Nic::new(device, queues, NicSetup { is_generic, ..NicSetup::default() }).unwrap();
+        let nic = Nic::new(device, queues, NicSetup { has_control_queue, ..NicSetup::default() }).unwrap();
         Self { nic: Arc::new(nic), tap }
     }
 

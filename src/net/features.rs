@@ -16,7 +16,7 @@ enum When {
     /// If a MAC address was given.
     Mac,
     /// If the front-end hands over the control queue.
-    Generic,
+    ControlQueue,
 }
 
 /// One feature bit.
@@ -81,7 +81,7 @@ const USO: u32 = TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6;
 const TABLE: &[Row] = &[
     row(0, "CSUM", When::Always, 0),
     row(1, "GUEST_CSUM", When::Device(TUN_F_CSUM), 0),
-    row(2, "CTRL_GUEST_OFFLOADS", When::Generic, CTRL_VQ),
+    row(2, "CTRL_GUEST_OFFLOADS", When::ControlQueue, CTRL_VQ),
     row(3, "MTU", When::Always, 0),
     row(5, "MAC", When::Mac, 0),
     row(7, "GUEST_TSO4", When::Device(TUN_F_CSUM | TUN_F_TSO4), GUEST_CSUM),
@@ -95,12 +95,12 @@ const TABLE: &[Row] = &[
     row(15, "MRG_RXBUF", When::Always, 0),
     row(16, "STATUS", When::Always, 0),
     row(17, "CTRL_VQ", When::Always, 0),
-    row(18, "CTRL_RX", When::Generic, CTRL_VQ),
-    row(19, "CTRL_VLAN", When::Generic, CTRL_VQ),
-    row(20, "CTRL_RX_EXTRA", When::Generic, CTRL_VQ),
+    row(18, "CTRL_RX", When::ControlQueue, CTRL_VQ),
+    row(19, "CTRL_VLAN", When::ControlQueue, CTRL_VQ),
+    row(20, "CTRL_RX_EXTRA", When::ControlQueue, CTRL_VQ),
     row(21, "GUEST_ANNOUNCE", When::Always, CTRL_VQ),
     row(22, "MQ", When::Always, CTRL_VQ),
-    row(23, "CTRL_MAC_ADDR", When::Generic, CTRL_VQ),
+    row(23, "CTRL_MAC_ADDR", When::ControlQueue, CTRL_VQ),
     // For the front-end, not the guest (vhost-user, "Migration").
     row(26, "LOG_ALL", When::Always, 0),
     row(28, "INDIRECT_DESC", When::Always, 0),
@@ -122,7 +122,7 @@ pub struct Circumstances {
     /// Whether a MAC address was given.
     pub has_mac: bool,
     /// Whether the front-end hands over the control queue (`--front-end generic`).
-    pub is_generic: bool,
+    pub has_control_queue: bool,
 }
 
 /// The features to offer.
@@ -131,7 +131,7 @@ pub fn offered(here: Circumstances) -> u64 {
         When::Always => true,
         When::Device(flags) => here.device_offloads & flags == flags,
         When::Mac => here.has_mac,
-        When::Generic => here.is_generic,
+        When::ControlQueue => here.has_control_queue,
     };
     TABLE.iter().filter(applies).fold(0, |all, row| all | 1 << row.bit)
 }
@@ -215,7 +215,7 @@ mod tests {
         let standard = offered(Circumstances { device_offloads: ALL_TUN, ..Circumstances::default() });
         assert_eq!(standard & commands, 0);
         assert_eq!(standard & (CTRL_VQ | MQ | GUEST_ANNOUNCE), CTRL_VQ | MQ | GUEST_ANNOUNCE);
-        let generic = offered(Circumstances { is_generic: true, ..Circumstances::default() });
+        let generic = offered(Circumstances { has_control_queue: true, ..Circumstances::default() });
         assert_eq!(generic & commands, commands);
     }
 

@@ -120,7 +120,7 @@ fn configuration_space_that_is_not_offered_is_not_read() {
 /// vhost-user, "Suspended device state".
 #[test]
 fn news_of_the_configuration_space_wait_until_a_ring_runs() {
-    let setup = NicSetup { is_generic: true, ..NicSetup::default() };
+    let setup = NicSetup { has_control_queue: true, ..NicSetup::default() };
     let bench = Bench::before(InProcess::start_as(1, setup), Guest::new(1, 0));
     bench.negotiate();
     assert_eq!(bench.ask(Message::set_mem_table(&bench.guest.mem)), Answer::Ack);
