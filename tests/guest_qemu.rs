@@ -138,7 +138,7 @@ fn throughput_is_printed_beside_that_of_qemus_own_tap() {
     namespace.add_tap(&TapSpec { addr: Some("10.98.0.1/24"), ..TapSpec::new("tap1") });
     let device = format!("virtio-net-pci,netdev=net1,romfile=,rx_queue_size=1024,vectors={}", vectors(1));
     let qemu = ["-netdev", "tap,id=net1,ifname=tap1,script=no,downscript=no,vhost=off", "-device", &device];
-    let mut bench = Bench::boot_in(namespace, &GuestSpec { qemu: &qemu, ..GuestSpec::new(Vmm::Qemu) });
+    let mut bench = Bench::boot_in(namespace, &GuestSpec { qemu: &qemu, alone: true, ..GuestSpec::new(Vmm::Qemu) });
     bench.guest.run("ip address add 10.98.0.2/24 dev eth1 && ip link set eth1 up");
     let _server = transfer::serve_iperf(&bench);
 

@@ -5,8 +5,8 @@
 //! their output and status come out between two marks, and no wait is without a bound. Bulk traffic is in
 //! `transfer.rs`; how a guest moves to another back-end while it runs, in `migration.rs`.
 //!
-//! Guests are heavy, and would starve each other: within a test binary they take turns, but for two of User Mode Linux, which
-//! have one processor each.
+//! Guests are heavy, and would starve each other: within a test binary they take turns, but for two whose processors are one
+//! thread each.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -49,8 +49,11 @@ static FREED: Condvar = Condvar::new();
 struct Turn(usize);
 
 impl Turn {
-    fn wait_for(vmm: Vmm) -> Self {
-        let places = if vmm == Vmm::Uml { 1 } else { 2 };
+    fn wait_for(spec: &GuestSpec<'_>) -> Self {
+        // One that moves is two for a while.
+        let moves = spec.device == HostDevice::Bridge;
+        let has_threads = spec.vmm == Vmm::Qemu && has_thread_per_processor(spec.queue_pairs);
+        let places = if spec.alone || moves || has_threads { 2 } else { 1 };
         let free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
         *FREED.wait_while(free, |free| *free < places).unwrap_or_else(PoisonError::into_inner) -= places;
         Self(places)
@@ -185,11 +188,13 @@ pub struct GuestSpec<'a> {
     pub backend: &'a [&'a str],
     /// More words of QEMU's command line.
     pub qemu: &'a [&'a str],
+    /// Whether no other guest may run meanwhile: something is measured.
+    pub alone: bool,
 }
 
 impl GuestSpec<'_> {
     pub fn new(vmm: Vmm) -> Self {
-        Self { vmm, queue_pairs: 1, device: HostDevice::Tap, backend: &[], qemu: &[] }
+        Self { vmm, queue_pairs: 1, device: HostDevice::Tap, backend: &[], qemu: &[], alone: false }
     }
 }
 
@@ -211,7 +216,7 @@ impl Bench {
 
     /// Boots a guest in a namespace that has further devices.
     pub fn boot_in(namespace: NetNs, spec: &GuestSpec<'_>) -> Self {
-        let turn = Turn::wait_for(spec.vmm);
+        let turn = Turn::wait_for(spec);
         let device = spec.device.make(&namespace, spec.queue_pairs);
         let seat = Seat::take(spec, &namespace, device);
         let mut command = match spec.vmm {
@@ -343,6 +348,12 @@ fn kernel_words(spec: &GuestSpec<'_>) -> String {
     format!("quiet guest.ip={GUEST}/24 guest.peer={HOST} guest.queues={}", spec.queue_pairs)
 }
 
+/// Processors with a thread each run now and then into a breakpoint that their kernel has taken away (Oops: int3, on QEMU 7.2
+/// at least). Four on one thread would be too slow under load.
+fn has_thread_per_processor(queue_pairs: usize) -> bool {
+    queue_pairs > 2
+}
+
 /// In the namespace, for what other network devices it has.
 pub(super) fn qemu_command(spec: &GuestSpec<'_>, namespace: &NetNs, seat: &Seat) -> Command {
     let image = image().expect("require_guest was asked");
@@ -350,9 +361,7 @@ pub(super) fn qemu_command(spec: &GuestSpec<'_>, namespace: &NetNs, seat: &Seat)
     // QEMU's word for "try again every second" changed.
     let reconnect = if qtest::is_at_least(9, 2) { "reconnect-ms=1000" } else { "reconnect=1" };
     let multi_queue = if pairs > 1 { ",mq=on" } else { "" };
-    // Processors with a thread each run now and then into a breakpoint that their kernel has taken away (Oops: int3, on QEMU
-    // 7.2 at least). Four on one thread would be too slow under load.
-    let threads = if pairs > 2 { "multi" } else { "single" };
+    let threads = if has_thread_per_processor(pairs) { "multi" } else { "single" };
     let words = [
         format!("-nodefaults -no-user-config -display none -accel tcg,thread={threads} -cpu max"),
         format!("-smp {pairs} -m 512M -object memory-backend-memfd,id=mem0,size=512M,share=on"),
