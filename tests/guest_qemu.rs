@@ -130,7 +130,9 @@ fn each_of_four_queue_pairs_carries_traffic_and_the_guest_changes_their_number()
 #[test]
 fn throughput_is_printed_beside_that_of_qemus_own_tap() {
     const QEMUS_HOST: &str = "10.98.0.1";
-    const ROUNDS: usize = 3;
+    const ROUNDS: u32 = 3;
+    // One shows that frames flow, all of them what the figures are worth.
+    let rounds = common::times(1, ROUNDS);
     if !require_guest("throughput_is_printed_beside_that_of_qemus_own_tap", Vmm::Qemu) {
         return;
     }
@@ -149,13 +151,15 @@ fn throughput_is_printed_beside_that_of_qemus_own_tap() {
         // More than it takes, but not so much that it does nothing any more than take interrupts.
         ("UDP to the guest", "-u -b 700M -R"),
     ] {
-        let (mut ours, mut qemus) = (0.0, 0.0);
-        // In turns: what else the machine does troubles both.
-        for _ in 0..ROUNDS {
-            ours += transfer::iperf(&mut bench, HOST, 1, options) / ROUNDS as f64;
-            qemus += transfer::iperf(&mut bench, QEMUS_HOST, 1, options) / ROUNDS as f64;
+        let (mut ours, mut qemus, mut round) = (0.0, 0.0, 0);
+        // In turns: what else the machine does troubles both. On a busy one there may be a second without a frame.
+        while round < rounds || (ours == 0.0 && round < ROUNDS) {
+            ours += transfer::iperf(&mut bench, HOST, 1, options);
+            qemus += transfer::iperf(&mut bench, QEMUS_HOST, 1, options);
+            round += 1;
         }
         let ratio = ours / qemus;
+        let [ours, qemus] = [ours, qemus].map(|sum| sum / f64::from(round));
         common::say(&format!("{what}: {ours:.0} Mbit/s, QEMU's own tap {qemus:.0}: ratio {ratio:.2}"));
         assert!(ours > 0.0, "{what}: nothing arrived");
     }
