@@ -7,6 +7,8 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/resources/lib/common.sh"
 
 MINUTES=10
+# Targets at a time. Most of what one does is on one thread.
+LANES=2
 # Exit status for what could not run here.
 SKIPPED=77
 
@@ -14,8 +16,9 @@ usage() {
     cat <<USAGE
 Usage: [sudo] resources/fuzz.sh [--minutes N] [TARGET]...
 
-Builds the fuzz targets and runs them, or those that are named, one after the other, for N minutes
-in all (default $MINUTES). What is found is a test case in fuzz/artifacts/, and the exit status 1.
+Builds the fuzz targets and runs them, or those that are named, $LANES at a time, for N minutes in
+all (default $MINUTES), which takes half as long. What is found is a test case in fuzz/artifacts/, and
+the exit status 1.
 
 The targets, see the head of each for its oracle: $(targets | paste -sd' ')
 
@@ -66,8 +69,8 @@ run_target() {
         -max_len=4096 -timeout=20 -rss_limit_mb=2048 >"$log" 2>&1 || status=$?
     if [ $status = 0 ]; then
         step_done "$(sed -n 's/^Done \([0-9]*\) runs.*/\1 inputs/p; s/.*DONE *\(cov: [0-9]*\).*/\1/p' "$log" | paste -sd' ')"
-        # To the caller's list of what could not run, if it has one.
-        grep -a '^SKIPPED: ' "$log" | tee -a "${VHOST_USER_NET_SKIPPED:-/dev/null}" >&2 || :
+        # To the caller's list of what could not run, too, if it has one.
+        ! grep -a '^SKIPPED: ' "$log" >&2 || sed -n 's/^SKIPPED: //p' "$log" >>"${VHOST_USER_NET_SKIPPED:-/dev/null}"
     else
         step_done "FOUND something, exit status $status"
         grep -aA20 'panicked at\|ERROR: \|SUMMARY: ' "$log" | grep -av '^ *#\|^stack backtrace' | head -40 >&2
@@ -77,8 +80,38 @@ run_target() {
     return $status
 }
 
+# `run_lane SECONDS TARGET...` runs targets one after the other, all of them even if one finds something. What each prints
+# comes at its end, in one piece: another lane prints too.
+run_lane() {
+    local seconds=$1 target report found=0
+    shift
+    for target in "$@"; do
+        report=$(run_target "$target" "$seconds" 2>&1) || found=1
+        say "$report"
+    done
+    return $found
+}
+
+# `run_targets SECONDS TARGET...` deals them out to the lanes.
+run_targets() {
+    local seconds=$1 number lane lanes=() found=0
+    shift
+    for ((number = 0; number < LANES; number++)); do
+        # shellcheck disable=SC2046 # names without blanks
+        run_lane "$seconds" $(printf '%s\n' "$@" | awk -v number=$number -v lanes=$LANES 'NR % lanes == number') &
+        lanes+=($!)
+    done
+    # Processes in the background do not hear a Ctrl-C.
+    # shellcheck disable=SC2064 # those of now
+    trap "kill ${lanes[*]} 2>/dev/null || :" EXIT
+    for lane in "${lanes[@]}"; do
+        wait "$lane" || found=1
+    done
+    return $found
+}
+
 main() {
-    local chosen=() target seconds found=0
+    local chosen=() seconds found=0
     while [ $# -gt 0 ]; do
         case $1 in
             --minutes)
@@ -106,9 +139,7 @@ main() {
     mkdir -p "$ROOT/fuzz/corpus" "$ROOT/fuzz/artifacts"
     "$BIN/seeds" "$ROOT/fuzz/corpus"
     seconds=$((MINUTES * 60 / ${#chosen[@]}))
-    for target in "${chosen[@]}"; do
-        run_target "$target" $((seconds > 0 ? seconds : 1)) || found=1
-    done
+    run_targets $((seconds > 0 ? seconds : 1)) "${chosen[@]}" || found=1
     [ -z "$BUILDER" ] || chown -R "$BUILDER:" "$ROOT/fuzz/corpus" "$ROOT/fuzz/artifacts"
     return $found
 }
