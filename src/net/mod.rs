@@ -26,24 +26,24 @@ use coalesce::Coalesce;
 use framing::Framing;
 use header::SegmentLimit;
 
-/// The host's side of a queue pair, and how frames are moved there.
+/// The host's side of a queue pair, and how frames are moved to and from it.
 #[derive(Clone)]
 pub struct Uplink<'a> {
     /// The interface's queue.
     pub device: &'a DeviceQueue,
     /// How frames are read and written.
     pub io: Io,
-    /// What batches use.
+    /// Where batches take their io_uring instances.
     pub rings: &'a UringPool,
-    /// What may go as one.
+    /// Which protocols may be coalesced.
     pub coalesce: Coalesce,
-    /// How frames stand there.
+    /// The format of frames on the device.
     pub framing: &'a Framing,
-    /// Into how many segments the host may have to cut one.
+    /// The most segments that the guest may have the host make of one frame.
     pub segment_limit: SegmentLimit,
 }
 
-/// How a pass over one direction ended. Ordinary ends, all of them.
+/// How a pass over one direction ended. All of these are ordinary ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pump {
     /// The side that frames come from has no more.
@@ -54,7 +54,7 @@ pub enum Pump {
     NoBuffers,
     /// There is more to do, after the other direction had its turn.
     BudgetSpent,
-    /// The device failed in a way that may pass.
+    /// The device had a failure that may be temporary.
     TryLater,
     /// The device is gone.
     DeviceLost,

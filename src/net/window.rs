@@ -219,7 +219,7 @@ impl Window {
     }
 
     /// Reads one frame: its start to `start`, then the guest's buffers without their first `skip` bytes, which are the
-    /// start's place, then `private`. A VLAN tag that belongs into it is told in `tag`.
+    /// start's place, then `private`. A VLAN tag that came beside it is put into `tag`.
     #[inline]
     pub(super) fn read(
         &mut self,
