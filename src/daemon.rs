@@ -6,7 +6,7 @@
 
 mod following;
 
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -45,6 +45,28 @@ pub enum Source {
     Listener(SocketListener),
     /// There is this one, and with it the process ends.
     Connected(UnixStream),
+}
+
+impl Source {
+    /// The directory of the socket to which they connect, if they do.
+    pub fn directory(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Source::Listener(listener) => Some(listener.directory()),
+            Source::Connected(_) => None,
+        }
+    }
+}
+
+/// What a daemon needs, besides its card.
+pub struct DaemonSetup {
+    /// Where front-ends come from.
+    pub source: Source,
+    /// What they are offered of the protocol.
+    pub session: SessionOptions,
+    /// The host's side, to be opened again when it is lost and comes back.
+    pub host: HostSide,
+    /// Tells what happens to the interface, if anything does.
+    pub watch: Option<LinkWatch>,
 }
 
 /// Why the loop cannot run.
@@ -125,7 +147,7 @@ pub struct Daemon {
     connected: Option<UnixStream>,
     session: Option<Session>,
     stop: EventFd,
-    signals: Option<SignalFd>,
+    signals: SignalFd,
     following: Following,
     timer: TimerFd,
     settle_at: Option<Instant>,
@@ -139,11 +161,14 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// A daemon for `nic`.
+    /// A daemon for `nic`. It ends on SIGTERM, SIGINT and SIGHUP, and logs counters on SIGUSR1, where they are blocked
+    /// ([`block_signals`]).
     ///
     /// # Errors
     /// Where the kernel has no descriptors for it.
-    pub fn new(nic: Nic, source: Source, options: SessionOptions) -> Result<Daemon, DaemonError> {
+    pub fn new(nic: Nic, setup: DaemonSetup) -> Result<Daemon, DaemonError> {
+        let DaemonSetup { source, session: options, host, watch } = setup;
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
         let (listener, connected) = match source {
             Source::Listener(listener) => (Some(listener), None),
             Source::Connected(stream) => (None, Some(stream)),
@@ -155,8 +180,8 @@ impl Daemon {
             connected,
             session: None,
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(DaemonError::SetUp)?,
-            signals: None,
-            following: Following::default(),
+            signals: SignalFd::with_flags(&signals(), flags).map_err(|e| DaemonError::SetUp(e.into()))?,
+            following: Following::new(host, watch),
             timer: TimerFd::new().map_err(|e| DaemonError::SetUp(e.into()))?,
             settle_at: None,
             listen_at: None,
@@ -165,22 +190,6 @@ impl Daemon {
             throttle: Throttle::default(),
             sandbox: Level::Off,
         })
-    }
-
-    /// Ends on SIGTERM, SIGINT and SIGHUP, and logs counters on SIGUSR1; they must be blocked ([`block_signals`]).
-    ///
-    /// # Errors
-    /// Where the kernel has no descriptor for it.
-    pub fn with_signals(mut self) -> Result<Daemon, DaemonError> {
-        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-        let signals = SignalFd::with_flags(&signals(), flags).map_err(|e| DaemonError::SetUp(e.into()))?;
-        self.signals = Some(signals);
-        Ok(self)
-    }
-
-    /// Follows what happens to the interface, of which `watch` tells, and opens it again as `host` says.
-    pub fn following(self, host: HostSide, watch: Option<LinkWatch>) -> Daemon {
-        Daemon { following: Following::new(host, watch), ..self }
     }
 
     /// An eventfd that ends the loop when it is written to.
@@ -196,19 +205,12 @@ impl Daemon {
         Arc::clone(&self.nic)
     }
 
-    /// Serves until told to end, or until the one connection ends. All rings are stopped and the socket is removed then.
+    /// Closes the sandbox around this thread, and serves until told to end, or until the one connection ends. All rings are
+    /// stopped and the socket is removed then.
     ///
     /// # Errors
     /// [`DaemonError`].
-    pub fn run(self) -> Result<(), DaemonError> {
-        self.run_in(Sandbox::OFF)
-    }
-
-    /// As [`Daemon::run`], after closing the sandbox around this thread.
-    ///
-    /// # Errors
-    /// [`DaemonError`].
-    pub fn run_in(mut self, sandbox: Sandbox) -> Result<(), DaemonError> {
+    pub fn run(mut self, sandbox: Sandbox) -> Result<(), DaemonError> {
         let mut manager = EventManager::new().map_err(DaemonError::EventLoop)?;
         self.sandbox = sandbox.level();
         sandbox.confine(Role::Control)?;
@@ -331,8 +333,7 @@ impl Daemon {
     }
 
     fn take_signals(&mut self) {
-        let Some(signals) = &self.signals else { return };
-        while let Ok(Some(signal)) = signals.read_signal() {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
             if signal.ssi_signo == Signal::SIGUSR1 as u32 {
                 self.log_counters();
             } else {
@@ -383,16 +384,11 @@ impl MutEventSubscriber for Daemon {
     fn init(&mut self, ops: &mut EventOps) {
         let stop = self.stop.as_raw_fd();
         let timer = self.timer.as_raw_fd();
-        let signals = self.signals.as_ref().map(|fd| fd.as_fd().as_raw_fd());
+        let signals = self.signals.as_fd().as_raw_fd();
         let alarm = self.nic.alarm().as_raw_fd();
-        let watched = [
-            (Some(stop), Token::Stop),
-            (Some(timer), Token::Timer),
-            (Some(alarm), Token::Alarm),
-            (signals, Token::Signal),
-        ];
+        let watched = [(stop, Token::Stop), (timer, Token::Timer), (alarm, Token::Alarm), (signals, Token::Signal)];
         for (fd, token) in watched {
-            let watched = fd.is_none_or(|fd| watch(fd, token, ops));
+            let watched = watch(fd, token, ops);
             self.fail_unless(watched);
         }
         self.watch_listener(ops);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::Parser;
 use vhost_user_net::cli::Cli;
 use vhost_user_net::config::{Config, ConfigError, FrontEnds};
-use vhost_user_net::daemon::{self, Daemon, DaemonError, Source};
+use vhost_user_net::daemon::{self, Daemon, DaemonError, DaemonSetup, Source};
 use vhost_user_net::host_side::Opened;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::sandbox::{self, Later};
@@ -58,30 +58,33 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     daemon::block_signals()?;
     daemon::raise_limits();
     config.nic.tuning.io = config.nic.tuning.io.usable()?;
-    let connected = match &config.front_ends {
-        FrontEnds::Descriptor(fd) => Some(UnixStream::from(inherited::take_connected_socket(*fd)?)),
-        // It is made once the device is there, but a path that will not do must not leave a device behind.
-        FrontEnds::Socket { path, .. } => listener::check(path).map(|()| None)?,
-    };
-    let Opened { device, queues, watch } = config.host.open()?;
-    let source = match (config.front_ends, connected) {
-        (FrontEnds::Socket { path, access }, _) => Source::Listener(SocketListener::bind(&path, access)?),
-        (FrontEnds::Descriptor(_), Some(stream)) => Source::Connected(stream),
-        (FrontEnds::Descriptor(_), None) => return Err("the descriptor was not taken".into()),
-    };
-    if let Source::Listener(listener) = &source {
-        log::info!("Listening on {:?}", listener.path());
+    match config.front_ends.clone() {
+        FrontEnds::Descriptor(fd) => {
+            let connected = UnixStream::from(inherited::take_connected_socket(fd)?);
+            serve(config, || Ok(Source::Connected(connected)))
+        }
+        FrontEnds::Socket { path, access } => {
+            // It is made once the device is there, but a path that will not do must not leave a device behind.
+            listener::check(&path)?;
+            serve(config, || {
+                let listener = SocketListener::bind(&path, access)?;
+                log::info!("Listening on {:?}", listener.path());
+                Ok(Source::Listener(listener))
+            })
+        }
     }
-    let directory = match &source {
-        Source::Listener(listener) => Some(listener.directory()),
-        Source::Connected(_) => None,
-    };
+}
+
+/// Opens the device, then the way to front-ends, and serves them.
+fn serve(config: Config, open_source: impl FnOnce() -> Result<Source, BoxError>) -> Result<(), BoxError> {
+    let Opened { device, queues, watch } = config.host.open()?;
+    let source = open_source()?;
     // The process has one thread still.
-    let later = Later { keeps_rights: config.host.why_rights_are_needed(), directory };
+    let later = Later { keeps_rights: config.host.why_rights_are_needed(), directory: source.directory() };
     let sandbox = sandbox::enter(config.sandbox, later)?;
     let nic = Nic::new(device, queues, config.nic)?;
     memory::guard::install(Arc::clone(nic.alarm()))?;
     nic.confine(sandbox)?;
-    Daemon::new(nic, source, config.session)?.with_signals()?.following(config.host, watch).run_in(sandbox)?;
-    Ok(())
+    let setup = DaemonSetup { source, session: config.session, host: config.host, watch };
+    Ok(Daemon::new(nic, setup)?.run(sandbox)?)
 }

@@ -23,9 +23,8 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 const RETRIES: u32 = 50;
 
 /// What is followed.
-#[derive(Default)]
 pub(super) struct Following {
-    host: Option<HostSide>,
+    host: HostSide,
     watch: Option<LinkWatch>,
     is_lost: bool,
     /// When to ask whether the interface was deleted, if it would not tell.
@@ -38,7 +37,7 @@ pub(super) struct Following {
 
 impl Following {
     pub(super) fn new(host: HostSide, watch: Option<LinkWatch>) -> Following {
-        Following { host: Some(host), watch, ..Following::default() }
+        Following { host, watch, is_lost: false, probe_at: None, retry_at: None, retries: 0, refusal: String::new() }
     }
 
     /// When there is something to do.
@@ -46,13 +45,9 @@ impl Following {
         [self.probe_at, self.retry_at].into_iter().flatten().min()
     }
 
-    fn on_loss(&self) -> OnLoss {
-        self.host.as_ref().map_or(OnLoss::Wait, |host| host.on_loss)
-    }
-
     /// Whether one of its name can be waited for, once the interface is gone.
     fn can_come_back(&self) -> bool {
-        self.watch.is_some() && self.host.as_ref().is_some_and(HostSide::can_reopen)
+        self.watch.is_some() && self.host.can_reopen()
     }
 }
 
@@ -163,7 +158,7 @@ impl Daemon {
     fn lose_device(&mut self, ops: &mut EventOps) {
         self.following.is_lost = true;
         let name = self.nic.device_name();
-        if self.following.on_loss() == OnLoss::Exit {
+        if self.following.host.on_loss == OnLoss::Exit {
             return self.fail(DaemonError::DeviceLost { name });
         }
         if self.following.can_come_back() {
@@ -187,8 +182,10 @@ impl Daemon {
 
     /// Tries to go on with an interface that came back.
     fn open_again(&mut self, ops: &mut EventOps) {
-        let following = &self.following;
-        let Some(host) = following.host.as_ref().filter(|host| following.is_lost && host.can_reopen()) else { return };
+        let host = &self.following.host;
+        if !self.following.is_lost || !host.can_reopen() {
+            return;
+        }
         match host.reopen(self.nic.made_with_mac()).and_then(|opened| self.go_on_with(opened, ops)) {
             Ok(()) => log::info!("Interface {:?} is back; frames pass again", self.nic.device_name()),
             Err(error) => self.try_again_later(&error),
@@ -198,8 +195,7 @@ impl Daemon {
     fn go_on_with(&mut self, opened: Opened, ops: &mut EventOps) -> Result<(), OpenError> {
         self.nic.replace_device(opened.device, opened.queues)?;
         self.stop_watching(ops);
-        let host = self.following.host.take();
-        self.following = Following { host, watch: opened.watch, ..Following::default() };
+        self.following = Following::new(self.following.host.clone(), opened.watch);
         self.begin_following(ops);
         Ok(())
     }

@@ -17,9 +17,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use vhost_user_net::busy_poll::Polling;
-use vhost_user_net::daemon::{Daemon, Source};
+use vhost_user_net::daemon::{Daemon, DaemonSetup, Source};
+use vhost_user_net::device::passed::Passed;
 use vhost_user_net::device::{Device, Io, Layer};
+use vhost_user_net::host_side::{DeviceChoice, HostSide, OnLoss};
 use vhost_user_net::nic::{Nic, NicSetup};
+use vhost_user_net::sandbox::Sandbox;
 use vhost_user_net::tuning::Tuning;
 use vhost_user_net::vhost_user::listener::{SocketAccess, SocketListener};
 use vhost_user_net::vhost_user::session::SessionOptions;
@@ -91,9 +94,10 @@ impl InProcess {
             let nic = Nic::new(device, queues, setup).unwrap();
             let access = SocketAccess { mode: 0o600, group: None };
             let listener = SocketListener::bind(&path, access).unwrap();
-            let daemon = Daemon::new(nic, Source::Listener(listener), options).unwrap();
+            let setup = DaemonSetup { source: Source::Listener(listener), session: options, host: host(), watch: None };
+            let daemon = Daemon::new(nic, setup).unwrap();
             started.send((daemon.stop_handle().unwrap(), daemon.nic())).unwrap();
-            daemon.run().unwrap();
+            daemon.run(Sandbox::OFF).unwrap();
         });
         let (stop, nic) = starting.recv().unwrap();
         InProcess { taps, nic: Some(nic), stop, thread: Some(thread), dir }
@@ -122,6 +126,12 @@ impl InProcess {
             thread::yield_now();
         }
     }
+}
+
+/// What the device of a back-end in this process comes nearest to: it is never opened again.
+fn host() -> HostSide {
+    let device = DeviceChoice::Passed(Passed { fds: Vec::new(), of: None });
+    HostSide { device, netns: None, carrier: None, on_loss: OnLoss::Wait }
 }
 
 impl Drop for InProcess {
