@@ -27,6 +27,7 @@ use crate::net::features::{self, CTRL_GUEST_OFFLOADS, Circumstances, GuestOffloa
 use crate::net::framing::Framing;
 use crate::net::ip_link::{Gateway, IpLink};
 use crate::net::rarp;
+use crate::notify::Call;
 use crate::running_ring::{Direction, NotStarted, RingChange, RunsRings, StartRing, StoppedRing};
 use crate::tuning::Tuning;
 use crate::virtqueue::SplitRing;
@@ -345,6 +346,20 @@ impl Nic {
             Place::Nowhere => None,
         };
         counters.into_iter().for_each(|counters| counters.rings_resumed_off_base.add(1));
+    }
+
+    /// Tells the front-end that a ring that does not run is broken, and gives its descriptor back. The ring's thread does it:
+    /// where the front-end has the write wait, its own card stands still and the process ends, on signals too, which the
+    /// control thread hears.
+    ///
+    /// # Errors
+    /// [`Stuck`].
+    pub fn report_broken(&self, ring: usize, err: Option<Call>) -> Result<Option<Call>, Stuck> {
+        let Some(err) = err else { return Ok(None) };
+        self.on_ring(ring, None, move |_, _| {
+            err.signal();
+            Some(err)
+        })
     }
 
     /// Has a running ring carry on where it was found in a new view of memory.

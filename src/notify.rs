@@ -2,9 +2,10 @@
 //! that a ring has of them, [`RingFds`].
 //!
 //! The front-end chose what they are: eventfds, pipes, or worse. Kicks, and the ends of pipes and sockets, are made non-blocking on
-//! arrival, so no read or write of one ever waits. A call that is an eventfd stays as it came: that it blocks is a property
-//! of the file, which a front-end (libkrun) may share and read, and there is a look before each write to one that may
-//! block. What a descriptor does on an error is its sender's problem and never ours.
+//! arrival, so no read or write of one waits. A call that is an eventfd stays as it came: that it blocks is a property of the
+//! file, which a front-end (libkrun) may share and read, and there is a look before each write to one that may block. A
+//! front-end that has a write wait all the same, by filling it at that moment or making it blocking again, stops the thread of
+//! its own ring, which ends the process. What a descriptor does on an error is its sender's problem and never ours.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -95,15 +96,6 @@ pub struct RingFds {
     pub call: Option<Call>,
     /// By what the front-end learns that the ring is broken.
     pub err: Option<Call>,
-}
-
-impl RingFds {
-    /// Tells the front-end that the ring is broken, if it can be told.
-    pub(crate) fn signal_err(&self) {
-        if let Some(err) = &self.err {
-            err.signal();
-        }
-    }
 }
 
 /// What sort of file it is, if it can be a notification.

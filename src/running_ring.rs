@@ -243,7 +243,7 @@ impl RunningRing {
             return;
         }
         unwatch(epoll, self.fds.kick.take().as_ref());
-        self.fds.signal_err();
+        self.fds.err.as_ref().into_iter().for_each(Call::signal);
         broken_rings.add(1);
         if throttle.allows() {
             log::warn!("Ring of {:?} broken, parked until it is set up anew: {why}", self.event);

@@ -91,7 +91,7 @@ pub(crate) const ROWS: &[Row] = &[
     row("U-50", "configuration space beyond its end", "zeros; beyond 256 bytes an empty reply", Tested),
     row("U-51", "kick replaced while signalled", "no spin", Tested),
     row("U-52", "kick drained by its sender", "ignored", Tested),
-    row("U-53", "call that blocks", "never waited for", Tested),
+    row("U-53", "call that blocks", "not waited for; made to block later it ends its own process", Tested),
     row("U-54", "call to a closed or full pipe", "no signal, no wait", Tested),
     row("U-55", "enable 2; enables again and again", "refused; memory stays flat", Tested),
     row("U-56", "frames on a disabled ring", "discarded and counted", Tested),

@@ -4,6 +4,7 @@
 //! * [`stream`], [`memory`], [`rings`]: front-end and guest, with the back-end in this process;
 //! * [`process`], [`outlived`], [`successor`]: the real binary: what it holds, costs and logs, what it lives through, and
 //!   the next one after its end;
+//! * [`confined`]: what no thread of it may be made to do;
 //! * [`source`]: what the source itself must not have.
 //!
 //! Most cases are tested where their matter is (`session`, `chain_faults`, `header`, `tap`, …), by tests with the case's
@@ -15,6 +16,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod confined;
 mod list;
 mod memory;
 mod outlived;

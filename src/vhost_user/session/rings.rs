@@ -243,7 +243,13 @@ impl Session {
         let features = self.features;
         let ring_features =
             RingFeatures { event_idx: features & EVENT_IDX != 0, indirect: features & INDIRECT_DESC != 0 };
-        let queue = layout.start(&self.mem, ring_features).inspect_err(|_| setup.fds.signal_err())?;
+        let queue = match layout.start(&self.mem, ring_features) {
+            Ok(queue) => queue,
+            Err(error) => {
+                setup.fds.err = self.nic.report_broken(index, setup.fds.err.take())?;
+                return Err(error.into());
+            }
+        };
         // Without protocol features there is no message to enable a ring (vhost-user, "Ring states").
         if features & PROTOCOL_FEATURES == 0 {
             *mode = RingMode::Enabled;
@@ -276,9 +282,10 @@ impl Session {
     /// Stops a ring that is no longer in guest memory, until its memory is back or it is set up anew.
     pub(super) fn lose_ring(&mut self, index: usize, error: &StartError) -> Result<(), Refusal> {
         self.take_back(index, Nic::abandon, true)?;
+        let nic = Arc::clone(&self.nic);
         let setup = self.stopped(index)?;
         setup.is_lost = true;
-        setup.fds.signal_err();
+        setup.fds.err = nic.report_broken(index, setup.fds.err.take())?;
         self.warn(format_args!("Ring {index} stopped: {error}"));
         Ok(())
     }
