@@ -15,6 +15,8 @@ SHARES=both_directions_get_their_turn
 # And tests of how much memory a process has, which AddressSanitizer adds to and gives back late.
 NOT_WITH_ASAN=(start_with_too_little_memory leave_nothing out_of_descriptors_does_not_spin keeps_no_descriptor_and_no_mapping
     leave_none_behind leave_memory_flat "$SHARES")
+# And one that needs two mappings side by side, which ThreadSanitizer keeps apart.
+NOT_WITH_TSAN=(regions_side_by_side "$SHARES")
 WITH_TSAN=(session control_queue datapath rx_buffers)
 # Tests that start the program, which are traced: those on packet sockets apart.
 TRACED=(tap macvtap tun following interface_trouble hostile sandbox packet)
@@ -99,11 +101,12 @@ part_asan() {
 }
 
 part_tsan() {
-    local tests=() name
+    local tests=() skip=() name
     nightly rust-src || return
     for name in "${WITH_TSAN[@]}"; do tests+=(--test "$name"); done
+    for name in "${NOT_WITH_TSAN[@]}"; do skip+=(--skip "$name"); done
     run_rust env RUSTFLAGS=-Zsanitizer=thread "CARGO_TARGET_DIR=$TARGET/tsan" \
-        cargo +nightly test -Zbuild-std --target "$(host)" --lib "${tests[@]}" --no-fail-fast -- --skip "$SHARES"
+        cargo +nightly test -Zbuild-std --target "$(host)" --lib "${tests[@]}" --no-fail-fast -- "${skip[@]}"
 }
 
 part_syscalls() {
