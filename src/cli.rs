@@ -1,4 +1,4 @@
-//! What was typed. What it means is `config`'s business.
+//! The command line as typed. `config` says what it means.
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -14,12 +14,12 @@ use crate::net::header::SegmentLimit;
 use crate::net::ip_link::Gateway;
 use crate::virtqueue::QueueSize;
 
-/// End a virtual machine's network card on an interface of the host, in a process of its own.
+/// Connect a virtual machine's virtio-net card to a network interface of the host, from a process of its own.
 ///
 /// A vhost-user back-end for QEMU, cloud-hypervisor and other virtual machine monitors: they connect to the socket and
-/// hand over the guest's memory and virtqueues, and frames move straight between those and a TAP, TUN, MACVTAP or packet
-/// socket. One process serves one network card. It does not daemonize, logs to standard error, and serves front-ends one
-/// after another.
+/// hand over the guest's memory and virtqueues, and frames move straight between those and a TAP, TUN, MACVTAP or
+/// packet socket. One process serves one network card. It does not daemonize, logs to standard error, and serves
+/// front-ends one after another.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 #[command(group = needed("front-end-socket", &["socket_path", "fd"]))]
@@ -39,24 +39,24 @@ pub struct Cli {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..), conflicts_with = "socket_path")]
     pub fd: Option<i32>,
 
-    /// Print what this back-end can do as JSON, as management software asks for it, and exit, whatever else is asked for
-    // `main` looks for it before anything is parsed; here it is for the help.
+    /// Print this back-end's capabilities as JSON, for management software, and exit, whatever other options there are
+    // `main` looks for it before anything is parsed; it is declared here for the help.
     #[arg(long)]
     pub print_capabilities: bool,
 
     /// Use TAP interface NAME; it is created if it does not exist
     ///
     /// An existing one must have been made with 'ip tuntap add dev NAME mode tap vnet_hdr user USER', and with
-    /// 'multi_queue' for more than one queue pair, and set up with 'ip link set NAME up'. One that is created here is set
-    /// up, and goes away when this process ends.
+    /// 'multi_queue' for more than one queue pair, and set up with 'ip link set NAME up'. One that is created here is
+    /// set up, and goes away when this process ends.
     #[arg(long, value_name = "NAME")]
     pub tap: Option<InterfaceName>,
 
     /// Use TUN interface NAME, a routed network without Ethernet; it is created if it does not exist
     ///
     /// An existing one must have been made with 'ip tuntap add dev NAME mode tun vnet_hdr user USER', and with
-    /// 'multi_queue' for more than one queue pair, and set up with 'ip link set NAME up'. Addresses and routes are given to
-    /// it with ip(8), such as 'ip route add GUEST dev NAME'.
+    /// 'multi_queue' for more than one queue pair, and set up with 'ip link set NAME up'. Addresses and routes are
+    /// given to it with ip(8), such as 'ip route add GUEST dev NAME'.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["macvtap", "macvtap_parent"])]
     pub tun: Option<InterfaceName>,
 
@@ -111,13 +111,15 @@ pub struct Cli {
     /// Use queues that were opened by someone else and passed as descriptors N,…: one for each queue pair
     ///
     /// Those of a TAP or TUN must have been opened with IFF_NO_PI and IFF_VNET_HDR, several of them with
-    /// IFF_MULTI_QUEUE; those of a MACVTAP are its open /dev/tapN. All of one interface. With --tap or --tun they may be
-    /// open /dev/net/tun that are no queues yet: they become queues of that interface, which must exist, wherever it is.
+    /// IFF_MULTI_QUEUE; those of a MACVTAP are its open /dev/tapN. All of one interface. With --tap or --tun they may
+    /// be open /dev/net/tun that are no queues yet: they become queues of that interface, which must exist, wherever it
+    /// is.
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(3..))]
     pub tap_fd: Vec<i32>,
 
-    /// Attach to a multi-queue TAP or TUN even though another process has queues on it, and share its frames with that one
-    // Not only `requires`: clap lets that go where what is required conflicts with something that is there.
+    /// Attach to a multi-queue TAP or TUN even though another process has queues on it, and share its frames with that
+    /// one
+    // Not only `requires`: clap ignores that if the required option conflicts with one that is given.
     #[arg(long, requires = "tuntap", conflicts_with_all = NOT_TUNTAP)]
     pub shared: bool,
 
@@ -125,7 +127,8 @@ pub struct Cli {
     #[arg(long, value_name = "BR", requires = "tap", conflicts_with_all = NOT_TAP)]
     pub bridge: Option<InterfaceName>,
 
-    /// User (a name or number) who may attach to a TAP or TUN that is created [default: who creates it, without --group]
+    /// User (a name or number) who may attach to a TAP or TUN that is created [default: who creates it, without
+    /// --group]
     ///
     /// Root may always. With --group too, USER may only as a member of GROUP.
     #[arg(long, value_name = "USER", requires = "tuntap", conflicts_with_all = NOT_TUNTAP)]
@@ -143,14 +146,14 @@ pub struct Cli {
 
     /// Carrier that a TAP or TUN begins with [default: as it is, which is up]
     ///
-    /// What the guest is told of its link follows the interface: that is up and has a carrier. 'ip link set NAME carrier on'
-    /// changes it later. While the link is down, the guest's frames are dropped.
+    /// The guest's link follows the interface: it is up while the interface is up and has a carrier. 'ip link set NAME
+    /// carrier on' changes it later. While the link is down, the guest's frames are dropped.
     #[arg(long, value_name = "STATE", conflicts_with_all = NO_CARRIER)]
     pub link: Option<LinkChoice>,
 
     /// What to do when the interface is deleted [default: wait with --sandbox off, but for --tap-fd; else exit]
     ///
-    /// In the sandbox nothing can be opened, so where this says wait the control thread is left out of it. Descriptors of
+    /// Inside the sandbox nothing can be opened, so with wait the control thread stays out of it. Descriptors of
     /// --tap-fd are never opened again: with wait, the guest keeps a card whose link is down.
     #[arg(long, value_name = "WHAT")]
     pub on_device_loss: Option<LossChoice>,
@@ -165,8 +168,8 @@ pub struct Cli {
 
     /// Largest queue that a front-end may set up: a power of two up to 32768
     ///
-    /// A front-end is not told of a limit: what it sets up above that is refused, and the card does not work. Some take the
-    /// largest that there can be.
+    /// A front-end cannot be told of this limit: a larger queue is refused, and the card does not work. Some front-ends
+    /// use the largest queue that there can be.
     #[arg(long, value_name = "N", default_value = "32768", value_parser = parse_queue_size)]
     pub queue_size: QueueSize,
 
@@ -178,7 +181,8 @@ pub struct Cli {
 
     /// Largest MTU that the guest may use, 68 to 65535 [default: that of the interface]
     ///
-    /// An interface that is created gets it; an existing one keeps its own. QEMU has its own property 'host_mtu=' for it.
+    /// An interface that is created gets it; an existing one keeps its own. QEMU has its own property 'host_mtu=' for
+    /// it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
     pub mtu: Option<u16>,
 
@@ -201,22 +205,24 @@ pub struct Cli {
 
     /// Whether consecutive frames of one flow go to the TAP as one frame, which the kernel cuts again where it must
     ///
-    /// The host's stack is walked once for all of them. What comes out is what the guest sent, byte for byte, but for the
+    /// They pass the host's network stack as one. What comes out is what the guest sent, byte for byte, but for the
     /// IPv4 identification of packets that must not be fragmented.
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub coalesce: CoalesceChoice,
 
-    /// Into how many segments the host may have to cut one frame of the guest, 1 to 1366; one that needs more is dropped
+    /// Into how many segments the host may have to cut one frame of the guest, 1 to 1366; one that needs more is
+    /// dropped
     ///
-    /// Cutting costs the host's CPU time for each segment, whatever it carries. A full frame on the usual MTU takes 45. A
-    /// guest has use for more than the default only where it sends a lot to a TCP peer that takes less than 364 bytes at a
-    /// time.
+    /// Cutting costs the host's CPU time for each segment, whatever it carries. A full frame on the usual MTU takes 45.
+    /// A guest has use for more than the default only where it sends a lot to a TCP peer that takes less than 364 bytes
+    /// at a time.
     #[arg(long, value_name = "N", default_value_t, value_parser = parse_segments)]
     pub max_segments: SegmentLimit,
 
     /// Look for more frames for N microseconds before sleeping, or as long as it pays ('auto'); 0 to sleep at once
     ///
-    /// It saves the guest kicks and both sides waking up, at the cost of CPU time that a busy host gets back at once.
+    /// Polling saves kicks by the guest and wake-ups on both sides. It costs CPU time, which a busy host gets back at
+    /// once.
     #[arg(long, value_name = "N|auto", default_value = "0", value_parser = parse_polling)]
     pub poll_us: Polling,
 
@@ -233,7 +239,7 @@ pub struct Cli {
     pub log_level: LogLevel,
 }
 
-/// Who keeps the control queue.
+/// Which side keeps the control queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FrontEndKind {
     /// One with a network device of its own, which keeps the control queue: QEMU -netdev vhost-user, cloud-hypervisor
@@ -253,7 +259,7 @@ pub enum ModeChoice {
     Vepa,
     /// Not at all
     Private,
-    /// There is one, and it has all frames of IF
+    /// There is only one, and it gets all frames of IF
     Passthru,
 }
 
@@ -263,7 +269,7 @@ pub enum IoEngine {
     /// Small frames in batches where there are several at a time, if the kernel allows io_uring; others with a system
     /// call each
     Auto,
-    /// Small frames through io_uring always, and do not start where the kernel forbids it
+    /// Small frames always through io_uring; do not start if the kernel forbids it
     Uring,
     /// A system call for each frame
     Syscall,
@@ -283,15 +289,15 @@ pub enum CoalesceChoice {
 /// How much to log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogLevel {
-    /// What was asked did not happen
+    /// What was asked and did not happen
     Error,
-    /// And what is odd
+    /// Also what is odd
     Warn,
-    /// And what is rare and normal
+    /// Also what is rare and normal
     Info,
-    /// And what changes within a session
+    /// Also what changes within a session
     Debug,
-    /// And every message of the protocol
+    /// Also every message of the protocol
     Trace,
 }
 
@@ -304,7 +310,7 @@ pub enum LinkChoice {
     Down,
 }
 
-/// What follows from the interface's end.
+/// What to do when the interface is deleted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LossChoice {
     /// Wait for an interface of its name, and go on with that
@@ -316,7 +322,7 @@ pub enum LossChoice {
 /// How much of the sandbox is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SandboxChoice {
-    /// As much as the host and the other options let it have, which is logged
+    /// As much as the host and the other options allow; the log says how much
     Auto,
     /// No files, no network, no capabilities, few system calls
     Full,
@@ -326,17 +332,18 @@ pub enum SandboxChoice {
     Off,
 }
 
-/// What names the host's side.
+/// The options that name the host's interface.
 const DEVICES: [&str; 7] = ["tap", "tun", "tap_fd", "macvtap", "macvtap_parent", "interface", "macvlan_parent"];
-/// What an option that is of the TUN driver's interfaces alone does not go with; one of TAPs alone; one of packet sockets.
+/// The options that conflict with an option for interfaces of the TUN driver only, for TAPs only, for interfaces whose
+/// carrier can be set, and for packet sockets only.
 const NOT_TUNTAP: [&str; 4] = ["tap_fd", "macvtap", "macvtap_parent", "existing"];
 const NOT_TAP: [&str; 5] = ["tap_fd", "tun", "macvtap", "macvtap_parent", "existing"];
 const NO_CARRIER: [&str; 3] = ["macvtap", "macvtap_parent", "existing"];
 const NOT_PACKET: [&str; 5] = ["tap", "tun", "tap_fd", "macvtap", "macvtap_parent"];
 
 const MORE: &str = "'--help' has examples, exit statuses and signals.";
-/// Lines that are to be pasted are shorter than a terminal, which would break them: tests/cli.rs holds them to it, and makes
-/// sections of the man page of what stands here.
+/// Lines that are to be pasted must be shorter than a terminal, which would break them: tests/cli.rs checks that, and
+/// makes sections of the man page of this text.
 const SECTIONS: &str = "\
 Exit status:
   0   it was ended, by a signal or with the front-end of --fd
@@ -363,7 +370,7 @@ The guest's memory must be shared (share=on), or nothing can be handed over.
 With reconnect=1 (from QEMU 9.2 on reconnect-ms=1000) the guest's card outlives
 a restart of this process.";
 
-/// One of these must be there. Which exclude each other is said where they are declared.
+/// A group of which one option must be given. The options themselves declare which of them conflict.
 fn needed(name: &'static str, one_of: &[&'static str]) -> ArgGroup {
     ArgGroup::new(name).required(true).multiple(true).args(one_of)
 }
@@ -384,7 +391,7 @@ fn parse_mac(text: &str) -> Result<Mac, String> {
 }
 
 fn parse_polling(text: &str) -> Result<Polling, String> {
-    /// Longer would be no wait for the next frame, but a CPU given away.
+    /// A longer poll would not be a wait for the next frame, but a CPU given away.
     const LONGEST_US: u64 = 1000;
     if text == "auto" {
         return Ok(Polling::Auto);
@@ -413,7 +420,7 @@ fn parse_cpus(text: &str) -> Result<RangeInclusive<usize>, String> {
 }
 
 fn parse_mode(text: &str) -> Result<u32, String> {
-    // One digit alone would be what everybody else may do, which is hardly meant.
+    // A single digit would only say what everybody else may do, which is hardly meant.
     let is_whole = matches!(text.len(), 3 | 4) && text.bytes().all(|digit| digit.is_ascii_digit());
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| is_whole && *mode <= 0o777);
     mode.ok_or_else(|| "three or four octal digits are expected, such as 0660".to_owned())

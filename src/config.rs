@@ -1,4 +1,4 @@
-//! What was asked for, checked: to have a [`Config`] is to have a valid one.
+//! The command line, checked: whoever has a [`Config`] has a valid one.
 
 use std::path::PathBuf;
 
@@ -24,36 +24,36 @@ use crate::vhost_user::session::SessionOptions;
 /// Where front-ends come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FrontEnds {
-    /// They connect here.
+    /// They connect to a socket.
     Socket {
         /// The socket's path.
         path: PathBuf,
         /// Who may connect.
         access: SocketAccess,
     },
-    /// One that is connected, on this descriptor.
+    /// There is one, already connected on this descriptor.
     Descriptor(i32),
 }
 
-/// What to run.
+/// The configuration of the process.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where front-ends come from.
     pub front_ends: FrontEnds,
-    /// The host's side.
+    /// The host's interface.
     pub host: HostSide,
-    /// What the card is like.
+    /// The properties of the card.
     pub nic: NicSetup,
-    /// What of the protocol is offered.
+    /// What sessions offer of the protocol.
     pub session: SessionOptions,
-    /// What to give up once everything is open.
+    /// How much of the sandbox is wanted.
     pub sandbox: WantedSandbox,
     /// How much to log.
     pub log_level: log::LevelFilter,
 }
 
 impl Config {
-    /// Descriptors that this process was started with to use them.
+    /// The inherited descriptors that this process is to use.
     pub fn inherited(&self) -> Vec<i32> {
         let front_end = match self.front_ends {
             FrontEnds::Descriptor(fd) => Some(fd),
@@ -67,18 +67,18 @@ impl Config {
     }
 }
 
-/// What does not fit together.
+/// Why a command line is refused.
 #[derive(Debug, Error)]
 pub enum ConfigError {
-    /// One descriptor for each queue pair.
+    /// The number of descriptors differs from that of queue pairs.
     #[error("--queue-pairs {queue_pairs} does not fit --tap-fd, which has {fds} descriptor(s): one is needed for each")]
     TapFdCount {
-        /// What was asked.
+        /// The value of `--queue-pairs`.
         queue_pairs: u16,
         /// How many descriptors there are.
         fds: usize,
     },
-    /// A descriptor cannot be two things.
+    /// A descriptor is named twice.
     #[error("Descriptor {fd} is named twice")]
     SameFd {
         /// Its number.
@@ -87,19 +87,19 @@ pub enum ConfigError {
     /// There is no such group.
     #[error("{option} {name:?}: there is no such group; 'getent group' lists them")]
     Group {
-        /// Where it was named.
+        /// The option that names it.
         option: &'static str,
         /// The name.
         name: String,
     },
-    /// Nobody could be asked.
+    /// The user or group could not be looked up.
     #[error("{option} {name:?}: cannot be looked up now")]
     NotKnown {
         /// The option.
         option: &'static str,
         /// The user or group.
         name: String,
-        /// Why not.
+        /// Why the look-up failed.
         #[source]
         cause: std::io::Error,
     },
@@ -109,12 +109,12 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
-    /// What the sandbox takes away is needed.
+    /// The sandbox would take away rights that other options need.
     #[error(
         "--sandbox full and seccomp do not go with this: {why}; use --sandbox auto, which confines the other threads"
     )]
     Sandbox {
-        /// What for.
+        /// What the rights are needed for.
         why: &'static str,
     },
     /// Neither socket nor device was named.
@@ -207,7 +207,7 @@ fn sandbox(choice: SandboxChoice) -> WantedSandbox {
     }
 }
 
-/// Waiting is for what can come back.
+/// By default, the process waits only for an interface that it can open again.
 fn on_loss(choice: Option<LossChoice>, sandbox: WantedSandbox, device: &DeviceChoice) -> OnLoss {
     match choice {
         Some(LossChoice::Wait) => OnLoss::Wait,
@@ -315,7 +315,7 @@ mod tests {
         assert!(bad.contains("--queue-pairs 3") && bad.contains("2 descriptor"), "{bad}");
     }
 
-    /// In the sandbox nothing can be opened, and what was passed cannot be opened again anywhere.
+    /// Inside the sandbox nothing can be opened, and descriptors that were passed cannot be opened again anywhere.
     #[test]
     fn interface_is_waited_for_by_default_only_where_it_can_be_opened_again() {
         for (args, wanted) in [

@@ -1,8 +1,9 @@
-//! Life of the process after start-up: accept a front-end, serve it, accept the next, until told to end.
+//! The control thread after start-up: accepts a front-end, serves it, accepts the next, until told to end.
 //!
-//! The control thread's event loop (crate `event-manager`). It waits for the listener, the one session, signals, a stop
-//! request, and a timer that is armed only while something is pending. Descriptors that a front-end sent are never
-//! waited for here: they belong to the workers. What happens to the interface is followed in `daemon::following`.
+//! The event loop (crate `event-manager`) waits for the listener, the one session, the interface's events, the alarm
+//! that a device or memory seems to be lost, signals, a stop request, and a timer that is armed only while something is
+//! pending. It never waits for a descriptor that a front-end sent: those belong to the workers. `daemon::following`
+//! handles what happens to the interface.
 
 mod following;
 
@@ -31,11 +32,11 @@ use crate::throttle::Throttle;
 use crate::vhost_user::listener::SocketListener;
 use crate::vhost_user::session::{Session, SessionOptions, SessionState};
 
-/// How long rings must have been left alone before device queues that nobody uses are detached: a front-end sets rings
-/// up one after the other, and detaching loses what waits in a queue.
+/// How long no ring must have changed before device queues that nobody uses are detached: a front-end sets rings up one
+/// after the other, and detaching a queue loses the frames that wait in it.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// How long to leave the listener alone after it could not accept: for want of descriptors, most likely.
+/// How long to leave the listener alone after `accept` failed, most likely for want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Where front-ends come from.
@@ -43,12 +44,12 @@ const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 pub enum Source {
     /// They connect, one after the other.
     Listener(SocketListener),
-    /// There is this one, and with it the process ends.
+    /// There is one, already connected, and the process ends with it.
     Connected(UnixStream),
 }
 
 impl Source {
-    /// The directory of the socket to which they connect, if they do.
+    /// The directory of the socket to which front-ends connect, if they do.
     pub fn directory(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Source::Listener(listener) => Some(listener.directory()),
@@ -57,25 +58,25 @@ impl Source {
     }
 }
 
-/// What a daemon needs, besides its card.
+/// What a daemon needs besides its card.
 pub struct DaemonSetup {
     /// Where front-ends come from.
     pub source: Source,
-    /// What they are offered of the protocol.
+    /// What sessions offer of the protocol.
     pub session: SessionOptions,
-    /// The host's side, to be opened again when it is lost and comes back.
+    /// The host's interface, to be opened again when it is deleted and comes back.
     pub host: HostSide,
-    /// Tells what happens to the interface, if anything does.
+    /// The subscription to the interface's events, if there is one.
     pub watch: Option<LinkWatch>,
 }
 
-/// Why the loop cannot run.
+/// Why the daemon ends with an error.
 #[derive(Debug, Error)]
 pub enum DaemonError {
     /// The event loop failed.
     #[error("The event loop failed: {0}")]
     EventLoop(event_manager::Error),
-    /// Something that must be waited for cannot be.
+    /// A descriptor cannot be added to the event loop.
     #[error("Cannot wait for what is to be served")]
     NotWatched,
     /// A worker does not answer.
@@ -90,12 +91,12 @@ pub enum DaemonError {
         /// The interface.
         name: String,
     },
-    /// The kernel has no descriptor for it.
+    /// The kernel has no descriptor for the event loop.
     #[error("Cannot set up the event loop")]
     SetUp(#[source] std::io::Error),
 }
 
-/// What can happen. The numbers are the events' data.
+/// The events of the loop. Their numbers are the data of epoll's events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Token {
     Stop,
@@ -110,12 +111,13 @@ enum Token {
 const TOKENS: [Token; 7] =
     [Token::Stop, Token::Signal, Token::Timer, Token::Listener, Token::Session, Token::Link, Token::Alarm];
 
-/// The signals that are taken as events.
+/// The signals that are handled as events.
 fn signals() -> SigSet {
     [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1].into_iter().collect()
 }
 
-/// Keeps the signals from ending the process in the middle of something. Before any thread is started.
+/// Blocks the signals, so that none ends the process in the middle of something. To be called before any thread is
+/// started.
 ///
 /// # Errors
 /// What `sigprocmask(2)` says.
@@ -123,13 +125,13 @@ pub fn block_signals() -> std::io::Result<()> {
     signals().thread_block().map_err(std::io::Error::from)
 }
 
-/// Lets this process have as many descriptors as it may (each memory region, kick and call is one), and as much locked
-/// memory (of batches).
+/// Raises the limits of this process: as many descriptors as it may have (each memory region, kick and call is one),
+/// and as much locked memory (for batches).
 pub fn raise_limits() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     if setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }).is_err() {
         let limit = getrlimit(Resource::Memlock);
-        // It was never more than that.
+        // A process may always raise its limit to the maximum.
         let _ = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit });
     }
     let limit = getrlimit(Resource::Nofile);
@@ -138,12 +140,12 @@ pub fn raise_limits() {
     }
 }
 
-/// See the file's head.
+/// Serves one front-end after another on the control thread.
 pub struct Daemon {
     nic: Arc<Nic>,
     options: SessionOptions,
     listener: Option<SocketListener>,
-    /// A connection that was there from the start, until the loop begins.
+    /// The connection that the process was started with, until the loop begins.
     connected: Option<UnixStream>,
     session: Option<Session>,
     stop: EventFd,
@@ -151,18 +153,18 @@ pub struct Daemon {
     following: Following,
     timer: TimerFd,
     settle_at: Option<Instant>,
-    /// When the listener is watched again, if it is not.
+    /// When to watch the listener again, while it is not watched.
     listen_at: Option<Instant>,
     has_ended: bool,
-    /// Why it has, if not because it was told to.
+    /// Why the loop has ended, if not because it was told to.
     failure: Option<DaemonError>,
     throttle: Throttle,
     sandbox: Level,
 }
 
 impl Daemon {
-    /// A daemon for `nic`. It ends on SIGTERM, SIGINT and SIGHUP, and logs counters on SIGUSR1, where they are blocked
-    /// ([`block_signals`]).
+    /// Makes a daemon for `nic`. If the signals are blocked ([`block_signals`]), SIGTERM, SIGINT and SIGHUP end it, and
+    /// SIGUSR1 logs the counters.
     ///
     /// # Errors
     /// Where the kernel has no descriptors for it.
@@ -205,8 +207,8 @@ impl Daemon {
         Arc::clone(&self.nic)
     }
 
-    /// Closes the sandbox around this thread, and serves until told to end, or until the one connection ends. All rings are
-    /// stopped and the socket is removed then.
+    /// Closes the sandbox around this thread, and serves until told to end, or until the one connection ends. Then all
+    /// rings are stopped and the socket is removed.
     ///
     /// # Errors
     /// [`DaemonError`].
@@ -251,7 +253,7 @@ impl Daemon {
     fn end_session(&mut self, ops: &mut EventOps) {
         if let Some(session) = self.session.take() {
             unwatch(&session, Token::Session, ops);
-            // Its rings are stopped before the next one is accepted.
+            // Stops the session's rings before the next front-end is accepted.
             drop(session);
             log::info!("Front-end disconnected");
             self.has_ended |= self.listener.is_none();
@@ -318,7 +320,7 @@ impl Daemon {
         self.has_ended = true;
     }
 
-    /// Ends with an error, of which the log has the cause.
+    /// Ends the loop with an error unless `done`; the cause was logged.
     fn fail_unless(&mut self, done: bool) {
         if !done {
             self.fail(DaemonError::NotWatched);
@@ -343,8 +345,9 @@ impl Daemon {
         }
     }
 
-    /// Sees to what is due, if anything still is: what came before in the same round of events may have seen to it, and armed
-    /// the timer anew. So it is not read, which would wait then; arming it also ends its event.
+    /// Handles what is due. Nothing may be due any more: an event before this one in the same round may have handled it
+    /// and armed the timer anew. So the timer is not read, as the read would then wait; arming it clears its event,
+    /// too.
     fn tick(&mut self, ops: &mut EventOps) {
         let now = Instant::now();
         if self.listen_at.take_if(|at| *at <= now).is_some() {
@@ -368,7 +371,7 @@ impl Daemon {
             self.session.as_ref().and_then(Session::deadline),
         ];
         let armed = match deadlines.into_iter().flatten().min() {
-            // A zero would disarm it.
+            // Zero would disarm the timer.
             Some(at) => {
                 self.timer.reset(at.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)), None)
             }
@@ -415,7 +418,7 @@ impl MutEventSubscriber for Daemon {
     }
 }
 
-/// Whether `fd` is watched from now on.
+/// Watches `fd` from now on; returns whether that succeeded.
 fn watch(fd: RawFd, token: Token, ops: &mut EventOps) -> bool {
     let watched = ops.add(Events::with_data_raw(fd, token as u32, EventSet::IN));
     watched.inspect_err(|error| log::error!("Cannot wait for {token:?}: {error}")).is_ok()

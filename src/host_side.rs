@@ -1,4 +1,5 @@
-//! The host's side of the card, as the operator chose it: opened at the start, and again when it had gone and came back.
+//! The host's interface, as the operator chose it: opened at the start, and again when it was deleted and has come
+//! back.
 
 use std::error::Error;
 use std::io;
@@ -14,12 +15,12 @@ use crate::device::tap::{self, TapByName};
 use crate::device::{Device, DeviceQueue};
 use crate::mac::Mac;
 
-/// The kinds of it.
+/// Which interface to use.
 #[derive(Clone, Debug)]
 pub enum DeviceChoice {
     /// A TAP or TUN by its name.
     Tap(TapByName),
-    /// A MACVTAP, by its name or to be made.
+    /// A MACVTAP, found by its name or to be made.
     Macvtap(Macvtap),
     /// An existing interface, or a MACVLAN to be made.
     Existing(Existing),
@@ -30,37 +31,37 @@ pub enum DeviceChoice {
 /// What to do when the interface is deleted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnLoss {
-    /// Wait for one of its name.
+    /// Wait for a new interface of its name.
     #[default]
     Wait,
     /// End the process.
     Exit,
 }
 
-/// See the file's head.
+/// The operator's choice of the host's interface.
 #[derive(Clone, Debug)]
 pub struct HostSide {
-    /// What it is.
+    /// Which interface it is.
     pub device: DeviceChoice,
-    /// Where it is, if not here.
+    /// The network namespace that it is in, if that is not ours.
     pub netns: Option<NetNs>,
-    /// What carrier it begins with, if that is to be set.
+    /// The carrier to set at the start, if one is to be set.
     pub carrier: Option<bool>,
-    /// What follows from its end.
+    /// What to do when it is deleted.
     pub on_loss: OnLoss,
 }
 
-/// An open interface, and what tells of it, if something does.
+/// An open interface and a subscription to its events, if there can be one.
 pub struct Opened {
     /// The interface.
     pub device: Device,
     /// Its queues, one for each queue pair.
     pub queues: Vec<DeviceQueue>,
-    /// Tells what happens to it.
+    /// The subscription to its events.
     pub watch: Option<LinkWatch>,
 }
 
-/// `--link` does not go with the device.
+/// The device does not support `--link`.
 #[derive(Debug, Error)]
 #[error(
     "Cannot set the carrier of {name:?}, which --link asks for; that goes with TAPs and TUNs, others follow their card"
@@ -71,16 +72,16 @@ struct CannotSetCarrier {
     cause: io::Error,
 }
 
-/// An error of one of the kinds of device.
+/// An error in opening one of the kinds of device.
 pub type OpenError = Box<dyn Error + Send + Sync>;
 
 impl DeviceChoice {
-    /// Whether its queues are passed as descriptors, and never opened.
+    /// Whether its queues are passed as descriptors, and so never opened here.
     pub fn is_passed(&self) -> bool {
         matches!(self, DeviceChoice::Passed(_))
     }
 
-    /// Whether it is made here, and has to be taken away.
+    /// Whether it is made here, and has to be deleted at the end.
     fn is_made(&self) -> bool {
         match self {
             DeviceChoice::Macvtap(Macvtap { interface, .. }) | DeviceChoice::Existing(Existing { interface, .. }) => {
@@ -103,10 +104,10 @@ impl HostSide {
         }
     }
 
-    /// Opens it.
+    /// Opens the interface.
     ///
     /// # Errors
-    /// What the kind of device says, which is for the operator.
+    /// The error of the kind of device, worded for the operator.
     pub fn open(&self) -> Result<Opened, OpenError> {
         let opened = self.open_as(&self.device)?;
         if let Some(is_on) = self.carrier {
@@ -116,13 +117,13 @@ impl HostSide {
         Ok(opened)
     }
 
-    /// Whether it can be opened a second time.
+    /// Whether the interface can be opened a second time.
     pub fn can_reopen(&self) -> bool {
         !self.device.is_passed()
     }
 
-    /// Opens it again if it is there again, without waiting. One that is made here gets the address `former_mac` that it had:
-    /// the guest's card has it too.
+    /// Opens the interface again if it is back, without waiting for it. One that is made here gets `former_mac`, the
+    /// address that it had before: the guest's card still has that address.
     ///
     /// # Errors
     /// As [`HostSide::open`].

@@ -1,7 +1,7 @@
-//! Descriptors that this process was started with: those that it was told to use, and all others, which are closed.
+//! Descriptors that this process was started with: takes over those that it is to use, and closes all others.
 //!
-//! `main` calls this before the process opens anything of its own: only then does a number that nobody named belong to
-//! nobody here. Queues of a TAP that were passed so are taken by `device::passed`.
+//! `main` calls this before the process opens anything of its own: only then is a descriptor that no option names
+//! certain to be an inherited one. `device::passed` takes over passed queues of a TAP.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,8 +20,8 @@ pub struct NotConnected {
     cause: io::Error,
 }
 
-/// Closes all inherited descriptors but the standard ones and those to be used (`but`): whoever started this process may
-/// have left some open that must not come within a guest's reach.
+/// Closes all inherited descriptors except the standard ones and those that are to be used (`but`): whoever started
+/// this process may have left some open that must not come within a guest's reach.
 pub fn close_others(but: &[i32]) {
     let mut but: Vec<_> = but.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
     but.sort_unstable();
@@ -34,7 +34,7 @@ pub fn close_others(but: &[i32]) {
     }
 }
 
-/// Takes over descriptor `fd`, the connected socket of `--fd`, which nothing in this process may own.
+/// Takes over descriptor `fd`, the connected socket of `--fd`. Nothing in this process may own it already.
 ///
 /// # Errors
 /// [`NotConnected`].

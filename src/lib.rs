@@ -1,28 +1,28 @@
-//! A vhost-user network back-end: ends a virtual machine's network card on an interface of the host, in a process of its
-//! own.
+//! A vhost-user network back-end: connects a virtual machine's virtio-net card to a network interface of the host, from
+//! a process of its own.
 //!
-//! On one side a Unix socket speaks vhost-user with a virtual machine monitor, which hands over the guest's memory, the
-//! addresses of the virtqueues and an eventfd pair (kick, call) for each. On the other side is a TAP or another
-//! interface. One worker thread for each queue pair moves frames between the two. The guest is an enemy; the front-end
-//! is trusted little.
+//! On one side, a virtual machine monitor hands over the guest's memory, the addresses of the virtqueues and an eventfd
+//! pair (kick, call) for each, over a Unix socket (vhost-user). On the other side is a TAP or another interface. One
+//! worker thread for each queue pair moves frames between the two. The guest is an enemy; the front-end is trusted
+//! little.
 //!
 //! rx and tx are the guest's everywhere: tx leaves the guest.
 //!
 //! | module | job |
 //! |---|---|
-//! | [`cli`], [`config`] | what was typed, and what it means |
+//! | [`cli`], [`config`] | the command line as typed; the checked configuration made of it |
 //! | [`inherited`] | descriptors that the process was started with |
-//! | [`daemon`] | life of the process: accept, serve, end; [`host_side`] is what it follows |
-//! | [`vhost_user`] | the control plane: sessions, messages, rings being described; never a packet |
-//! | [`nic`] | the card: what outlives sessions, and which thread runs which ring; [`card_config`] is what guests are told of it |
-//! | [`worker`], [`control_queue`] | the threads; [`mailbox`] is how they are talked to, [`running_ring`] what they run |
+//! | [`daemon`] | the control thread: accept, serve, end; [`host_side`]: the host's interface as chosen |
+//! | [`vhost_user`] | the control plane: sessions, messages, rings that are being described; never a packet |
+//! | [`nic`] | the card: what outlives sessions, which thread runs which ring; [`card_config`]: its configuration |
+//! | [`worker`], [`control_queue`] | the threads; [`mailbox`]: talking to them; [`running_ring`]: what they run |
 //! | [`net`] | the virtio-net device: features, headers, frames each way; no sockets, threads or messages |
 //! | [`virtqueue`] | rings and descriptor chains; no networking |
 //! | [`memory`], [`notify`], [`mac`] | guest memory; kicks and calls; MAC addresses |
 //! | [`device`] | the host's interface; no virtio |
-//! | [`tuning`] | what an operator may choose of how frames are moved; [`busy_poll`] is how long a worker looks for more |
-//! | [`metrics`], [`log_lines`] | counters; log lines, which no thread waits for |
-//! | [`sandbox`] | what is given up once everything is open |
+//! | [`tuning`] | what an operator may choose about how frames are moved; [`busy_poll`]: how long a worker polls |
+//! | [`metrics`], [`log_lines`] | counters; log lines, which never make a thread wait |
+//! | [`sandbox`] | the rights that the process gives up once everything is open |
 #![deny(unsafe_code)]
 
 pub mod busy_poll;

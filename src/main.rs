@@ -1,4 +1,4 @@
-//! The command: start-up in its order, and the one place that prints an error and picks an exit code.
+//! The command: the order of start-up, and the one place that prints an error and picks an exit code.
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
@@ -15,19 +15,22 @@ use vhost_user_net::sandbox::{self, Later};
 use vhost_user_net::vhost_user::listener::{self, SocketListener};
 use vhost_user_net::{error_chain, inherited, log_lines, memory};
 
-/// For management software (QEMU, "Backend program conventions"); network back-ends have no features to list there.
+/// The answer to `--print-capabilities`, for management software (QEMU, "Backend program conventions"); network
+/// back-ends have no features to list there.
 const CAPABILITIES: &str = r#"{"type": "net", "features": []}"#;
 
-/// The command line is wrong, which trying again does not mend: as clap has it, and what is found after its parsing too.
+/// The exit code for a wrong command line, which trying again does not mend: clap's own, also for what is found after
+/// clap's parsing.
 const EX_WRONG_COMMAND_LINE: u8 = 2;
 
-/// Trying again later may succeed (sysexits.h).
+/// The exit code if trying again later may succeed (sysexits.h).
 const EX_TEMPFAIL: u8 = 75;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> ExitCode {
-    // Whatever else is there, and before any of it is judged (QEMU, "Backend program conventions").
+    // This option overrides all others, and is obeyed before any of them is judged (QEMU, "Backend program
+    // conventions").
     let is_asked = std::env::args_os().any(|word| word == "--print-capabilities");
     let result = if is_asked { print_capabilities() } else { run(Cli::parse()) };
     match result {
@@ -64,7 +67,7 @@ fn run(cli: Cli) -> Result<(), BoxError> {
             serve(config, || Ok(Source::Connected(connected)))
         }
         FrontEnds::Socket { path, access } => {
-            // It is made once the device is there, but a path that will not do must not leave a device behind.
+            // The socket is made after the device, but an unusable path must not leave a device behind.
             listener::check(&path)?;
             serve(config, || {
                 let listener = SocketListener::bind(&path, access)?;
@@ -75,11 +78,11 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     }
 }
 
-/// Opens the device, then the way to front-ends, and serves them.
+/// Opens the device, then the source of front-ends, and serves them.
 fn serve(config: Config, open_source: impl FnOnce() -> Result<Source, BoxError>) -> Result<(), BoxError> {
     let Opened { device, queues, watch } = config.host.open()?;
     let source = open_source()?;
-    // The process has one thread still.
+    // The process still has only one thread, as `sandbox::enter` requires.
     let later = Later { keeps_rights: config.host.why_rights_are_needed(), directory: source.directory() };
     let sandbox = sandbox::enter(config.sandbox, later)?;
     let nic = Nic::new(device, queues, config.nic)?;

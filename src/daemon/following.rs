@@ -1,9 +1,11 @@
-//! What happens to the interface while the process runs: its link and MTU are told to the guest, its end is waited out.
+//! Follows the interface while the process runs: tells the guest of its link and MTU, and handles its deletion and
+//! return.
 //!
-//! rtnetlink tells, at once. Where it is out of reach, a worker that finds its queue dead raises an alarm; a MACVTAP, of
-//! which not even the queue tells, is asked each second. Once the interface is gone, one of its name (or of the name of
-//! what it was made on) is waited for, and opened as at the start. An attempt that fails may have made an interface and
-//! taken it away, and is then news itself: what came with it is not looked at, and between two attempts there is a while.
+//! rtnetlink reports changes at once. If the interface is out of its reach, a worker that finds its queue dead raises
+//! an alarm; a MACVTAP's queue does not show that the MACVTAP was deleted, so it is polled each second. Once the
+//! interface is gone, the daemon waits for one of its name (or of the name of its parent), and opens it as at the
+//! start. A failed attempt may itself have made an interface and deleted it again, which rtnetlink reports, too: so the
+//! events of an attempt are discarded, and there is a pause between two attempts.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -16,22 +18,22 @@ use crate::device::link_watch::{LinkEvent, LinkState, LinkStatistics, LinkWatch}
 use crate::host_side::{HostSide, OnLoss, OpenError, Opened};
 use crate::vhost_user::session::{Session, Told};
 
-/// How often an interface that would not tell is asked whether it was deleted.
+/// How often to check whether an interface was deleted, if no event would tell.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
-/// How often, and how many times, one that came back is tried again: who makes it may not be done with it.
+/// How often, and how many times, to try to open an interface that came back: whoever makes it may not be done with it.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 const RETRIES: u32 = 50;
 
-/// What is followed.
+/// The state of following the interface.
 pub(super) struct Following {
     host: HostSide,
     watch: Option<LinkWatch>,
     is_lost: bool,
-    /// When to ask whether the interface was deleted, if it would not tell.
+    /// When to check whether the interface was deleted, if no event would tell.
     probe_at: Option<Instant>,
     retry_at: Option<Instant>,
     retries: u32,
-    /// Why it could not be opened again, as it was said last.
+    /// The last error in opening it again, so that each is logged once.
     refusal: String,
 }
 
@@ -40,19 +42,19 @@ impl Following {
         Following { host, watch, is_lost: false, probe_at: None, retry_at: None, retries: 0, refusal: String::new() }
     }
 
-    /// When there is something to do.
+    /// When something is due next.
     pub(super) fn deadline(&self) -> Option<Instant> {
         [self.probe_at, self.retry_at].into_iter().flatten().min()
     }
 
-    /// Whether one of its name can be waited for, once the interface is gone.
+    /// Whether a new interface of its name can be waited for, once the interface is gone.
     fn can_come_back(&self) -> bool {
         self.watch.is_some() && self.host.can_reopen()
     }
 }
 
 impl Daemon {
-    /// What the host counted at the interface, where it is within reach; rx and tx are the host's.
+    /// The host's counters of the interface, if it is within reach; rx and tx are the host's.
     pub(super) fn interface_counters(&self) -> Option<String> {
         let LinkStatistics { rx_dropped, tx_dropped } = self.following.watch.as_ref()?.statistics().ok()?;
         let sockets = self.nic.socket_drops().map(|dropped| format!(" sockets_dropped={dropped}")).unwrap_or_default();
@@ -63,7 +65,8 @@ impl Daemon {
         if let Some(link) = &self.following.watch {
             let watched = watch(link.as_fd().as_raw_fd(), Token::Link, ops);
             self.fail_unless(watched);
-            // What the interface is like has been asked, and is told to nobody as news who comes later.
+            // Takes the state that was asked for when the watch was made, so that no front-end gets it as a change
+            // later.
             self.follow_link(ops);
         }
         if self.nic.device_ends_silently() {
@@ -71,7 +74,7 @@ impl Daemon {
         }
     }
 
-    /// Hears what happened to the interface.
+    /// Handles what happened to the interface.
     pub(super) fn follow_link(&mut self, ops: &mut EventOps) {
         while let Some(link) = self.following.watch.as_ref().filter(|_| !self.has_ended) {
             match link.next_event() {
@@ -88,7 +91,7 @@ impl Daemon {
                         log::error!("Cannot hear of the interface any more: {error}");
                         self.stop_watching(ops);
                     }
-                    // Its coming back may be what was missed. What is there is told again.
+                    // The missed events may include its return. Its state is reported again.
                     return self.try_now(ops);
                 }
             }
@@ -96,7 +99,7 @@ impl Daemon {
     }
 
     pub(super) fn take_alarm(&mut self, ops: &mut EventOps) {
-        // What it counts is of no interest.
+        // The count of the eventfd is of no interest.
         let _ = self.nic.alarm().read();
         self.look_for_lost_memory(ops);
         self.look_for_loss(ops);
@@ -112,7 +115,7 @@ impl Daemon {
         }
     }
 
-    /// Takes in what the interface is like, and tells the guest where it can be told.
+    /// Takes over the interface's state, and tells the guest if the front-end can be told.
     fn take_state(&mut self, state: LinkState) {
         let change = match self.nic.follow(state) {
             Ok(change) => change,
@@ -133,7 +136,7 @@ impl Daemon {
         log::info!("Interface {:?}: {}{told}", self.nic.device_name(), Shown(change));
     }
 
-    /// Looks whether the interface was deleted, and sees to what follows from that.
+    /// Checks whether the interface was deleted, and handles that.
     fn look_for_loss(&mut self, ops: &mut EventOps) {
         match self.nic.lose_deleted_device() {
             Ok(true) if !self.following.is_lost => self.lose_device(ops),
@@ -142,15 +145,17 @@ impl Daemon {
         }
     }
 
-    /// An interface that is not lost left this network namespace, where nothing is heard of it any more; its queues go on.
+    /// Handles the move of an interface that is not lost to another network namespace, from where no events come; its
+    /// queues go on.
     fn follow_from_afar(&mut self, ops: &mut EventOps) {
         if self.following.is_lost || self.has_ended {
             return;
         }
         self.stop_watching(ops);
-        // It was down on its way; from now on its queues tell.
+        // The move itself took the interface down. From now on only its queues tell of its state, so the link counts as
+        // up.
         self.take_state(LinkState { is_up: true, mtu: None });
-        // Who reads it may count on it that frames pass.
+        // Logged only now: whoever reads this line may rely on it that frames pass.
         log::info!("Interface {:?} was moved to another network namespace", self.nic.device_name());
         self.following.probe_at = Some(Instant::now() + PROBE_INTERVAL);
     }
@@ -172,7 +177,8 @@ impl Daemon {
         self.take_state(LinkState { is_up: false, mtu: None });
     }
 
-    /// Something of the name is there, or may be: tries at once, unless it did a moment ago, and then it will soon.
+    /// Tries to open an interface of the name, which is there or may be: at once, or, if the last attempt was a moment
+    /// ago, soon.
     fn try_now(&mut self, ops: &mut EventOps) {
         self.following.retries = RETRIES;
         if self.following.retry_at.is_none() {
@@ -202,7 +208,8 @@ impl Daemon {
 
     fn try_again_later(&mut self, error: &OpenError) {
         let following = &mut self.following;
-        // What the attempt made and took away. Others' news of these milliseconds goes too; the next attempt sees to it.
+        // Discards the events of what the attempt made and deleted. Others' events of these milliseconds go, too; the
+        // next attempt makes up for that.
         while let Some(Ok(Some(_))) = following.watch.as_ref().map(LinkWatch::next_event) {}
         let refusal = crate::error_chain(&**error).to_string();
         if following.refusal != refusal {
@@ -220,7 +227,7 @@ impl Daemon {
     }
 }
 
-/// A change in words.
+/// Shows a change in words.
 struct Shown(ConfigChange);
 
 impl std::fmt::Display for Shown {
