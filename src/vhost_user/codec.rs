@@ -1,8 +1,8 @@
 //! Bytes and file descriptors on the socket, to messages and back (vhost-user, "Message Specification").
 //!
-//! Nothing here waits: a message that arrived in part is kept until the rest comes, a reply that the peer does not read
-//! is kept until it does, and [`Codec::deadline`] says until when. What is wrong with the stream itself ends the
-//! connection ([`StreamError`]); what a message means is `session`'s business.
+//! Nothing here waits: a message that came in part is kept until the rest comes, a reply that the peer does not read is
+//! kept until it does, and [`Codec::deadline`] limits both. An error of the stream itself ends the connection
+//! ([`StreamError`]); `session` decides what a message means.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -33,11 +33,11 @@ const FLAG_NEED_REPLY: u32 = 8;
 /// One message from the front-end.
 #[derive(Debug)]
 pub struct Message {
-    /// Its number.
+    /// The request's number.
     pub request: u32,
     /// Whether an acknowledgement is asked for.
     pub need_reply: bool,
-    /// What it carries.
+    /// Its payload.
     pub payload: Vec<u8>,
     /// The descriptors that came with it.
     pub fds: Vec<OwnedFd>,
@@ -46,7 +46,7 @@ pub struct Message {
 /// Why a connection cannot go on.
 #[derive(Debug, Error)]
 pub enum StreamError {
-    /// The flags are none that a front-end sends.
+    /// No front-end sends such flags.
     #[error("Message {request} has flags {flags:#x}: not version 1, or not a request")]
     Flags {
         /// The message's number.
@@ -54,12 +54,12 @@ pub enum StreamError {
         /// Its flags.
         flags: u32,
     },
-    /// The payload is larger than any.
+    /// The announced payload is larger than any message has.
     #[error("Message {request} announces a payload of {size} bytes, more than {PAYLOAD_MAX}")]
     Size {
         /// The message's number.
         request: u32,
-        /// What it announces.
+        /// The announced size.
         size: u32,
     },
     /// Descriptors were lost on the way.
@@ -68,7 +68,7 @@ pub enum StreamError {
     /// The connection was closed within a message.
     #[error("The front-end closed the connection within a message")]
     CutOff,
-    /// Time ran out.
+    /// A message, or the reading of a reply, took too long.
     #[error("The front-end left a message unfinished, or a reply unread, for {PATIENCE:?}")]
     TooSlow,
     /// The socket failed.
@@ -76,12 +76,12 @@ pub enum StreamError {
     Socket(#[source] io::Error),
 }
 
-/// What is there to read.
+/// What was read from the connection.
 #[derive(Debug)]
 pub enum Received {
     /// A message.
     Message(Message),
-    /// Nothing, or not all of one yet.
+    /// Nothing, or only a part of a message so far.
     Nothing,
     /// The front-end has closed the connection.
     Closed,
@@ -107,17 +107,17 @@ impl Codec {
         Ok(Codec { stream, input: Vec::new(), fds: Vec::new(), output: Vec::new(), waiting_since: None })
     }
 
-    /// Until when the peer must have finished what it began.
+    /// When the peer must have finished what it began.
     pub fn deadline(&self) -> Option<Instant> {
         self.waiting_since.map(|since| since + PATIENCE)
     }
 
-    /// Whether a reply waits to be read; then nothing more is received.
+    /// Whether a reply waits for the peer to read it; until then nothing more is received.
     pub fn is_blocked(&self) -> bool {
         !self.output.is_empty()
     }
 
-    /// Takes the next message, as far as it is there.
+    /// Takes the next message, if all of it has come.
     ///
     /// # Errors
     /// [`StreamError`]; the connection must be closed then.
@@ -131,7 +131,7 @@ impl Codec {
             match self.read_some(missing)? {
                 Some(0) if self.input.is_empty() => return Ok(Received::Closed),
                 Some(0) => return Err(StreamError::CutOff),
-                // It makes progress: a slow peer is not a silent one.
+                // This is progress: a slow peer is not a silent one.
                 Some(_) => self.waiting_since = None,
                 None => {
                     self.note_wait(!self.input.is_empty());
@@ -141,7 +141,7 @@ impl Codec {
         }
     }
 
-    /// How many bytes of the message at hand have not come.
+    /// How many bytes of the current message have not come yet.
     fn missing(&self) -> Result<usize, StreamError> {
         let Some(header) = self.input.first_chunk::<HEADER_LEN>() else { return Ok(HEADER_LEN - self.input.len()) };
         let [request, flags, size] = words(header);
@@ -153,7 +153,7 @@ impl Codec {
         Ok(HEADER_LEN + payload - self.input.len())
     }
 
-    /// Reads up to `len` bytes and the descriptors that come with them; `None` where there is nothing yet.
+    /// Reads up to `len` bytes and the descriptors that come with them; `None` if there is nothing yet.
     fn read_some(&mut self, len: usize) -> Result<Option<usize>, StreamError> {
         let mut bytes = vec![0; len];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
@@ -162,7 +162,7 @@ impl Codec {
         let got = match recvmsg(&self.stream, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
             Ok(got) => got,
             Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
-            // A peer that died with our reply unread.
+            // The peer died with our reply unread.
             Err(Errno::CONNRESET) => return Ok(Some(0)),
             Err(errno) => return Err(StreamError::Socket(errno.into())),
         };
@@ -191,14 +191,14 @@ impl Codec {
     /// # Errors
     /// [`StreamError::Socket`].
     pub fn reply(&mut self, request: u32, payload: &[u8]) -> Result<(), StreamError> {
-        // At most PAYLOAD_MAX: replies are smaller than what was asked, or fixed.
+        // At most PAYLOAD_MAX: the length of a reply is fixed, or at most what was asked for.
         let header = [request, VERSION | FLAG_REPLY, payload.len() as u32].map(u32::to_ne_bytes);
         self.output.extend(header.as_flattened());
         self.output.extend(payload);
         self.flush()
     }
 
-    /// Sends what waits to be sent.
+    /// Sends the replies that wait.
     ///
     /// # Errors
     /// [`StreamError::Socket`].
@@ -290,7 +290,7 @@ mod tests {
         assert_eq!(codec.deadline(), None);
     }
 
-    /// The other end of what came as a descriptor may have set it to.
+    /// Whoever has the other end of a passed socket may have made it blocking.
     #[test]
     fn stream_that_would_wait_is_not_waited_for() {
         let (_peer, mut codec) = pair();

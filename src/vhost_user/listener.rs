@@ -1,4 +1,5 @@
-//! The socket that front-ends connect to: made at start, with the access that was asked for, removed at the end.
+//! The socket that front-ends connect to: made at the start, with the access that was asked for, and removed at the
+//! end.
 
 use std::fs;
 use std::io;
@@ -12,9 +13,9 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 use thiserror::Error;
 
-/// Bytes of a socket's path, without the closing NUL (unix(7)).
+/// The longest path of a socket, without the closing NUL (unix(7)).
 pub const PATH_MAX: usize = 107;
-/// Front-ends that may wait to be accepted: there is one at a time, and it is told that at once.
+/// How many front-ends may wait to be accepted. Only one is served at a time; others are refused at once.
 const BACKLOG: i32 = 128;
 
 /// Who may connect.
@@ -29,7 +30,7 @@ pub struct SocketAccess {
 /// Why the socket cannot be made.
 #[derive(Debug, Error)]
 pub enum ListenError {
-    /// Longer than the kernel takes.
+    /// The path is longer than the kernel takes.
     #[error("Socket path {path:?} has {len} bytes, and a socket's path can have {PATH_MAX}; use a shorter one")]
     TooLong {
         /// The path.
@@ -37,7 +38,7 @@ pub enum ListenError {
         /// Its length.
         len: usize,
     },
-    /// There is something else.
+    /// There is something other than a socket.
     #[error("Socket path {path:?} is a {what}, which is left alone; use another path")]
     Occupied {
         /// The path.
@@ -51,7 +52,7 @@ pub enum ListenError {
         /// The path.
         path: PathBuf,
     },
-    /// Something failed.
+    /// A step failed.
     #[error("Cannot {what} socket {path:?}{}", hint(path, cause))]
     Io {
         /// What was tried.
@@ -79,8 +80,8 @@ fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Whether a socket may be made at `path`, which changes nothing: to be asked before something is made that would be left
-/// behind if it may not. A socket that is there may be: its process may be about to end, with what else it has.
+/// Checks whether a socket may be made at `path`, and changes nothing: called before anything is made that a failure
+/// would leave behind. An existing socket passes: its process may be about to end, and to free its device, too.
 ///
 /// # Errors
 /// As [`SocketListener::bind`].
@@ -96,7 +97,7 @@ pub struct SocketListener {
     listener: UnixListener,
     path: PathBuf,
     inode: u64,
-    /// Where its file is, which stays within reach where paths are not.
+    /// The directory of its file, which stays within reach when paths no longer are.
     directory: OwnedFd,
 }
 
@@ -114,8 +115,8 @@ impl SocketListener {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(directory_of(path), flags, Mode::empty())
             .map_err(|e| failed("find the directory of")(e.into()))?;
-        // Once found, it is that file and no other: where somebody else may write to the directory, the name may soon be
-        // another file's.
+        // From here on, only this very file is meant: where somebody else may write to the directory, the name may soon
+        // be another file's.
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| failed("examine")(e.into()))?;
         let found = rustix::fs::fstat(&file).map_err(|e| failed("examine")(e.into()))?;
@@ -151,7 +152,7 @@ impl SocketListener {
         self.directory.as_fd()
     }
 
-    /// Where it listens.
+    /// The path at which it listens.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -168,7 +169,7 @@ impl Drop for SocketListener {
         let Some(name) = self.path.file_name() else { return };
         let removed = match rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(found) if found.st_ino == self.inode => rustix::fs::unlinkat(&self.directory, name, AtFlags::empty()),
-            // Not ours to remove.
+            // Somebody else's socket.
             Ok(_) => return log::info!("Socket {:?} is another one by now, and stays", self.path),
             Err(Errno::NOENT) => return,
             Err(errno) => Err(errno),
@@ -179,24 +180,24 @@ impl Drop for SocketListener {
     }
 }
 
-/// What the owner alone may.
+/// The permissions of a socket for its owner only.
 const OWNERS: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// A listening socket whose file only its owner may connect to: nobody else may before mode and group are as asked.
+/// Makes a listening socket to which only its owner may connect: nobody else can before mode and group are as asked.
 fn listen_for_owner(path: &Path) -> Result<UnixListener, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    // The file that it is bound to gets the mode of the socket (Linux, unix_bind).
+    // bind gives the file the mode of the socket (Linux, unix_bind).
     rustix::fs::fchmod(&socket, OWNERS)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
     listen(&socket, BACKLOG)?;
     Ok(UnixListener::from(socket))
 }
 
-/// What is at a path that can be had.
+/// What is at a path where a socket may be made.
 enum Found {
     Nothing,
-    /// Of a process that may be gone.
+    /// A socket, whose process may be gone.
     Socket,
 }
 
@@ -230,7 +231,7 @@ fn remove_socket_if_dead(path: &Path) -> Result<(), ListenError> {
             log::info!("Replacing socket {path:?} of a process that is gone");
             fs::remove_file(path).map_err(failed("remove"))
         }
-        // A full backlog is somebody's too.
+        // If the backlog is full, somebody listens, too.
         Ok(()) | Err(Errno::AGAIN) => Err(ListenError::InUse { path: path.to_owned() }),
         Err(errno) => Err(failed("probe")(errno.into())),
     }

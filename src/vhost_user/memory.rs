@@ -10,7 +10,7 @@ use crate::memory::{MapError, MemView, Region, RegionSetup};
 /// The most regions at a time. A constant: QEMU gives up if the answer to `GET_MAX_MEM_SLOTS` ever falls.
 pub(super) const MEMORY_SLOTS: usize = 509;
 
-/// Why the set cannot be changed so.
+/// Why a change of the set is refused.
 #[derive(Debug, Error)]
 pub(in crate::vhost_user) enum MemoryError {
     /// A region is unusable.
@@ -32,7 +32,7 @@ pub(in crate::vhost_user) enum MemoryError {
     },
 }
 
-/// A view of exactly these regions, each with its descriptor.
+/// Makes a view of exactly these regions, each with its descriptor.
 pub(super) fn table(setups: &[RegionSetup], fds: Vec<OwnedFd>) -> Result<MemView, MemoryError> {
     if setups.is_empty() || setups.len() != fds.len() {
         return Err(MemoryError::Descriptors { regions: setups.len(), fds: fds.len() });
@@ -42,7 +42,7 @@ pub(super) fn table(setups: &[RegionSetup], fds: Vec<OwnedFd>) -> Result<MemView
     MemView::new(regions).ok_or(MemoryError::Overlap)
 }
 
-/// Whether `view` has exactly this region: QEMU 7 adds each region once for every queue pair.
+/// Whether `view` has exactly this region already: QEMU 7 adds each region once for every queue pair.
 pub(super) fn has(view: &MemView, setup: RegionSetup) -> bool {
     view.regions().iter().any(|region| *region.setup() == setup)
 }
@@ -57,7 +57,7 @@ pub(super) fn with(view: &MemView, setup: RegionSetup, fds: Vec<OwnedFd>) -> Res
     MemView::new(view.regions().iter().cloned().chain([added]).collect()).ok_or(MemoryError::Overlap)
 }
 
-/// The regions of `view` without one, if it is there.
+/// The regions of `view` without this one; `None` if it is not there.
 pub(super) fn without(view: &MemView, setup: RegionSetup) -> Result<Option<MemView>, MemoryError> {
     let key = |region: &RegionSetup| (region.guest, region.user, region.size);
     let left: Vec<_> = view.regions().iter().filter(|r| key(r.setup()) != key(&setup)).cloned().collect();

@@ -6,9 +6,9 @@
 //!          └── GET_VRING_BASE, a reset, memory taken away, session over ┘
 //! ```
 //!
-//! The order in which the parts come does not matter (QEMU: base, addresses, kick, call; cloud-hypervisor: addresses,
-//! base, call, kick), and a call may come later or never. Where to carry on is read from the used index in guest memory
-//! when the ring starts: completion is in order, so that index is the truth, whatever base the front-end says.
+//! The parts may come in any order (QEMU: base, addresses, kick, call; cloud-hypervisor: addresses, base, call, kick),
+//! and a call may come later or never. A starting ring takes its position from the used index in guest memory:
+//! completion is in order, so that index is the truth, whatever base the front-end says.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ use crate::virtqueue::queue::RingFeatures;
 use crate::virtqueue::split::used_ring_len;
 use crate::virtqueue::{Queue, QueueSize, RingBroken, RingError, SplitRing, SplitRingAddresses};
 
-/// In the flags of `SET_VRING_ADDR`: the used ring is to be logged (`VHOST_VRING_F_LOG`).
+/// A flag of `SET_VRING_ADDR`: writes to the used ring are to be logged (`VHOST_VRING_F_LOG`).
 pub(super) const VRING_LOG: u32 = 1;
 
 /// A ring's areas in the front-end's address space.
@@ -33,11 +33,11 @@ pub(super) struct UserAddresses {
     used: u64,
 }
 
-/// Where a ring is, by its front-end.
+/// Where a ring is, as the front-end says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Addresses {
     pub(super) user: UserAddresses,
-    /// Where what is written to the used ring is to be logged as if it began there, if it is.
+    /// Where writes to the used ring are logged, as if the ring began there; `None` if they are not.
     used_log: Option<u64>,
 }
 
@@ -48,14 +48,14 @@ impl From<&VhostUserVringAddr> for Addresses {
     }
 }
 
-/// Where a ring is and how large.
+/// Where a ring is and how large it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) size: QueueSize,
     pub(super) addresses: Addresses,
 }
 
-/// Why a ring does not start, or is refused where it is described.
+/// Why a ring does not start, or why its description is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub(in crate::vhost_user) enum StartError {
     /// An address is in no memory region.
@@ -67,10 +67,10 @@ pub(in crate::vhost_user) enum StartError {
     /// Its layout is impossible.
     #[error(transparent)]
     Ring(#[from] RingError),
-    /// What is written to its used ring cannot be logged where it is to be.
+    /// The log has no room for writes to its used ring.
     #[error("Used ring of {len} bytes is to be logged from {addr:#x} on, behind the end of the log")]
     UsedLog {
-        /// Where it is to be logged.
+        /// Where they are to be logged.
         addr: u64,
         /// Bytes of the used ring.
         len: u64,
@@ -87,7 +87,7 @@ impl Layout {
         let Addresses { user: UserAddresses { desc, avail, used }, used_log } = self.addresses;
         let addresses = SplitRingAddresses { desc: guest(desc)?, avail: guest(avail)?, used: guest(used)? };
         let ring = SplitRing::new(mem, self.size, addresses)?;
-        // Without a log there is nothing to be done yet: it may come later.
+        // Without a log there is nothing to check yet: it may come later.
         let (Some(addr), Some(log)) = (used_log, mem.log()) else { return Ok(ring) };
         let len = used_ring_len(self.size);
         let is_covered = addr.checked_add(len - 1).is_some_and(|last| log.covers(last));
@@ -100,27 +100,28 @@ impl Layout {
     }
 }
 
-/// What is known of a ring that is stopped.
+/// What is known of a stopped ring.
 #[derive(Debug, Default)]
 pub(super) struct RingSetup {
     pub(super) size: Option<QueueSize>,
     pub(super) addresses: Option<Addresses>,
-    /// Where the front-end says that it carries on.
+    /// The position at which the ring carries on, as the front-end says.
     pub(super) base: u16,
     pub(super) fds: RingFds,
-    /// Whether its kick was told, be it that there is no descriptor: with that it starts.
+    /// Whether a kick message came, with or without a descriptor; the ring does not start before that.
     pub(super) is_kick_told: bool,
-    /// Whether it ran until its memory was taken away; it runs again when that is back.
+    /// Whether the ring ran until its memory was taken away; it runs again when the memory is back.
     pub(super) is_lost: bool,
 }
 
 impl RingSetup {
-    /// Where it would be, once both parts of that are known.
+    /// The ring's layout, once both of its parts are known.
     pub(super) fn layout(&self) -> Option<Layout> {
         Some(Layout { size: self.size?, addresses: self.addresses? })
     }
 
-    /// A ring of `layout` that has just stopped. What starts it again is a new kick, unless `keeps_kick`.
+    /// The setup of a ring of `layout` that has just stopped. Only a new kick starts it again, unless `keeps_kick` says
+    /// otherwise and the ring is not broken.
     pub(super) fn stopped(layout: Layout, left: StoppedRing, keeps_kick: bool) -> RingSetup {
         let mut setup = RingSetup {
             size: Some(layout.size),
@@ -136,34 +137,34 @@ impl RingSetup {
         setup
     }
 
-    /// It does not start before its kick is told anew.
+    /// Keeps the ring from starting before a new kick message comes.
     pub(super) fn forget_kick(&mut self) {
         self.fds.kick = None;
         self.is_kick_told = false;
     }
 }
 
-/// What the session knows of a ring that a worker has.
+/// What the session knows of a ring that is with a worker.
 #[derive(Debug)]
 pub(super) struct StartedRing {
     pub(super) layout: Layout,
-    /// Where the front-end says that it carries on; it may correct that until frames pass.
+    /// The position as the front-end says it, which the front-end may correct until frames pass.
     pub(super) base: u16,
-    /// Where it does, until frames pass.
+    /// The position at which the ring really carries on; true until frames pass.
     pub(super) position: u16,
 }
 
 impl StartedRing {
-    /// Whether the front-end is wrong about where it carries on.
+    /// Whether the front-end is wrong about the position.
     pub(super) fn is_off_base(&self) -> bool {
         self.base != self.position
     }
 }
 
-/// See the file's head.
+/// A ring of a session: stopped or started.
 #[derive(Debug)]
 pub(super) enum Ring {
-    /// Being described.
+    /// Being described by the front-end.
     Stopped(RingSetup),
     /// With a worker.
     Started(StartedRing),

@@ -1,13 +1,14 @@
 //! One front-end connection: its negotiation, its memory, its rings.
 //!
 //! Theory of operation. Messages are handled one by one, in order, on the control thread. A message that changes what a
-//! worker sees returns only after the worker has acted (`mailbox`), so an answer to the front-end means that it is so.
-//! A ring starts as soon as everything that it needs is known, whichever message brought the last of it, and stops with
-//! `GET_VRING_BASE`, a reset, or the end of the session: dropping a [`Session`] stops its rings and lets go of guest
-//! memory; the [`Nic`] stays for the next one.
+//! worker sees is answered only after the worker has acted on it (`mailbox`), so an answer to the front-end means that
+//! the change is in effect. A ring starts as soon as everything that it needs is known, whichever message brought the
+//! last of it, and stops with `GET_VRING_BASE`, a reset, or the end of the session: dropping a [`Session`] stops its
+//! rings and lets go of guest memory; the [`Nic`] stays for the next session.
 //!
-//! What a front-end gets wrong is refused (`Refusal`): a negative acknowledgement if it asked for one, a log line at
-//! most once a second, nothing changed. Only a stream that cannot be trusted any more ends the connection.
+//! A message that the front-end got wrong is refused (`Refusal`): it gets a negative acknowledgement if it asked for
+//! one, and a log line at most once a second, and changes nothing. Only a stream that cannot be trusted any more, or a
+//! log that is refused while the guest is being moved, ends the connection.
 
 mod config;
 mod logging;
@@ -40,13 +41,13 @@ use crate::running_ring::RingMode;
 use crate::throttle::Throttle;
 use crate::virtqueue::QueueSize;
 
-/// Messages that are handled before other events have their turn.
+/// How many messages are handled before other events have their turn.
 const BUDGET: usize = 64;
-/// What a handled message is answered with.
+/// How a handled message is answered.
 enum Answer {
-    /// An acknowledgement, if it was asked for.
+    /// With an acknowledgement, if it was asked for.
     Done,
-    /// This payload.
+    /// With this payload.
     Payload(Vec<u8>),
 }
 
@@ -65,15 +66,15 @@ pub enum SessionState {
     Open,
     /// It is over.
     Over,
-    /// It is over, and so must the process be: a worker does not answer, so what it still does to guest memory cannot be
-    /// known.
+    /// It is over, and so must the process be: a worker does not answer, so nobody can know what it still does to guest
+    /// memory.
     Failed(Stuck),
 }
 
 /// Memory that a front-end took away under the rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum LostMemory {
-    /// A region of the guest's.
+    /// A region of guest memory.
     #[error("Guest memory from {0:#x} on")]
     From(u64),
     /// The log of written pages.
@@ -81,13 +82,13 @@ pub enum LostMemory {
     Log,
 }
 
-/// What ends a session from our side.
+/// Why we end a session.
 #[derive(Debug)]
 enum SessionError {
     Stream(StreamError),
     Stuck(Stuck),
-    /// What is written to the guest's memory is being logged, and a log was refused that was to take the place of the one
-    /// there is. QEMU does not look at the answer, and would move a guest that lacks what is written from now on.
+    /// While writes to guest memory are being logged, a log was refused that was to replace the present one. QEMU does
+    /// not look at the answer, and would move a guest that lacks what is written from now on.
     LogRefused(Refusal),
 }
 
@@ -97,7 +98,7 @@ impl From<StreamError> for SessionError {
     }
 }
 
-/// What of the protocol is offered, besides what goes without saying.
+/// What may be chosen about the protocol that is offered.
 #[derive(Clone, Copy, Debug)]
 pub struct SessionOptions {
     /// Whether to offer the configuration space.
@@ -118,27 +119,27 @@ impl Default for Slot {
     }
 }
 
-/// See the file's head.
+/// One front-end connection, with its negotiation, memory and rings.
 pub struct Session {
     codec: Codec,
     nic: Arc<Nic>,
     options: SessionOptions,
     protocol: Protocol,
     features: u64,
-    /// Whether the last features were refused for want of VIRTIO 1.
+    /// Whether the last features were refused because VIRTIO 1 was missing.
     is_legacy: bool,
     status: u8,
-    /// For requests of ours. Its end tells the front-end that we are gone.
+    /// The channel for requests of ours. When it is closed, the front-end knows that we are gone.
     backend_channel: Option<OwnedFd>,
-    /// The configuration space changed while no ring ran.
+    /// Whether the front-end is still to be told that the configuration space changed, as no ring ran then.
     owes_config_change: bool,
     mem: Arc<MemView>,
-    /// Kept from one view of memory to the next.
+    /// The log of written pages, kept from one view of memory to the next.
     log: Option<Arc<DirtyLog>>,
-    /// Whether a ring started with `LOG_ALL` since the log came, or without one.
+    /// Whether a ring started with `LOG_ALL` since the last log came, or without any log.
     started_before_log: bool,
     slots: Vec<Slot>,
-    /// Rings changed in a way after which device queues may be unused.
+    /// Whether rings changed in a way after which device queues may be unused.
     is_unsettled: bool,
     throttle: Throttle,
     rarp_throttle: Throttle,
@@ -177,24 +178,24 @@ impl Session {
         self.codec.is_blocked()
     }
 
-    /// Until when the front-end must have finished what it began.
+    /// When the front-end must have finished what it began.
     pub fn deadline(&self) -> Option<Instant> {
         self.codec.deadline()
     }
 
-    /// What was taken away under the rings, if anything was.
+    /// What memory was taken away under the rings, if any was.
     pub fn lost_memory(&self) -> Option<LostMemory> {
         let region = self.mem.regions().iter().find(|region| region.is_lost());
         let log = self.log.as_ref().filter(|log| log.is_lost()).map(|_| LostMemory::Log);
         region.map(|region| LostMemory::From(region.setup().guest)).or(log)
     }
 
-    /// Whether rings changed since this was asked last.
+    /// Whether rings changed since the last call.
     pub fn take_unsettled(&mut self) -> bool {
         std::mem::take(&mut self.is_unsettled)
     }
 
-    /// Handles what the socket has, some messages at a time.
+    /// Handles the messages that have come, some at a time.
     pub fn process(&mut self) -> SessionState {
         match self.try_process() {
             Ok(state) => state,
@@ -244,7 +245,8 @@ impl Session {
                 return Err(SessionError::LogRefused(refusal));
             }
             Err(refusal) => {
-                // Of a legacy driver is told once it starts a ring: some front-ends hand over features half by half.
+                // A legacy driver is logged only once it starts a ring: some front-ends hand over the features in two
+                // halves.
                 if !matches!(refusal, Refusal::Legacy) && self.throttle.allows() {
                     log::warn!("Refused {}: {}", request_name(request, known), crate::error_chain(&refusal));
                 }
@@ -266,7 +268,8 @@ impl Session {
             FrontendReq::SET_FEATURES => self.set_features(number(payload)?),
             FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::number(self.offered_protocol_features().bits())),
             FrontendReq::SET_PROTOCOL_FEATURES => self.set_protocol_features(number(payload)?),
-            // The owner is who is connected. Said again (libkrun: whenever its device is activated) it changes nothing.
+            // The connected front-end is the owner. Saying so again (libkrun: whenever its device is activated) changes
+            // nothing.
             FrontendReq::SET_OWNER => Ok(Answer::Done),
             FrontendReq::RESET_OWNER => self.disable_rings(),
             FrontendReq::GET_QUEUE_NUM => Ok(Answer::number(self.nic.queue_number())),
@@ -302,7 +305,7 @@ impl Session {
 impl Session {
     fn offered_protocol_features(&self) -> Protocol {
         let config = if self.options.offers_config { Protocol::CONFIG } else { Protocol::empty() };
-        // User Mode Linux (6.1) has no interrupt for its rings without it: it requests number 0, which is the timer's.
+        // Without it, User Mode Linux (6.1) has no interrupt for its rings: it requests number 0, which is the timer's.
         let backend_channel = if self.nic.has_control_queue() { Protocol::BACKEND_REQ } else { Protocol::empty() };
         config
             | backend_channel
@@ -332,7 +335,7 @@ impl Session {
         }
         let runs = |slot: &Slot| matches!(slot.ring, Ring::Started(_)) && slot.mode != RingMode::Disabled;
         let rings_run = self.slots.iter().any(runs);
-        // Before a driver is there, some front-ends set what concerns themselves alone.
+        // Before there is a driver, some front-ends set only features that concern themselves.
         let is_legacy = bits & VERSION_1 == 0 && bits & !(PROTOCOL_FEATURES | LOG_ALL) != 0;
         if is_legacy && rings_run {
             return Err(Refusal::RingsRun);
@@ -366,8 +369,8 @@ impl Session {
         if status == 0 { self.reset() } else { Ok(Answer::Done) }
     }
 
-    /// Rings stop and what the driver negotiated is gone; owner, protocol features, memory and the rings' positions stay:
-    /// QEMU asks for a position after the reset that belongs to it.
+    /// Stops the rings and forgets what the driver negotiated. Owner, protocol features, memory and the rings'
+    /// positions stay: QEMU asks for a ring's position only after the reset.
     fn reset(&mut self) -> Handled {
         self.stop_rings()?;
         for slot in &mut self.slots {
@@ -410,7 +413,7 @@ impl AsFd for Session {
     }
 }
 
-/// What the requests are answered with that have an answer of their own for a refusal: their front-end waits for it.
+/// The answer to a refused request of those that have an answer even then, as their front-end waits for it.
 fn refused_with(request: Option<FrontendReq>, payload: &[u8], why: &Refusal) -> Option<Vec<u8>> {
     match request? {
         FrontendReq::GET_CONFIG => Some(Vec::new()),
@@ -426,8 +429,8 @@ fn request_name(request: u32, known: Option<FrontendReq>) -> String {
     known.map_or_else(|| format!("request {request}"), |known| format!("{known:?} ({request})"))
 }
 
-/// The protocol feature that must have been negotiated for a message. Questions that change nothing need none: refused, they
-/// have no answer, and their front-end waits for ever.
+/// The protocol feature that must have been negotiated for a message. Questions that change nothing need none: a
+/// refused one has no answer, and its front-end would wait for ever.
 fn protocol_feature_of(request: FrontendReq) -> Option<Protocol> {
     Some(match request {
         FrontendReq::SET_LOG_BASE => Protocol::LOG_SHMFD,
@@ -442,8 +445,8 @@ fn protocol_feature_of(request: FrontendReq) -> Option<Protocol> {
     })
 }
 
-/// Whether descriptors may come with a message. `REM_MEM_REG` has one from front-ends that copy the message that added
-/// the region.
+/// Whether descriptors may come with a message. `REM_MEM_REG` comes with one from front-ends that copy the message that
+/// added the region.
 fn takes_fds(request: FrontendReq) -> bool {
     matches!(
         request,

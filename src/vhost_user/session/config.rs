@@ -1,4 +1,4 @@
-//! A session's messages about the configuration space, each way.
+//! A session's messages about the configuration space, both ways.
 
 use std::os::fd::OwnedFd;
 
@@ -15,11 +15,11 @@ use crate::vhost_user::ring::Ring;
 /// Whether a front-end is told of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told {
-    /// It was.
+    /// It was told.
     Now,
-    /// It will be, when a ring runs.
+    /// It will be told, when a ring runs.
     Later,
-    /// It has no way to be told, or does not take it.
+    /// It cannot be told, or does not take the message.
     Never,
 }
 
@@ -35,7 +35,7 @@ impl Session {
         let bytes =
             self.nic.read_config(offset, size, shown).ok_or(Refusal::Range { what, value: u64::from(offset) })?;
         let mut answer = [head, &bytes].concat();
-        // "Payload size MUST match" the question's; some front-ends (User Mode Linux) send no room for the bytes.
+        // "Payload size MUST match" the request's; some front-ends (User Mode Linux) send no room for the bytes.
         answer.resize(answer.len().max(payload.len()), 0);
         Ok(Answer::Payload(answer))
     }
@@ -45,8 +45,8 @@ impl Session {
         self.protocol.contains(Protocol::CONFIG | Protocol::BACKEND_REQ) && self.backend_channel.is_some()
     }
 
-    /// Tells the front-end that the configuration space changed (vhost-user, `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`), once a
-    /// ring runs: before that, nothing may be sent (vhost-user, "Suspended device state").
+    /// Tells the front-end that the configuration space changed (vhost-user, `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`),
+    /// or leaves that until a ring runs: before that, nothing may be sent (vhost-user, "Suspended device state").
     pub fn tell_config_change(&mut self) -> Told {
         let Some(channel) = self.backend_channel.as_ref().filter(|_| self.takes_config_changes()) else {
             return Told::Never;
@@ -62,7 +62,7 @@ impl Session {
         }
     }
 
-    /// Tells what had to wait, now that a ring runs.
+    /// Sends the message that had to wait, now that a ring runs.
     pub(super) fn tell_what_is_owed(&mut self) {
         if self.owes_config_change {
             self.tell_config_change();
@@ -73,7 +73,7 @@ impl Session {
         let [channel] =
             <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
         self.backend_channel = Some(channel);
-        // What the guest was told before, by a process that is gone or while there was no channel, may not be so any more.
+        // The guest may have been told something else before, by a process that is gone or while there was no channel.
         self.tell_config_change();
         Ok(Answer::Done)
     }

@@ -1,9 +1,9 @@
 //! The log of written pages: where it is, and what is entered (vhost-user, "Migration").
 //!
-//! A front-end that is about to move its guest hands over a log (`SET_LOG_BASE`), has writes to buffers logged (`LOG_ALL` among
-//! the features, while rings run) and those to each used ring (a flag of `SET_VRING_ADDR`). All of that becomes part of the
-//! view of memory that the workers have, so it holds when the answer goes out, and a log that is replaced is not written
-//! to any more by then.
+//! A front-end that is about to move its guest hands over a log (`SET_LOG_BASE`), and has writes to buffers logged
+//! (`LOG_ALL` among the features, while rings run) and writes to each used ring (a flag of `SET_VRING_ADDR`). All of
+//! this becomes part of the view of memory that the workers have. So it is in effect when the answer goes out, and by
+//! then nothing writes to a log that was replaced.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -19,10 +19,11 @@ use crate::net::features::LOG_ALL;
 use crate::vhost_user::ring::Ring;
 
 impl Session {
-    /// Answered with what came: front-ends wait for an answer, and take one without a size for a refusal.
+    /// Answers with the payload that came: front-ends wait for an answer, and take one without a size for a refusal.
     ///
-    /// QEMU starts rings with `LOG_ALL` and hands over the log when they run, where it connects again during a migration, or a
-    /// guest goes on: what they wrote until then is in no log that it reads, so all pages are marked in this one.
+    /// QEMU starts rings with `LOG_ALL` and hands over the log while they run, if it connects again during a migration,
+    /// or if a guest goes on. What the rings wrote until then is in no log that QEMU reads, so all pages are marked in
+    /// this one.
     pub(super) fn set_log_base(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
         let VhostUserLog { mmap_size, mmap_offset } = record(payload)?;
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
@@ -43,15 +44,16 @@ impl Session {
         Ok(Answer::Payload(payload.to_vec()))
     }
 
-    /// Whether the session cannot go on after a log was refused: what is written is being logged, where the front-end may
-    /// not look any more.
+    /// Whether the session cannot go on after a log was refused: writes are being logged to a log at which the
+    /// front-end may not look any more.
     pub(super) fn needs_log(&self, refusal: &Refusal) -> bool {
         self.features & LOG_ALL != 0 && self.log.is_some() && !matches!(refusal, Refusal::NotNegotiated(_))
     }
 
-    /// Changes whether writes to buffers are logged, while rings run. In nothing else `bits` differ from the features that there are.
+    /// Turns the logging of writes to buffers on or off while rings run. `bits` differ from the present features in
+    /// nothing else.
     pub(super) fn set_logging(&mut self, bits: u64) -> Handled {
-        // A front-end that goes on all the same would move a guest that lacks what was written meanwhile.
+        // A front-end that carried on without a log would move a guest that lacks what was written meanwhile.
         if bits & LOG_ALL != 0 && self.log.is_none() {
             return Err(Refusal::NoLog);
         }
@@ -59,7 +61,7 @@ impl Session {
         self.renew_view().inspect_err(|_| self.features = before)
     }
 
-    /// The regions of `view` with the log as it is to be with `features`.
+    /// The regions of `view` with the session's log, as it is to be with `features`.
     pub(super) fn logged(&self, view: &MemView, features: u64) -> Result<MemView, Refusal> {
         let logs_buffers = features & LOG_ALL != 0;
         match &self.log {
@@ -69,14 +71,14 @@ impl Session {
         Ok(view.logged(self.log.clone(), logs_buffers))
     }
 
-    /// Gives the rings a view of the same memory with the log as it is now.
+    /// Gives the rings a view of the same memory with the present log.
     fn renew_view(&mut self) -> Handled {
         let mem = Arc::clone(&self.mem);
         self.replace_memory(&mem)
     }
 }
 
-/// Whether each page has its bit.
+/// Checks that each page has its bit in the log.
 fn check_size(view: &MemView, log: &DirtyLog) -> Result<(), Refusal> {
     match view.last() {
         Some(last) if !log.covers(last) => Err(Refusal::LogTooSmall { last, size: log.size() }),

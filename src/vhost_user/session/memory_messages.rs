@@ -1,4 +1,4 @@
-//! The messages that hand over guest memory: as a whole, or region by region; and what becomes of the rings in it.
+//! The messages that hand over guest memory, as a whole or region by region, and what happens to the rings in it.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -39,14 +39,14 @@ impl Session {
 
     pub(super) fn rem_mem_reg(&mut self, payload: &[u8]) -> Handled {
         let setup = single_region(payload)?;
-        // QEMU 7 removes each region once for every queue pair, too, and by the second time another may be there that the first
-        // pair has added. Refused, it would go on adding it for ever.
+        // QEMU 7 removes each region once for every queue pair, too. By the second time, the first pair may have added
+        // another one in its place. If the request were refused, QEMU would go on adding that for ever.
         let Some(view) = memory::without(&self.mem, setup)? else { return Ok(Answer::Done) };
         self.replace_memory(&view)
     }
 
-    /// Gives every running ring the new view, with the log that there is. The old one goes with the last worker that lets go
-    /// of it: before this returns.
+    /// Gives every running ring the new view, with the present log. The old view goes when the last worker lets go of
+    /// it, which is before this returns.
     pub(super) fn replace_memory(&mut self, view: &MemView) -> Handled {
         self.mem = Arc::new(self.logged(view, self.features)?);
         for index in 0..self.slots.len() {

@@ -1,4 +1,4 @@
-//! Payloads of messages as values: of the right length, or refused.
+//! Reads the payloads of messages as values; one of the wrong length is refused.
 
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::ByteValued;

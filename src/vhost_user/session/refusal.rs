@@ -13,7 +13,7 @@ use crate::virtqueue::RingError;
 /// Why a message is refused.
 #[derive(Debug, Error)]
 pub(super) enum Refusal {
-    /// Its number is not known, or of something that a network device does not have.
+    /// Its number is unknown, or of something that a network device does not have.
     #[error("Request not supported")]
     Unknown,
     /// Its protocol feature was not negotiated.
@@ -22,17 +22,17 @@ pub(super) enum Refusal {
     /// Its payload is not of the right length.
     #[error("Payload of {got} bytes, {expected} expected")]
     PayloadLength {
-        /// What came.
+        /// How many bytes came.
         got: usize,
-        /// What the message has.
+        /// How many bytes the message has.
         expected: usize,
     },
     /// The wrong number of descriptors came with it.
     #[error("{got} descriptors came with it, {expected} expected")]
     Descriptors {
-        /// What came.
+        /// How many came.
         got: usize,
-        /// What the message has.
+        /// How many the message has.
         expected: usize,
     },
     /// There is no such ring.
@@ -52,7 +52,7 @@ pub(super) enum Refusal {
     /// A number out of its range.
     #[error("{what} {value:#x} is out of range")]
     Range {
-        /// What it is.
+        /// What number it is.
         what: &'static str,
         /// The number.
         value: u64,
@@ -60,13 +60,13 @@ pub(super) enum Refusal {
     /// Features that were not offered.
     #[error("Features that were not offered: {0}")]
     NotOffered(String),
-    /// A guest without VIRTIO 1.
+    /// The guest does not use VIRTIO 1.
     #[error("The guest's driver does not use VIRTIO 1 (VERSION_1 missing): a legacy or transitional driver?")]
     Legacy,
     /// Features may not change while rings run.
     #[error("Features cannot change while rings run")]
     RingsRun,
-    /// The ring cannot start or be there.
+    /// The ring cannot start, or cannot be where it is described.
     #[error(transparent)]
     Ring(#[from] StartError),
     /// The queue size is impossible.
@@ -86,10 +86,10 @@ pub(super) enum Refusal {
         /// The log's bytes.
         size: u64,
     },
-    /// What is written is to be logged, and there is no log.
+    /// Writes are to be logged, and there is no log.
     #[error("LOG_ALL while rings run, and no log came (SET_LOG_BASE)")]
     NoLog,
-    /// The card could not do it.
+    /// The card could not do what was asked.
     #[error(transparent)]
     Nic(#[from] NicError),
     /// A worker does not answer.

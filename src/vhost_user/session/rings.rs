@@ -18,7 +18,7 @@ use crate::running_ring::{NotStarted, RingChange, RingMode, StartRing, StoppedRi
 use crate::virtqueue::QueueSize;
 use crate::virtqueue::queue::RingFeatures;
 
-/// In the 64-bit payload of kick, call and err messages: the ring's index, and that no descriptor comes with it.
+/// The 64-bit payload of kick, call and err messages: the ring's index, and the flag that no descriptor comes with it.
 const VRING_INDEX_MASK: u64 = 0xff;
 const VRING_NOFD: u64 = 0x100;
 
@@ -34,8 +34,8 @@ impl Session {
         self.slots.get_mut(index).ok_or(Refusal::NoRing { index: index as u64, rings })
     }
 
-    /// A ring that may be described. One that was disabled is stopped by that: some front-ends (User Mode Linux) never ask
-    /// for its position.
+    /// The setup of a stopped ring, which may be described. A disabled ring is stopped first: some front-ends (User
+    /// Mode Linux) never ask for its position.
     fn stopped(&mut self, index: usize) -> Result<&mut RingSetup, Refusal> {
         if self.slot(index)?.mode == RingMode::Disabled {
             self.stop_ring(index)?;
@@ -61,7 +61,7 @@ impl Session {
         let base = u16::try_from(state.num);
         let base = base.map_err(|_| Refusal::Range { what: "Ring base", value: u64::from(state.num) })?;
         match self.slot(index)? {
-            // Complete, and nothing of it was used: libkrun says it once more at the end.
+            // The ring is complete but not used yet: libkrun sends the base once more at the end.
             Slot { ring: Ring::Started(started), mode: RingMode::Waiting } => started.base = base,
             _ => self.stopped(index)?.base = base,
         }
@@ -87,7 +87,7 @@ impl Session {
         self.start_if_ready(index)
     }
 
-    /// Of a ring that runs nothing changes but where its used ring is logged.
+    /// Changes where the used ring of a running ring is logged; nothing else of it may change.
     fn change_addresses(&mut self, index: usize, layout: Layout, addresses: Addresses) -> Handled {
         if layout.addresses.user != addresses.user {
             return Err(Refusal::Started { index });
@@ -139,7 +139,8 @@ impl Session {
         Ok(Answer::Done)
     }
 
-    /// The ring's index and the descriptor of a kick, call or err message, in agreement with its flag.
+    /// The ring's index and the descriptor of a kick, call or err message, which must come unless its flag says
+    /// otherwise.
     fn vring_fd(&self, word: u64, fds: Vec<OwnedFd>) -> Result<(usize, Option<OwnedFd>), Refusal> {
         if word & !(VRING_INDEX_MASK | VRING_NOFD) != 0 {
             return Err(Refusal::NoRing { index: word, rings: self.slots.len() });
@@ -152,7 +153,7 @@ impl Session {
         Ok((index, fds.into_iter().next()))
     }
 
-    /// The early ones are remembered: QEMU enables rings before anything else is known of them.
+    /// Remembers what comes before the ring starts: QEMU enables rings before anything else is known of them.
     pub(super) fn set_vring_enable(&mut self, state: VhostUserVringState) -> Handled {
         let index = self.index(state.index)?;
         let slot = self.slot(index)?;
@@ -180,8 +181,8 @@ impl Session {
         Ok(Answer::Done)
     }
 
-    /// What is left of the meaning of `RESET_OWNER`. Old front-ends (DPDK's virtio-user) stop with it: they describe the rings
-    /// anew and never ask for a position, of those neither that were started and not enabled.
+    /// Does what is left of the meaning of `RESET_OWNER`. Old front-ends (DPDK's virtio-user) stop with it: they then
+    /// describe the rings anew and never ask for a position, not even of rings that were started and not enabled.
     pub(super) fn disable_rings(&mut self) -> Handled {
         for index in 0..self.slots.len() {
             let is_started = matches!(self.slot(index)?.ring, Ring::Started(_));
@@ -198,18 +199,19 @@ impl Session {
         Ok(Answer::Payload(answer.as_slice().to_vec()))
     }
 
-    /// Starts a ring if all that it needs is there.
+    /// Starts a ring if everything that it needs is known.
     pub(super) fn start_if_ready(&mut self, index: usize) -> Handled {
         let Some(layout) = self.ready_layout(index)? else { return Ok(Answer::Done) };
         let tried = self.start_ring(index, layout);
-        // What starts it again after a failure is a new kick.
+        // After a failure, only a new kick starts the ring again.
         if let Ring::Stopped(setup) = &mut self.slot(index)?.ring {
             setup.forget_kick();
         }
         tried.map(|()| Answer::Done)
     }
 
-    /// The same after a message that is done whatever is wrong with a ring; the ring's own descriptor is told.
+    /// As `start_if_ready`, but after a message that is done whatever is wrong with a ring: a failure is only logged,
+    /// and reported on the ring's err descriptor.
     pub(super) fn start_or_warn(&mut self, index: usize) -> Result<(), Refusal> {
         match self.start_if_ready(index) {
             Err(stuck @ (Refusal::Stuck(_) | Refusal::Nic(NicError::Stuck(_)))) => return Err(stuck),
@@ -219,8 +221,8 @@ impl Session {
         Ok(())
     }
 
-    /// Where a stopped ring is to start: known once its size, its addresses, its kick and the guest's features are. One that was
-    /// lost waits for its memory besides.
+    /// The layout of a stopped ring that is to start: its size, its addresses, its kick and the guest's features must
+    /// be known. A ring that lost its memory also waits for that.
     fn ready_layout(&mut self, index: usize) -> Result<Option<Layout>, Refusal> {
         let Ring::Stopped(setup) = &self.slot(index)?.ring else { return Ok(None) };
         let Some(layout) = setup.layout().filter(|_| setup.is_kick_told) else { return Ok(None) };
@@ -272,7 +274,7 @@ impl Session {
         Ok(())
     }
 
-    /// Says what its front-end may repeat, once a second.
+    /// Logs what a front-end may cause again and again, once a second.
     fn warn(&mut self, what: Arguments) {
         if self.throttle.allows() {
             log::warn!("{what}");
@@ -290,7 +292,7 @@ impl Session {
         Ok(())
     }
 
-    /// Starts a ring again that was lost, if its memory is back: QEMU removes and adds a region whose size changes.
+    /// Starts a ring again that lost its memory, if that is back: QEMU removes and adds a region whose size changes.
     pub(super) fn recover_ring(&mut self, index: usize) -> Result<(), Refusal> {
         let mem = Arc::clone(&self.mem);
         let Ring::Stopped(setup) = &mut self.slot(index)?.ring else { return Ok(()) };
@@ -302,7 +304,8 @@ impl Session {
         self.take_back(index, Nic::stop, false)
     }
 
-    /// Takes a started ring back from its worker in the way of `take`; one that was about to start does not any more.
+    /// Takes a started ring back from its worker by means of `take`. A ring that was about to start does not start any
+    /// more.
     fn take_back(
         &mut self,
         index: usize,
@@ -324,7 +327,7 @@ impl Session {
             log::debug!("Ring {index} stopped at {}", left.position);
             Ring::Stopped(RingSetup::stopped(layout, left, keeps_kick))
         });
-        // One that was disabled starts again as one that was not enabled yet.
+        // A disabled ring starts again as one that was not enabled yet.
         if slot.mode == RingMode::Disabled {
             slot.mode = RingMode::Waiting;
         }
@@ -332,7 +335,7 @@ impl Session {
         Ok(())
     }
 
-    /// Stops the rings that the front-end has disabled and did not stop.
+    /// Stops the rings that the front-end has disabled but not stopped.
     pub(super) fn stop_disabled_rings(&mut self) -> Result<(), Refusal> {
         for index in 0..self.slots.len() {
             if self.slot(index)?.mode == RingMode::Disabled {
@@ -342,7 +345,7 @@ impl Session {
         Ok(())
     }
 
-    /// Stops all rings, also if one of them cannot be; tells the first failure.
+    /// Stops all rings, even if one of them cannot be stopped; returns the first error.
     pub(super) fn stop_rings(&mut self) -> Result<(), Refusal> {
         (0..self.slots.len()).map(|index| self.stop_ring(index)).fold(Ok(()), Result::and)
     }
