@@ -1,24 +1,24 @@
-//! Busy polling (`--poll-us`): for how long a worker with nothing to do looks again before it sleeps.
+//! Busy polling (`--poll-us`): how long a worker with nothing to do keeps looking before it sleeps.
 //!
-//! A worker that sleeps costs nothing, but waking it costs a kick, an interrupt for the other CPU and a thread switch. One
-//! that looks at its rings for some microseconds more saves them if frames come soon. While it looks, kicks are
-//! suppressed. It never looks for longer than its window at a time, so an idle card sleeps, and it lets other threads of
-//! its CPU run between two looks: if one does, the host is busy, and the worker sleeps at once.
+//! A worker that sleeps costs nothing, but waking it costs a kick, an interrupt for the other CPU and a thread switch.
+//! One that looks at its rings for some microseconds more saves them if frames come soon. While it looks, kicks are
+//! suppressed. It never looks for longer than its window at a time, so an idle card sleeps, and it lets other threads
+//! of its CPU run between two looks: if one does, the host is busy, and the worker sleeps at once.
 //!
-//! `auto` chooses the window by what sleeping was like: after a sleep that was shorter than the longest window the window
-//! grows, as it would have been better to wait awake; after a longer one there is none.
+//! `auto` chooses the window by how long the last sleep was. After a sleep that was shorter than the longest window,
+//! the window grows, as it would have been better to wait awake; after a longer one there is no window.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// The longest window of `auto`.
 const AUTO_MAX: Duration = Duration::from_micros(50);
-/// Its first one.
+/// The first window of `auto`.
 const AUTO_FIRST: Duration = Duration::from_micros(8);
-/// Whoever had the CPU for so long had work to do.
+/// A thread that had the CPU for so long had work to do.
 const BUSY_HOST: Duration = Duration::from_micros(20);
 
-/// How long to look, if at all.
+/// How long to poll before sleeping, if at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Polling {
     /// So long each time; not at all if zero.
@@ -33,12 +33,12 @@ impl Default for Polling {
     }
 }
 
-/// One worker's polling.
+/// The polling of one worker.
 #[derive(Debug)]
 pub(crate) struct Poller {
     polling: Polling,
     window: Duration,
-    /// Since when there has been nothing to do, and when that was last looked at.
+    /// Since when there has been nothing to do, and when the last look was.
     idle: Option<(Instant, Instant)>,
 }
 
@@ -53,12 +53,12 @@ impl Poller {
         !self.window.is_zero()
     }
 
-    /// There was something to do.
+    /// Notes that there was something to do.
     pub(crate) fn found_work(&mut self) {
         self.idle = None;
     }
 
-    /// Nothing was there: whether to look again. Other threads of this CPU had their turn then.
+    /// Whether to look again after a look that found nothing. Other threads of this CPU have their turn first.
     pub(crate) fn goes_on(&mut self) -> bool {
         if !self.is_on() {
             return false;
@@ -75,7 +75,7 @@ impl Poller {
         goes_on
     }
 
-    /// Sleeps, by `wait`, and learns from how long that was.
+    /// Sleeps by calling `wait`, and learns from how long that took.
     pub(crate) fn sleep<R>(&mut self, wait: impl FnOnce() -> R) -> R {
         if self.polling != Polling::Auto {
             return wait();

@@ -1,7 +1,8 @@
 //! The configuration space over the card's life, for the control threads.
 //!
-//! What is so of the card alone outlives sessions, and each begins with it; a front-end may change the MTU, and a guest the MAC
-//! address, until the session ends or a driver begins anew. What happens to the interface changes both.
+//! What belongs to the card itself outlives sessions, and each session begins with it. A front-end may change the MTU,
+//! and a guest the MAC address, until the session ends or a driver begins anew. A change of the interface holds for
+//! this session and for the next.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -9,7 +10,7 @@ use crate::device::link_watch::LinkState;
 use crate::mac::Mac;
 use crate::net::config_space::{ConfigSpace, LinkShown, MTU_MIN};
 
-/// See the file's head.
+/// The card's configuration space, for the present session and for the next.
 #[derive(Debug)]
 pub struct CardConfig(Mutex<Inner>);
 
@@ -29,19 +30,19 @@ pub struct ConfigChange {
 }
 
 impl ConfigChange {
-    /// Whether nothing did.
+    /// Whether nothing changed.
     pub fn is_none(&self) -> bool {
         *self == ConfigChange::default()
     }
 }
 
 impl CardConfig {
-    /// What sessions begin with.
+    /// A configuration space with which sessions begin.
     pub fn new(config: ConfigSpace) -> CardConfig {
         CardConfig(Mutex::new(Inner { for_next_session: config.clone(), current: config }))
     }
 
-    /// Reads it; `None` where not all of the range can be read.
+    /// Reads the present configuration space; `None` if not all of the range can be read.
     pub fn read(&self, offset: u32, size: u32, shown: LinkShown) -> Option<Vec<u8>> {
         self.lock().current.read(offset, size, shown)
     }
@@ -52,34 +53,34 @@ impl CardConfig {
         inner.current = inner.for_next_session.clone();
     }
 
-    /// Forgets what an earlier driver changed; what the front-end did stays.
+    /// Forgets what an earlier driver changed; what the front-end changed stays.
     pub fn begin_driver(&self) {
         let mut inner = self.lock();
         inner.current = ConfigSpace { mtu: inner.current.mtu, ..inner.for_next_session.clone() };
     }
 
-    /// Changes the MTU, for the front-end.
+    /// Changes the MTU, on behalf of the front-end.
     pub fn set_mtu(&self, mtu: u16) {
         self.lock().current.mtu = mtu;
     }
 
-    /// Changes the MAC address, for the guest.
+    /// Changes the MAC address, on behalf of the guest.
     pub fn set_mac(&self, mac: Mac) {
         self.lock().current.mac = mac;
     }
 
-    /// Forgets the MAC address that a guest set, if it did.
+    /// Forgets the MAC address that the guest set, if it did.
     pub fn reset_mac(&self) {
         let mut inner = self.lock();
         inner.current.mac = inner.for_next_session.mac;
     }
 
-    /// Changes the MAC address for sessions to come; tells the one before.
+    /// Changes the MAC address for sessions to come; returns the former one.
     pub fn replace_mac(&self, mac: Mac) -> Mac {
         std::mem::replace(&mut self.lock().for_next_session.mac, mac)
     }
 
-    /// Takes in what the interface is like now; an MTU that no network card has is none.
+    /// Takes over the interface's state; an MTU that no network card has is ignored.
     pub fn follow(&self, state: LinkState) -> ConfigChange {
         let Inner { for_next_session, current } = &mut *self.lock();
         let mtu = state.mtu.filter(|mtu| *mtu >= MTU_MIN);

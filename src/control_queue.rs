@@ -1,8 +1,8 @@
-//! The thread of the control queue, for front-ends that hand it over: reads commands, carries them out, answers.
+//! The control queue's thread, for front-ends that hand the queue over: reads commands, carries them out, answers.
 //!
 //! It is a thread of its own because its commands reach into the workers of the queue pairs, and a worker never waits
-//! for anybody: control thread → this thread → workers is the only order in which one waits for another. What a command
-//! means is decided in `net::control`.
+//! for another thread: control thread → this thread → workers is the only order of waiting. `net::control` decides what
+//! a command means.
 
 use std::fmt::Display;
 use std::io;
@@ -27,12 +27,13 @@ use crate::virtqueue::iovec::IOV_MAX;
 use crate::virtqueue::{GuestIovecs, RingBroken, Shape, SplitRing};
 use crate::worker::{POLL_INTERVAL_MS, QueuePair};
 
-/// Commands between two looks at the mailbox: each may have to wait for every worker.
+/// How many commands are answered between two looks at the mailbox: each may have to wait for every worker.
 const BUDGET: usize = 1;
 /// How long the control thread waits for this one: longer than this one waits for a worker.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// A longer command is refused: a table of more than 170,000 addresses. One with more than are kept of a kind lets all of that
-/// kind pass (VIRTIO 1.3, "Setting MAC Address Filtering"), but has to be read for that.
+/// A longer command is refused: it would be a table of more than 170,000 addresses. A table with more addresses of a
+/// kind than are kept lets all frames of that kind pass (VIRTIO 1.3, "Setting MAC Address Filtering"), but it has to be
+/// read for that.
 const COMMAND_MAX: usize = 1 << 20;
 
 /// What the commands act on.
@@ -42,7 +43,7 @@ pub struct Surroundings {
     pub device: Arc<DeviceSlot>,
     /// The queue pairs' workers.
     pub pairs: Arc<[Mailbox<QueuePair>]>,
-    /// The configuration space, whose address a command may change.
+    /// The configuration space, whose MAC address a command may change.
     pub config: Arc<CardConfig>,
 }
 
@@ -50,7 +51,7 @@ pub struct Surroundings {
 pub struct ControlQueue {
     around: Surroundings,
     state: ControlState,
-    /// The state before the last resets, until a ring starts.
+    /// The state from before the last resets, until a ring starts.
     former: Option<ControlState>,
     ring: Option<(RunningRing, GuestIovecs)>,
     epoll: EpollSet,
@@ -86,9 +87,10 @@ impl ControlQueue {
         sandbox.confine(Role::ControlQueue)
     }
 
-    /// Begins anew for a guest that acknowledged `features`; tells which frames pass until its first command.
+    /// Begins anew for a guest that acknowledged `features`; returns the filter of frames until its first command.
     ///
-    /// It may be the same guest, whose rings stopped for a while: that is seen from where its control ring starts.
+    /// It may be the same guest, whose rings stopped for a while: the position at which its control ring starts shows
+    /// that.
     pub fn reset(&mut self, features: u64, mac: Option<Mac>) -> Arc<RxFilter> {
         // 127 pairs at most.
         let state = ControlState::new(features, self.around.pairs.len() as u16, mac);
@@ -97,12 +99,12 @@ impl ControlQueue {
         self.state.filter()
     }
 
-    /// Forgets what the guest of an earlier front-end set: the next one's is another, or has gone on without us.
+    /// Forgets what the guest of an earlier front-end set: the next guest is another one, or has gone on without us.
     pub fn forget(&mut self) {
         (self.state, self.former) = (ControlState::default(), None);
     }
 
-    /// Has what the driver set before hold on, if it goes on where it was.
+    /// Restores what the driver set before, if it goes on where it was, and puts the state into effect.
     fn begin(&mut self, former: ControlState, goes_on: bool) {
         if goes_on {
             log::debug!("Control queue: the driver goes on where it was");
@@ -115,7 +117,7 @@ impl ControlQueue {
     }
 }
 
-/// Its one ring, for the control thread, through the mailbox.
+/// The one ring of the control queue, run for the control thread through the mailbox.
 impl RunsRings for ControlQueue {
     fn start(&mut self, _: Direction, start: StartRing) -> Result<(), NotStarted> {
         let iovecs = GuestIovecs::new(Arc::clone(start.queue.mem()), IOV_MAX + 1);
@@ -149,7 +151,7 @@ impl RunsRings for ControlQueue {
     }
 }
 
-/// What happens in the thread.
+/// What runs in the thread.
 impl ControlQueue {
     fn run(mut self, inbox: &Inbox<ControlQueue>) {
         if let Err(e) = self.epoll.add_eventfd(inbox.wake(), Event::Mailbox) {
@@ -177,7 +179,7 @@ impl ControlQueue {
     }
 
     fn is_ready(&self) -> bool {
-        // There is nothing to discard on this queue: a disabled ring waits as one that was never enabled.
+        // Nothing is discarded on this queue: a disabled ring waits like one that was never enabled.
         self.ring.as_ref().is_some_and(|(ring, _)| ring.is_ready() && ring.passes())
     }
 
@@ -207,7 +209,7 @@ impl ControlQueue {
         }
     }
 
-    /// Answers up to [`BUDGET`] commands; tells whether there may be more.
+    /// Answers up to [`BUDGET`] commands; returns whether there may be more.
     fn answer_commands(&mut self) -> Result<bool, RingBroken> {
         for _ in 0..BUDGET {
             let Some((ring, iovecs)) = &mut self.ring else { return Ok(false) };
@@ -221,7 +223,7 @@ impl ControlQueue {
         Ok(true)
     }
 
-    /// Carries out the command of one chain and writes its status; tells the bytes written.
+    /// Carries out the command of one chain and writes its status; returns the bytes written.
     fn answer(&mut self, chain: Shape) -> u32 {
         let Some((_, iovecs)) = &self.ring else { return 0 };
         if chain.writable_len == 0 {
@@ -231,12 +233,12 @@ impl ControlQueue {
         let mut command = std::mem::take(&mut self.command);
         let kept = len.min(COMMAND_MAX);
         if command.capacity() < kept {
-            // To make it longer, the allocator may use a system call that the sandbox forbids.
+            // To grow the old one, the allocator may use a system call that the sandbox forbids.
             command = Vec::with_capacity(kept);
         }
         command.resize(kept, 0);
         iovecs.copy_to(chain.readable(), 0, &mut command);
-        // It may be another one than at the last command.
+        // The device may be another one than at the last command.
         self.state.restrict_address(self.around.device.mac());
         let effect = if len > COMMAND_MAX { None } else { self.state.command(&command) };
         self.command = command;
@@ -247,7 +249,7 @@ impl ControlQueue {
         1
     }
 
-    /// Whether the effect took place.
+    /// Carries out an effect; returns whether it took place.
     fn carry_out(&mut self, effect: Effect) -> bool {
         log::debug!("Control queue: {}", effect.name());
         match effect {
@@ -277,7 +279,7 @@ impl ControlQueue {
         }
     }
 
-    /// Has every worker do `job`; tells whether all did.
+    /// Has every worker do `job`; returns whether all did.
     fn tell_pairs(&self, job: impl Fn(usize, &mut QueuePair) + Clone + Send + 'static) -> bool {
         let mut done = true;
         for (index, pair) in self.around.pairs.iter().enumerate() {

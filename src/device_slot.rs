@@ -1,4 +1,4 @@
-//! The place of the card's device, which another one may take, for the control threads; workers own its queues.
+//! Holds the card's device, which may be replaced, for the control threads; workers own its queues.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::device::Device;
 use crate::mac::Mac;
 
-/// See the file's head.
+/// The card's device, for the control threads to share.
 #[derive(Debug)]
 pub struct DeviceSlot(Mutex<Inner>);
 
@@ -18,27 +18,28 @@ struct Inner {
 }
 
 impl DeviceSlot {
-    /// A place with this device.
+    /// A slot with this device.
     pub fn new(device: Device) -> DeviceSlot {
         DeviceSlot(Mutex::new(Inner { device: Arc::new(device), offloads: 0 }))
     }
 
-    /// The device that is there.
+    /// The present device.
     pub fn get(&self) -> Arc<Device> {
         Arc::clone(&self.lock().device)
     }
 
-    /// The address that its device must be reached by, where that is one ([`Device::mac`]).
+    /// The MAC address that the guest's card must have to receive frames; `None` if any will do ([`Device::mac`]).
     pub fn mac(&self) -> Option<Mac> {
         self.lock().device.mac()
     }
 
-    /// The address of its device, if that was made here ([`Device::made_with_mac`]).
+    /// The MAC address of the device, if it was made here ([`Device::made_with_mac`]).
     pub fn made_with_mac(&self) -> Option<Mac> {
         self.lock().device.made_with_mac()
     }
 
-    /// Sets offloads ([`Device::set_offloads`]), for the next device too. One that is gone needs none.
+    /// Sets offloads ([`Device::set_offloads`]) of this device and of those that replace it. A device that is gone
+    /// needs none.
     ///
     /// # Errors
     /// What the device says.
@@ -49,10 +50,10 @@ impl DeviceSlot {
         if set.is_err() && inner.device.is_gone() { Ok(()) } else { set }
     }
 
-    /// Puts another device there.
+    /// Replaces the device.
     ///
     /// # Errors
-    /// What it says to the offloads of the one before.
+    /// The error of the new device in setting the former one's offloads.
     pub fn replace(&self, device: Device) -> io::Result<()> {
         let mut inner = self.lock();
         device.set_offloads(inner.offloads)?;

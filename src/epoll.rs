@@ -1,4 +1,4 @@
-//! What a worker waits for: an epoll set whose events are an enum.
+//! What a thread waits for: an epoll set whose events are an enum.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-/// What can wake a worker.
+/// What can wake a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     /// A job is in the mailbox.
@@ -26,7 +26,7 @@ const EVENTS: [Event; 5] = [Event::Mailbox, Event::Device, Event::RxKick, Event:
 /// How long to wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wait {
-    /// Only look.
+    /// Not at all: only look.
     No,
     /// So many milliseconds.
     Millis(i32),
@@ -46,22 +46,22 @@ impl EpollSet {
         Ok(EpollSet { epoll: Epoll::new()?, ready: [EpollEvent::default(); EVENTS.len()] })
     }
 
-    /// Watches `fd`; it must be removed before it is closed, as a copy in another process would keep it alive here.
+    /// Watches `fd`. It must be removed before it is closed, as a copy in another process would keep it in the set.
     pub(crate) fn add(&self, fd: &impl AsFd, event: Event, on: EventSet) -> io::Result<()> {
         self.control(ControlOperation::Add, fd, event, on)
     }
 
-    /// Watches an eventfd of ours for being signalled.
+    /// Watches an eventfd of ours for signals.
     pub(crate) fn add_eventfd(&self, fd: &EventFd, event: Event) -> io::Result<()> {
         self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(EventSet::IN, event as u64))
     }
 
-    /// Changes what `fd` is watched for; what is there already is told again.
+    /// Changes what `fd` is watched for; what is there already is reported again.
     pub(crate) fn modify(&self, fd: &impl AsFd, event: Event, on: EventSet) -> io::Result<()> {
         self.control(ControlOperation::Modify, fd, event, on)
     }
 
-    /// Watches `fd` no longer.
+    /// Stops watching `fd`.
     pub(crate) fn remove(&self, fd: &impl AsFd) -> io::Result<()> {
         self.control(ControlOperation::Delete, fd, Event::Mailbox, EventSet::empty())
     }
@@ -70,7 +70,7 @@ impl EpollSet {
         self.epoll.ctl(operation, fd.as_fd().as_raw_fd(), EpollEvent::new(on, event as u64))
     }
 
-    /// Waits, and tells what happened.
+    /// Waits, and returns what happened.
     pub(crate) fn wait(&mut self, wait: Wait) -> io::Result<impl Iterator<Item = (Event, EventSet)> + use<>> {
         let timeout = match wait {
             Wait::No => 0,

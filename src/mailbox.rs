@@ -1,7 +1,7 @@
-//! The way to talk to a thread that owns something: closures, run by the owner between two passes.
+//! The way to talk to a thread that owns something: closures, which the owner runs between two passes.
 //!
-//! [`Mailbox::call`] waits for the result, so whoever called knows that the change has taken effect. The owner is never
-//! interrupted and takes no lock; looking into an empty [`Inbox`] is two loads.
+//! [`Mailbox::call`] waits for the result, so its caller knows that the change is in effect. The owner is never
+//! interrupted and takes no lock; a look into an empty [`Inbox`] is two loads.
 
 use std::io;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 type Job<T> = Box<dyn FnOnce(&mut T) + Send>;
 
-/// A thread did not do what it was asked.
+/// A thread did not do what it was asked in time.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("Thread {name} did not answer in time: it ended, or guest memory does not answer")]
 pub struct Stuck {
@@ -23,14 +23,14 @@ pub struct Stuck {
     pub name: String,
 }
 
-/// The callers' end. Dropping it ends the thread and waits for that.
+/// The callers' end. Dropping it ends the thread and waits for its end.
 pub struct Mailbox<T> {
     name: String,
     patience: Duration,
     /// `None` only while being dropped.
     jobs: Option<Sender<Job<T>>>,
     wake: Arc<EventFd>,
-    /// Whether the owner did not answer once: it is not waited for again.
+    /// Whether the owner did not answer once: nobody waits for it again.
     is_stuck: AtomicBool,
     thread: Option<JoinHandle<()>>,
 }
@@ -42,8 +42,8 @@ pub(crate) struct Inbox<T> {
 }
 
 impl<T: 'static> Mailbox<T> {
-    /// Starts a thread that does `run`, and is given `patience` for each job. `run` must look into its inbox whenever the
-    /// wake-up descriptor is readable, and end when [`Inbox::run_jobs`] says so.
+    /// Starts a thread that runs `run`, and gives it `patience` for each job. `run` must look into its inbox whenever
+    /// the wake-up descriptor is readable, and end when [`Inbox::run_jobs`] returns false.
     pub(crate) fn spawn(
         name: String,
         patience: Duration,
@@ -76,7 +76,7 @@ impl<T: 'static> Mailbox<T> {
         }
         let (answer, answered) = mpsc::sync_channel(1);
         let job: Job<T> = Box::new(move |owner| {
-            // After a time-out nobody waits any more; then the result is of no use.
+            // After a time-out nobody waits for the result any more.
             let _ = answer.send(job(owner));
         });
         let jobs = self.jobs.as_ref().ok_or_else(stuck)?;
@@ -110,7 +110,7 @@ impl<T> Inbox<T> {
         let _ = self.wake.read();
     }
 
-    /// Runs the jobs that are there; tells whether more may come.
+    /// Runs the jobs that are there; returns whether more may come.
     pub(crate) fn run_jobs(&self, owner: &mut T) -> bool {
         loop {
             match self.jobs.try_recv() {
@@ -139,7 +139,7 @@ mod tests {
         assert_eq!(mailbox.call(|n| *n), Ok(5));
     }
 
-    /// As the threads do it, which sleep meanwhile.
+    /// The owner sleeps between two jobs, as the threads of the process do.
     #[test]
     fn owner_that_looks_only_when_it_is_woken_misses_nothing() {
         const CALLS: u32 = if cfg!(miri) { 10 } else { 2000 };

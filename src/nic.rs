@@ -1,8 +1,8 @@
 //! The virtual network card: what outlives front-end connections.
 //!
 //! It owns the device, a worker for each queue pair, the control queue's thread and the configuration space. A
-//! vhost-user session drives it in terms of ring indices; which thread that means is known here alone. What follows from
-//! what happens to the device is in `nic::host`.
+//! vhost-user session drives it in terms of ring indices; only the card knows which thread runs which ring. `nic::host`
+//! handles what happens to the device.
 
 mod host;
 
@@ -35,25 +35,26 @@ use crate::worker::{self, Fitting, QueuePair};
 
 pub use host::NotConfined;
 
-/// The usual MTU, where neither the operator nor the interface says one.
+/// The usual MTU, if neither the operator nor the interface says one.
 const MTU_DEFAULT: u16 = 1500;
-/// Ring indices that messages can carry.
+/// How many ring indices messages can carry.
 const RINGS_MAX: usize = 256;
 /// The most queue pairs: ring 2N is the control queue's, and kick and call messages carry the ring's index in 8 bits.
 pub const QUEUE_PAIRS_MAX: u16 = 127;
 
-/// What the card is like, besides its device.
+/// The properties of the card, besides its device.
 #[derive(Clone, Debug, Default)]
 pub struct NicSetup {
-    /// Its MAC address, if we are to say it.
+    /// Its MAC address, if the back-end is to say it.
     pub mac: Option<Mac>,
     /// The largest MTU; the device's if not given.
     pub mtu: Option<u16>,
-    /// By what the guest asks for its gateway, where the device has packets only; by any address if not given.
+    /// The addresses of the gateway for which the guest asks, if the device carries packets only; any address if not
+    /// given.
     pub gateway: Option<Gateway>,
     /// Whether the front-end hands over the control queue.
     pub has_control_queue: bool,
-    /// How the workers go about it.
+    /// How the workers move frames.
     pub tuning: Tuning,
 }
 
@@ -64,7 +65,7 @@ impl NicSetup {
     }
 }
 
-/// What could not be done.
+/// What the card could not do.
 #[derive(Debug, Error)]
 pub enum NicError {
     /// A thread does not answer.
@@ -96,7 +97,7 @@ pub enum NicError {
         /// What was asked.
         mtu: u64,
     },
-    /// A frame of ours was not taken by the device.
+    /// The device did not take a frame of ours.
     #[error("Cannot send a frame on {name:?}")]
     Inject {
         /// The interface.
@@ -107,16 +108,16 @@ pub enum NicError {
     },
 }
 
-/// Where a ring is run.
+/// Which thread runs a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     Pair(usize, Direction),
     Control,
-    /// A ring that a front-end may set up but that nothing here runs.
+    /// No thread: a front-end may set the ring up, but nothing here runs it.
     Nowhere,
 }
 
-/// See the file's head.
+/// The virtual network card.
 pub struct Nic {
     alarm: Arc<EventFd>,
     link: Option<Arc<IpLink>>,
@@ -124,17 +125,18 @@ pub struct Nic {
     counters: Vec<Arc<PairCounters>>,
     control: Mailbox<ControlQueue>,
     control_counters: Arc<PairCounters>,
-    /// Whether the driver uses one pair alone, whatever there is, and has its control queue behind that.
+    /// Whether the driver uses only one pair, however many there are, and has its control queue right behind that.
     has_one_pair: AtomicBool,
     config: Arc<CardConfig>,
     card_counters: CardCounters,
     setup: NicSetup,
-    /// Dropped last: an interface that we made is taken away by the thread that drops the card, which may.
+    /// Dropped last: an interface that was made here is deleted by the thread that drops the card, which has the right
+    /// to.
     device: Arc<DeviceSlot>,
 }
 
 impl Nic {
-    /// Starts the threads of a card on `device`, whose `queues` are the queue pairs'.
+    /// Starts the threads of a card on `device`, with `queues` as the device queues of the queue pairs.
     ///
     /// # Errors
     /// Where the kernel has no descriptors or threads for it, or no CPU that a worker is to be bound to.
@@ -194,8 +196,8 @@ impl Nic {
         })
     }
 
-    /// What to answer to `GET_QUEUE_NUM`: front-ends read it as pairs, or as rings, or as rings with the control queue,
-    /// and all of them are content with 2N + 1.
+    /// The answer to `GET_QUEUE_NUM`: front-ends read it as pairs, or as rings, or as rings with the control queue, and
+    /// all of them are content with 2N + 1.
     pub fn queue_number(&self) -> u64 {
         2 * self.pairs.len() as u64 + 1
     }
@@ -205,13 +207,13 @@ impl Nic {
         self.setup.has_control_queue
     }
 
-    /// How many rings a front-end may set up: as many as one that takes the queue number for pairs may think there are.
-    /// Those that nothing runs stay idle.
+    /// How many rings a front-end may set up: as many as it may expect if it takes the queue number for pairs. Rings
+    /// that no thread runs stay idle.
     pub fn ring_count(&self) -> usize {
         (2 * (2 * self.pairs.len() + 1)).min(RINGS_MAX)
     }
 
-    /// Why nothing here runs ring `index`, if that is so.
+    /// Why no thread runs ring `index`, if none does.
     pub fn why_idle(&self, index: usize) -> Option<&'static str> {
         let may_be_control = index == 2 * self.pairs_in_use();
         match self.place(index) {
@@ -253,7 +255,8 @@ impl Nic {
         Ok(())
     }
 
-    /// Forgets what an earlier front-end and its guest changed about the configuration space, and set by commands.
+    /// Forgets what an earlier front-end and its guest changed in the configuration space, and what the guest set by
+    /// commands.
     pub fn begin_session(&self) {
         self.config.begin_session();
         if let Err(stuck) = self.control.call(ControlQueue::forget) {
@@ -261,12 +264,13 @@ impl Nic {
         }
     }
 
-    /// Forgets the MAC address that a guest set, if it did.
+    /// Forgets the MAC address that the guest set, if it did.
     pub fn reset_mac(&self) {
         self.config.reset_mac();
     }
 
-    /// Takes what the guest acknowledged: the device's offloads follow, the control queue's state begins anew.
+    /// Takes over the features that the guest acknowledged: sets the device's offloads, and begins the control queue's
+    /// state anew.
     ///
     /// No ring may run.
     ///
@@ -285,13 +289,14 @@ impl Nic {
         let mac = self.setup.mac_on(&device);
         let filter = self.control.call(move |control| control.reset(acked, mac))?;
         // With the control queue here, the driver says how many pairs it uses, and begins with one (VIRTIO 1.3,
-        // "Automatic receive steering"). Else the front-end says it, by enabling rings.
+        // "Automatic receive steering"). Otherwise the front-end says it, by enabling rings.
         let starts_with_one = self.setup.has_control_queue && acked & MQ != 0;
-        // Without that feature it has one pair, and the control queue behind it (VIRTIO 1.3, "Network Device", "Virtqueues").
-        // The rings' indices are the driver's then.
+        // Without MQ the driver has one pair, and the control queue right behind it (VIRTIO 1.3, "Network Device",
+        // "Virtqueues"). The rings' indices are the driver's then.
         let is_driver = acked & VERSION_1 != 0;
         self.has_one_pair.store(self.setup.has_control_queue && is_driver && acked & MQ == 0, Ordering::Relaxed);
-        // A driver that may have switched offloads off gets finished frames until it is seen from its control ring whether it did.
+        // A driver that may have switched offloads off gets finished frames until its control ring shows whether it
+        // did.
         let says_later = self.setup.has_control_queue && acked & CTRL_GUEST_OFFLOADS != 0;
         let offloads = if says_later { GuestOffloads::of(0) } else { offloads };
         for (index, pair) in self.pairs.iter().enumerate() {
@@ -305,7 +310,7 @@ impl Nic {
         Ok(())
     }
 
-    /// Runs a ring, if it can be.
+    /// Hands a ring to its thread, if one runs it.
     ///
     /// # Errors
     /// [`Stuck`].
@@ -313,7 +318,7 @@ impl Nic {
         self.on_ring(ring, Ok(()), move |owner, direction| owner.start(direction, start))
     }
 
-    /// Stops a ring; what was completed is published, and nothing of it is touched any more.
+    /// Stops a ring. What was completed is published, and nothing of the ring is touched any more.
     ///
     /// # Errors
     /// [`Stuck`].
@@ -338,7 +343,7 @@ impl Nic {
         changed.map_err(|cause| NicError::Kick { ring, cause })
     }
 
-    /// Counts that ring `index` carries on elsewhere than its front-end said.
+    /// Counts that `ring` carries on at another position than its front-end said.
     pub fn count_off_base(&self, ring: usize) {
         let counters = match self.place(ring) {
             Place::Pair(pair, _) => self.counters.get(pair),
@@ -348,9 +353,9 @@ impl Nic {
         counters.into_iter().for_each(|counters| counters.rings_resumed_off_base.add(1));
     }
 
-    /// Tells the front-end that a ring that does not run is broken, and gives its descriptor back. The ring's thread does it:
-    /// where the front-end has the write wait, its own card stands still and the process ends, on signals too, which the
-    /// control thread hears.
+    /// Signals the front-end that a ring, which does not run, is broken, and gives the descriptor back. The ring's
+    /// thread writes to it: if the front-end makes that write wait, its own card stands still and the process ends, as
+    /// it also still does on a signal, which the control thread takes.
     ///
     /// # Errors
     /// [`Stuck`].
@@ -362,7 +367,7 @@ impl Nic {
         })
     }
 
-    /// Has a running ring carry on where it was found in a new view of memory.
+    /// Has a running ring carry on in a new view of memory, in which it was found as `found`.
     ///
     /// # Errors
     /// [`Stuck`].
@@ -371,7 +376,7 @@ impl Nic {
         self.on_ring(ring, (), move |owner, direction| owner.relocate(direction, &mem, found))
     }
 
-    /// Has the thread that runs `ring` do `job`; where none does, the result is `nowhere`.
+    /// Has the thread that runs `ring` do `job`; returns `nowhere` if none runs it.
     fn on_ring<R: Send + 'static>(
         &self,
         ring: usize,
@@ -386,7 +391,7 @@ impl Nic {
     }
 
     /// Detaches the device queues of pairs that pass no frames while others do: flows that the kernel steers to them
-    /// would be lost. Where no pair is in use nothing is detached: frames wait for the guest to come back.
+    /// would be lost. If no pair is in use, nothing is detached: frames wait for the guest to come back.
     ///
     /// # Errors
     /// [`Stuck`].
@@ -396,7 +401,7 @@ impl Nic {
             return Ok(());
         }
         let idle = self.pairs.iter().zip(usages).filter(|(_, usage)| usage.attached && !usage.in_use);
-        // Asked once more where it is done: the control queue's thread may have put it to use.
+        // Each worker checks again: the control queue's thread may have put its pair to use meanwhile.
         idle.map(|(pair, _)| pair).try_for_each(|pair| pair.call(QueuePair::detach_if_unused))
     }
 
@@ -407,7 +412,7 @@ impl Nic {
     /// [`NicError`].
     pub fn send_rarp(&self, mac: Mac) -> Result<(), NicError> {
         if let Some(link) = &self.link {
-            // There is no switch to be told; but this is whom to send to from now on.
+            // There is no switch to tell, but this is the address to send to from now on.
             link.learn(mac);
             return Ok(());
         }
@@ -421,7 +426,8 @@ impl Nic {
         &self.counters
     }
 
-    /// One line of counters for each queue pair, for the log, and one for the control queue if we run it.
+    /// Lines of counters for the log: one for each queue pair, one for the control queue if it is run here, one for the
+    /// card.
     pub fn counter_lines(&self) -> impl Iterator<Item = String> {
         let pairs = self.counters.iter().enumerate().map(|(index, counters)| format!("pair={index} {counters}"));
         let control = self.setup.has_control_queue.then(|| {

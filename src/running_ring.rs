@@ -1,4 +1,4 @@
-//! A started ring in its worker's hands: the queue with its notifications, and what it may do.
+//! A started ring, as its thread has it: the queue with its notifications, and what it may do.
 
 use std::fmt::Display;
 use std::io;
@@ -24,7 +24,7 @@ pub enum RingMode {
     Disabled,
 }
 
-/// A ring on its way to its worker.
+/// What a thread needs to start a ring.
 #[derive(Debug)]
 pub struct StartRing {
     /// The queue.
@@ -40,7 +40,7 @@ pub struct StartRing {
 /// What is left of a ring that stopped.
 #[derive(Debug)]
 pub struct StoppedRing {
-    /// Where it carries on.
+    /// The position at which it carries on.
     pub position: u16,
     /// Whether it was parked.
     pub is_broken: bool,
@@ -62,17 +62,17 @@ pub struct NotStarted {
 pub enum RingChange {
     /// What it may do.
     Mode(RingMode),
-    /// Its kick; without one it is polled.
+    /// Its kick; a ring without one is polled.
     Kick(Option<Kick>),
     /// Its call.
     Call(Option<Call>),
-    /// Where its break is reported.
+    /// The descriptor on which it is reported that the ring is broken.
     Err(Option<Call>),
 }
 
-/// A thread's object that runs one ring of each direction, or one in all.
+/// The object of a thread that runs one ring of each direction, or only one ring.
 pub trait RunsRings {
-    /// Runs a ring from now on; it is looked at once without waiting for a kick.
+    /// Runs a ring from now on. The first look at it does not wait for a kick.
     ///
     /// # Errors
     /// [`NotStarted`], where the kick descriptor cannot be waited for.
@@ -90,7 +90,7 @@ pub trait RunsRings {
     /// What `epoll_ctl(2)` says of a new kick descriptor; the ring is polled then.
     fn change(&mut self, direction: Direction, change: RingChange) -> io::Result<()>;
 
-    /// Carries on with the same ring, found in a new view of memory.
+    /// Carries on with the same ring in a new view of memory, in which it was `found`.
     fn relocate(&mut self, direction: Direction, mem: &Arc<MemView>, found: SplitRing);
 }
 
@@ -103,7 +103,7 @@ pub enum Direction {
     Tx,
 }
 
-/// See the file's head.
+/// A started ring that a thread runs.
 #[derive(Debug)]
 pub(crate) struct RunningRing {
     pub(crate) queue: Queue,
@@ -119,7 +119,7 @@ pub(crate) struct RunningRing {
 }
 
 impl RunningRing {
-    /// Watches the kick and calls the driver once: a kick or a call may have been lost with the process before.
+    /// Watches the kick and calls the driver once, as a kick or a call may have been lost with the process before.
     pub(crate) fn start(start: StartRing, epoll: &EpollSet, event: Event) -> Result<RunningRing, NotStarted> {
         let StartRing { queue, fds, mode, features } = start;
         if let Some(kick) = &fds.kick
@@ -148,17 +148,17 @@ impl RunningRing {
         self.can_run && !self.broken
     }
 
-    /// Whether it has to be looked at without being kicked.
+    /// Whether it has to be polled, having no kick.
     pub(crate) fn has_no_kick(&self) -> bool {
         self.fds.kick.is_none() && !self.broken
     }
 
-    /// Changes one thing about it. A kick that is replaced is unwatched before it is closed; a new call is signalled,
-    /// as the old one's last signal may not have been seen.
+    /// Changes one thing about it. A kick that is replaced is unwatched before it is closed; a new call is signalled at
+    /// once, as the old one's last signal may not have been seen.
     pub(crate) fn change(&mut self, change: RingChange, epoll: &EpollSet) -> io::Result<()> {
         match change {
             RingChange::Mode(mode) => self.mode = mode,
-            // A broken ring is not kicked any more.
+            // A broken ring needs no kick any more.
             RingChange::Kick(_) if self.broken => {}
             RingChange::Kick(kick) => {
                 unwatch(epoll, self.fds.kick.take().as_ref());
@@ -179,12 +179,12 @@ impl RunningRing {
         Ok(())
     }
 
-    /// There may be something to do: it is run at the next pass.
+    /// Has the next pass look at the ring, as there may be something to do.
     pub(crate) fn schedule(&mut self) {
         self.can_run = true;
     }
 
-    /// Takes a kick; tells what the descriptor is worth.
+    /// Takes a kick; returns the state of the kick descriptor.
     pub(crate) fn kicked(&mut self) -> KickState {
         let state = self.fds.kick.as_ref().map_or(KickState::Open, Kick::drain);
         if state == KickState::Open {
@@ -204,7 +204,7 @@ impl RunningRing {
         }
     }
 
-    /// Goes to sleep on this ring, unless entries came meanwhile.
+    /// Asks for kicks, so that the thread can sleep; without effect if entries came meanwhile.
     pub(crate) fn sleep(&mut self) -> Result<(), RingBroken> {
         self.can_run = self.queue.enable_kicks()?;
         if self.can_run {
@@ -213,25 +213,27 @@ impl RunningRing {
         Ok(())
     }
 
-    /// There is nothing to do, but it is looked at again soon ([`RunningRing::check_avail`]): no kicks are needed. If the driver
-    /// was asked for one before, that holds no more: entries were taken since, perhaps without its kick.
+    /// Notes that there is nothing to do, and that the ring is looked at again soon ([`RunningRing::check_avail`]), so
+    /// no kicks are needed. If the driver was asked for one before, that holds no more: entries were taken since,
+    /// perhaps without its kick.
     pub(crate) fn rest(&mut self) {
         self.can_run = false;
         self.queue.disable_kicks();
     }
 
-    /// Whether nothing was there, and no kick will tell when something is.
+    /// Whether the last look found nothing, and no kick will tell when there is something.
     pub(crate) fn is_resting(&self) -> bool {
         !self.can_run && !self.queue.wants_kicks() && !self.broken
     }
 
-    /// Reads whether the driver made entries available, without its kick.
+    /// Looks whether the driver made entries available, without waiting for its kick.
     pub(crate) fn check_avail(&mut self) -> Result<(), RingBroken> {
         self.can_run = self.queue.has_entries()?;
         Ok(())
     }
 
-    /// Parks a ring that cannot go on: counted, reported once to the front-end, and left alone until it is set up anew.
+    /// Parks a ring that cannot go on: it is counted, reported once to the front-end, and left alone until it is set up
+    /// anew.
     pub(crate) fn park(
         &mut self,
         epoll: &EpollSet,
@@ -253,7 +255,7 @@ impl RunningRing {
 
 fn unwatch(epoll: &EpollSet, kick: Option<&Kick>) {
     if let Some(kick) = kick {
-        // It was added, so this fails only for a descriptor that epoll had to drop itself.
+        // The kick was added, so this fails only for a descriptor that epoll had to drop itself.
         let _ = epoll.remove(kick);
     }
 }

@@ -6,7 +6,7 @@ use crate::net::header::SegmentLimit;
 
 pub use crate::net::coalesce::Coalescing;
 
-/// How the workers go about it.
+/// How the workers move frames.
 #[derive(Clone, Debug, Default)]
 pub struct Tuning {
     /// How frames are read and written.

@@ -1,17 +1,18 @@
-//! The thread of one queue pair: waits, matches the event, lets `net` move frames.
+//! The thread of one queue pair: waits for events, and lets `net` move frames.
 //!
 //! Ownership, not locks. A [`QueuePair`] is all that one thread owns: the device queue, and the rx and tx virtqueue
 //! while they run. The control thread changes it through its [`Mailbox`], between two passes, and waits until that is
-//! done: whatever a vhost-user message changed has taken effect when the front-end gets its answer.
+//! done: whatever a vhost-user message changed is in effect when the front-end gets its answer.
 //!
-//! One pass moves at most [`BUDGET`](crate::net::BUDGET) frames in each direction, then looks for events, so that neither direction, and no
-//! message, waits for the other. With nothing to do the thread sleeps, without a timeout unless a ring is to be polled, or
-//! frames wait for buffers.
+//! One pass moves at most [`BUDGET`](crate::net::BUDGET) frames in each direction; then the thread looks for events, so
+//! that neither direction, and no message, waits for the other. With nothing to do the thread sleeps, without a timeout
+//! unless a ring has to be polled, or frames wait for buffers.
 //!
-//! Rings and device are remembered as flags: a ring's `can_run` (it may have entries), those of `readiness` for the device.
-//! A flag is cleared only by having looked and found nothing, after which an event is certain to come: kicks are asked for,
-//! and then the ring is looked at once more. While arrivals at the device are not watched for, the worker looks for its end
-//! itself now and then: the kernel tells of a TAP's end as it does of an arrival.
+//! Flags say whether there may be something to do: a ring's `can_run` (it may have entries), and those of `readiness`
+//! for the device. A flag is cleared only after a look that found nothing, and only where an event is certain to come
+//! then: the driver is asked for kicks, and after that the ring is looked at once more. While arrivals at the device
+//! are not watched for, the worker checks now and then whether the device is still there: the kernel reports a TAP's
+//! end as it reports an arrival.
 
 mod orders;
 mod readiness;
@@ -43,31 +44,31 @@ use crate::throttle::Throttle;
 use crate::tuning::Tuning;
 use crate::virtqueue::RingBroken;
 
-/// How long a job may wait for its turn: a pass takes well under a millisecond, and where a guest does its worst, with queues
-/// of the largest size, some tens of them.
+/// How long a job may wait for its turn. A pass takes well under a millisecond, or some tens of milliseconds if a guest
+/// does its worst, with queues of the largest size.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How often a ring without a kick descriptor is looked at (vhost-user, `VHOST_USER_SET_VRING_KICK`, bit 8).
+/// How often a ring without a kick descriptor is polled (vhost-user, `VHOST_USER_SET_VRING_KICK`, bit 8).
 pub(crate) const POLL_INTERVAL_MS: i32 = 1;
 
-/// How often it is looked whether a device is still there whose arrivals are not watched for.
+/// How often to check whether a device is still there while its arrivals are not watched for.
 const DEAF_INTERVAL_MS: i32 = 1000;
 
 /// Whether a pair passes frames, and whether the kernel gives it any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
-    /// It runs.
+    /// The pair passes frames.
     pub in_use: bool,
     /// The kernel spreads flows over its device queue.
     pub attached: bool,
 }
 
-/// What a worker has to know of its device, besides the queue.
+/// What a worker has to know about its device, besides the queue.
 pub struct Fitting {
-    /// What may go to it as one.
+    /// Which frames may go to it as one.
     pub coalesce: Coalesce,
-    /// How frames stand there.
+    /// How frames are laid out there.
     pub framing: Framing,
-    /// Told when the device seems to be gone.
+    /// Signalled when the device seems to be gone.
     pub alarm: Arc<EventFd>,
 }
 
@@ -79,7 +80,7 @@ pub struct QueuePair {
     epoll: EpollSet,
     rx: Option<(RunningRing, Rx)>,
     tx: Option<(RunningRing, Tx)>,
-    /// Frames that were read for a ring that stopped.
+    /// Frames that were read for an rx ring that stopped, for the next one.
     left: Vec<HeldFrame>,
     io: Io,
     rings: UringPool,
@@ -89,9 +90,9 @@ pub struct QueuePair {
     poller: Poller,
     admission: Admission,
     readiness: DeviceReadiness,
-    /// Whether frames pass over the device; while not, those of the guest are dropped.
+    /// Whether frames pass over the device; while not, the guest's frames are dropped.
     link_up: bool,
-    /// Tells the control thread to look after the device.
+    /// Tells the control thread to check the device.
     alarm: Arc<EventFd>,
     /// Whether the driver may use this pair (`VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`).
     allowed: bool,
@@ -135,7 +136,7 @@ pub fn spawn(
     Mailbox::spawn(format!("pair-{index}"), PATIENCE, move |inbox| pair.run(&inbox))
 }
 
-/// What happens in the thread.
+/// What runs in the thread.
 impl QueuePair {
     fn run(mut self, inbox: &Inbox<QueuePair>) {
         if let Err(e) = self.epoll.add_eventfd(inbox.wake(), Event::Mailbox) {
@@ -163,7 +164,7 @@ impl QueuePair {
             self.readiness.end_retry();
             self.schedule_rings_without_kick();
             self.for_resting_rings(RunningRing::check_avail);
-            // Before it is read: what a queue holds from long ago goes as it is attached.
+            // Before the device is read: attaching discards the frames that its queue holds from long ago.
             self.attach_if_used();
             if self.tx_ready() {
                 self.pump_tx();
@@ -174,8 +175,8 @@ impl QueuePair {
         }
     }
 
-    /// Gets ready to wait, and tells how. With nothing to do, it lets other threads have the CPU, and looks again while that pays;
-    /// then it asks for kicks, and attaches the device's queue if that found buffers.
+    /// Gets ready to wait, and returns how. With nothing to do, it lets other threads have the CPU, and looks again
+    /// while that pays; then it asks for kicks, and attaches the device's queue if the last look found buffers.
     fn prepare_wait(&mut self) -> Wait {
         if self.tx_ready() || self.rx_ready() {
             self.poller.found_work();
@@ -185,12 +186,12 @@ impl QueuePair {
             return Wait::No;
         }
         self.for_resting_rings(RunningRing::sleep);
-        // That was a last look at the rings: of buffers that it found no kick tells.
+        // Asking for kicks ends with a last look at the rings: no kick comes for buffers that it found.
         self.attach_if_used();
         self.allowed_wait()
     }
 
-    /// Does `act` with each ring of which no kick would tell that it has entries.
+    /// Does `act` with each ring that had no entries and for whose next ones no kick would come.
     fn for_resting_rings(&mut self, act: impl Fn(&mut RunningRing) -> Result<(), RingBroken>) {
         for direction in [Direction::Rx, Direction::Tx] {
             let resting = self.ring(direction).filter(|ring| ring.is_resting());
@@ -219,7 +220,8 @@ impl QueuePair {
             Event::Mailbox => inbox.clear(),
             Event::Device => {
                 if on.contains(EventSet::IN) && self.readiness.is_readable() && !self.rx_ready() {
-                    // That was known, and has to wait: the guest has a better use for the CPU.
+                    // It was known that there are frames, and they have to wait: the guest has a better use for the
+                    // CPU.
                     let changed = self.readiness.ignore_arrivals();
                     self.watch_device_if(changed);
                 }
@@ -239,7 +241,7 @@ impl QueuePair {
                 self.counters.tx_kicks.add(1);
                 self.kicked(Direction::Tx);
             }
-            // Of the control queue's thread.
+            // Only the control queue's thread has this event.
             Event::ControlKick => {}
         }
     }
@@ -258,7 +260,7 @@ impl QueuePair {
         }
     }
 
-    /// An unattached device queue takes frames all the same.
+    /// Whether tx has something to do. A detached device queue takes frames all the same.
     fn tx_ready(&self) -> bool {
         self.tx.as_ref().is_some_and(|(ring, _)| match ring.mode {
             RingMode::Waiting => false,
@@ -278,7 +280,7 @@ impl QueuePair {
         may_read && self.rx.as_ref().is_some_and(|(ring, _)| takes(ring))
     }
 
-    /// One pass over the direction to the device.
+    /// One pass from the guest to the device.
     fn pump_tx(&mut self) {
         let passes = self.passes();
         let Some((ring, tx)) = &mut self.tx else { return };
@@ -297,7 +299,7 @@ impl QueuePair {
         if let Some((_, rx)) = &mut self.rx {
             for answer in tx.take_answers() {
                 rx.answer(answer, &self.counters);
-                // It goes out with what the device has.
+                // The answer goes out together with what the device has.
                 self.readiness.set_readable();
             }
         }
@@ -313,7 +315,7 @@ impl QueuePair {
         }
     }
 
-    /// One pass over the direction from the device.
+    /// One pass from the device to the guest.
     fn pump_rx(&mut self) {
         let Some((ring, rx)) = &mut self.rx else { return };
         let passed = rx.pump(&mut ring.queue, &self.device, &self.counters);
@@ -334,7 +336,7 @@ impl QueuePair {
         }
     }
 
-    /// The device has no frames: there is an event for the next, also if it came since it was looked.
+    /// Notes that the device has no frames. An event tells of the next one, even if it came since the last look.
     fn wait_for_arrival(&mut self) {
         let changed = self.readiness.found_empty();
         self.watch_device_if(changed);
@@ -357,7 +359,7 @@ impl QueuePair {
         }
     }
 
-    /// Watches the device for what is of interest now; what is there already is told again.
+    /// Watches the device for what is of interest now; epoll reports again what is there already.
     fn watch_device(&mut self) {
         if let Err(e) = self.epoll.modify(&self.device, Event::Device, self.readiness.interest()) {
             log::error!("Queue pair {}: cannot watch the device: {e}", self.index);
@@ -365,20 +367,21 @@ impl QueuePair {
         }
     }
 
-    /// Has the control thread look whether the device is still there.
+    /// Has the control thread check whether the device is still there.
     fn raise_alarm(&self) {
-        // It fails where it was raised so often that nobody can have missed it.
+        // This fails only if the alarm was raised so often that nobody can have missed it.
         let _ = self.alarm.write(1);
     }
 
-    /// Something changed by which the device may have become of interest; whoever changed it finds the queue attached.
+    /// Looks at the device after a change by which it may have become of interest; attaches its queue if that is in use
+    /// now.
     fn reconsider_device(&mut self) {
         self.readiness.set_readable();
         self.attach_if_used();
     }
 
-    /// Attaches the device's queue once the pair runs and its rx ring has buffers: a flow that the kernel steers to a
-    /// queue that the guest never fills would be lost. However the buffers were found: by a kick, or by looking.
+    /// Attaches the device's queue once the pair runs and its rx ring has buffers, whether a kick or a look found them:
+    /// a flow that the kernel steers to a queue that the guest never fills would be lost.
     fn attach_if_used(&mut self) {
         let (Some((ring, rx)), Some(_)) = (&mut self.rx, &self.tx) else { return };
         if self.device.is_attached() || self.readiness.is_lost() || !self.allowed || !ring.passes() {
@@ -419,7 +422,7 @@ impl QueuePair {
     }
 }
 
-/// The guest may have a use for it, so its operator should know.
+/// Warns of a dropped frame: the guest may have a use for such frames, so the operator should know.
 fn warn_of_segments(index: usize, segments: usize, limit: SegmentLimit) {
     log::warn!(
         "Queue pair {index}: dropped a frame that is to be cut into {segments} segments; --max-segments allows {limit} \
@@ -428,7 +431,7 @@ fn warn_of_segments(index: usize, segments: usize, limit: SegmentLimit) {
     );
 }
 
-/// A ring on which there is nothing to do is asked for kicks, at once or after it was polled.
+/// Asks a ring on which there is nothing to do for kicks: at once, or only after it was polled.
 fn settle(ring: &mut RunningRing, poller: &Poller) -> Result<(), RingBroken> {
     if poller.is_on() {
         ring.rest();
@@ -438,7 +441,7 @@ fn settle(ring: &mut RunningRing, poller: &Poller) -> Result<(), RingBroken> {
     }
 }
 
-/// One direction's ring; the rest of the pair stays free to be used with it.
+/// One direction's ring. It is borrowed alone, so that the rest of the pair can be used along with it.
 fn ring_of<'a>(
     direction: Direction,
     rx: &'a mut Option<(RunningRing, Rx)>,

@@ -1,4 +1,4 @@
-//! What happens to the card's device, and what follows from it: for the workers, and for what the guest is told.
+//! What happens to the card's device, and what follows for the workers and for what the guest is told.
 
 use std::io;
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use crate::mailbox::Stuck;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::worker::QueuePair;
 
-/// Why a thread is not confined.
+/// Why a thread could not be confined.
 #[derive(Debug, Error)]
 pub enum NotConfined {
-    /// It does not answer.
+    /// The thread does not answer.
     #[error(transparent)]
     Stuck(#[from] Stuck),
     /// The sandbox cannot be closed.
@@ -30,7 +30,7 @@ impl Nic {
     /// Closes the sandbox around the card's threads.
     ///
     /// # Errors
-    /// What each of them says; the process must not go on then.
+    /// The error of the first thread that has one; the process must not go on then.
     pub fn confine(&self, sandbox: Sandbox) -> Result<(), NotConfined> {
         self.control.call(move |control| control.confine(sandbox))??;
         self.pairs.iter().try_for_each(|pair| Ok(pair.call(move |pair| pair.confine(sandbox))??))
@@ -41,27 +41,27 @@ impl Nic {
         self.device.get().name().to_owned()
     }
 
-    /// What a worker signals when the device seems to be gone.
+    /// The eventfd that a worker signals when the device seems to be gone.
     pub fn alarm(&self) -> &Arc<EventFd> {
         &self.alarm
     }
 
-    /// The address of the interface, if it was made here.
+    /// The MAC address of the interface, if it was made here.
     pub fn made_with_mac(&self) -> Option<Mac> {
         self.device.made_with_mac()
     }
 
-    /// Whether the interface has to be asked whether it was deleted.
+    /// Whether the interface has to be polled for whether it was deleted.
     pub fn device_ends_silently(&self) -> bool {
         self.device.get().ends_silently()
     }
 
-    /// How many frames to the guest the device's packet sockets had no room for, if it has such.
+    /// How many frames to the guest the device's packet sockets had no room for, if it has packet sockets.
     pub fn socket_drops(&self) -> Option<u64> {
         self.device.get().socket_drops()
     }
 
-    /// Stops passing frames if the interface was deleted; tells whether it was.
+    /// Stops passing frames if the interface was deleted; returns whether it was.
     ///
     /// # Errors
     /// [`Stuck`].
@@ -73,7 +73,7 @@ impl Nic {
         Ok(is_gone)
     }
 
-    /// Takes in what the interface is like now.
+    /// Takes over the interface's state.
     ///
     /// # Errors
     /// [`Stuck`].
@@ -89,15 +89,15 @@ impl Nic {
         Ok(change)
     }
 
-    /// Counts a change of which the guest could not be told.
+    /// Counts a change that the guest could not be told of.
     pub fn count_untold_change(&self) {
         self.card_counters.changes_untold.add(1);
     }
 
-    /// Goes on with another device, of the same kind.
+    /// Goes on with another device of the same kind.
     ///
     /// # Errors
-    /// What the device says, or that a worker does not answer; frames do not pass then.
+    /// The device's error, or that a worker does not answer; frames do not pass then.
     pub fn replace_device(&self, device: Device, queues: Vec<DeviceQueue>) -> io::Result<()> {
         self.take_address(&device);
         self.device.replace(device)?;
@@ -107,7 +107,8 @@ impl Nic {
         Ok(())
     }
 
-    /// Tells guests that come later to which address frames come now. Whoever runs has a card with the one before.
+    /// Gives guests that come later the address to which frames come now. A guest that runs has a card with the former
+    /// one.
     fn take_address(&self, device: &Device) {
         let Some(mac) = device.mac().filter(|_| self.setup.mac.is_none()) else { return };
         let told = self.config.replace_mac(mac);

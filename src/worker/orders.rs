@@ -1,4 +1,4 @@
-//! What the control threads may have a worker do: jobs for its mailbox, which the thread runs between two passes.
+//! The jobs that the control threads may give a worker through its mailbox; it runs them between two passes.
 
 use std::io;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::sandbox::syscalls::Role;
 use crate::sandbox::{Level, Sandbox, SandboxError};
 use crate::virtqueue::SplitRing;
 
-/// Its rings, for the control thread, through the mailbox.
+/// The pair's rings, run for the control thread through the mailbox.
 impl RunsRings for QueuePair {
     fn start(&mut self, direction: Direction, start: StartRing) -> Result<(), NotStarted> {
         let (mem, features) = (Arc::clone(start.queue.mem()), start.features);
@@ -79,7 +79,7 @@ impl RunsRings for QueuePair {
     }
 }
 
-/// What else the control threads may ask for, through the mailbox.
+/// The other jobs that the control threads may give, through the mailbox.
 impl QueuePair {
     /// Closes the sandbox around the thread.
     ///
@@ -134,8 +134,8 @@ impl QueuePair {
         }
     }
 
-    /// Says whether the driver may use this pair; the kernel gives one that it may not use no frames, and those that wait
-    /// for its buffers would be old once it may.
+    /// Sets whether the driver may use this pair. If it may not, the kernel gives the pair no frames, and frames that
+    /// wait for its buffers are discarded, as they would be old once it may.
     pub fn set_allowed(&mut self, allowed: bool) {
         self.allowed = allowed;
         if allowed {
@@ -160,13 +160,13 @@ impl QueuePair {
         }
     }
 
-    /// Has the kernel give the device's queue no frames any more.
+    /// Detaches the device's queue: the kernel gives it no frames any more.
     fn detach(&mut self) {
         let detached = self.device.detach();
         self.log_steering("detach from", detached);
     }
 
-    /// Passes no frames any more: the device is gone. The guest's are dropped from now on.
+    /// Stops passing frames, as the device is gone. The guest's frames are dropped from now on.
     pub fn lose_device(&mut self) {
         if self.readiness.lose() {
             log::debug!("Queue pair {}: the device is gone", self.index);
@@ -174,7 +174,7 @@ impl QueuePair {
         }
     }
 
-    /// Goes on with another device queue, of the same kind.
+    /// Goes on with another device queue of the same kind.
     ///
     /// # Errors
     /// What `epoll_ctl(2)` says; the pair goes on without a device then.
@@ -183,7 +183,7 @@ impl QueuePair {
         let gone = std::mem::replace(&mut self.device, device);
         self.epoll.remove(&gone)?;
         self.readiness = DeviceReadiness::new();
-        // Their batches' memory belongs to the queue that is gone.
+        // The memory of their batches belongs to the former queue.
         if let Some((mut ring, mut rx)) = self.rx.take() {
             let mem = Arc::clone(ring.queue.mem());
             rx.relocate(&mut ring.queue, Arc::clone(&mem));
@@ -202,7 +202,7 @@ impl QueuePair {
         Ok(())
     }
 
-    /// Says whether frames pass over the device; while not, the guest's are dropped.
+    /// Sets whether frames pass over the device; while not, the guest's frames are dropped.
     pub fn set_link(&mut self, up: bool) {
         self.link_up = up;
         self.unblock();
@@ -220,7 +220,7 @@ impl QueuePair {
         }
     }
 
-    /// Puts a frame of ours, with its virtio-net header, on the device.
+    /// Sends a frame of ours, with its virtio-net header, to the device.
     ///
     /// # Errors
     /// What `write(2)` says.
