@@ -23,23 +23,23 @@ use rustix::fs::{FileType, OFlags, SealFlags};
 use thiserror::Error;
 use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
-/// What a front-end says of one memory region (vhost-user, "Memory region description").
+/// A front-end's description of one memory region (vhost-user, "Memory region description").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionSetup {
     /// First guest-physical address.
     pub guest: u64,
-    /// First address in the front-end's own address space, in which it names the rings.
+    /// First address in the front-end's own address space, which its messages about rings use.
     pub user: u64,
-    /// Bytes.
+    /// Its size in bytes.
     pub size: u64,
-    /// Where in the file the region starts, in bytes.
+    /// The region's offset in the file, in bytes.
     pub file_offset: u64,
 }
 
 /// Why a region cannot be used.
 #[derive(Debug, Error)]
 pub enum MapError {
-    /// It holds nothing.
+    /// The region has size 0.
     #[error("Memory region at guest address {guest:#x} has size 0")]
     Empty {
         /// The region's guest address.
@@ -82,7 +82,7 @@ pub enum MapError {
         #[source]
         cause: vm_memory::mmap::MmapRegionError,
     },
-    /// More are mapped than can be guarded.
+    /// More mappings than can be guarded.
     #[error("Too many memory regions are mapped")]
     TooMany,
 }
@@ -91,15 +91,15 @@ pub enum MapError {
 #[derive(Debug)]
 pub struct Region {
     setup: RegionSetup,
-    /// Goes before `map` does.
+    /// Dropped before `map`.
     guarded: Guarded,
     map: MmapRegion,
-    /// Where the region starts in `map`, which may begin earlier for alignment.
+    /// The region's offset in `map`, which may begin earlier for alignment.
     lead: usize,
 }
 
 impl Region {
-    /// Maps `setup` from `fd`, after checking that the file is a mappable one and long enough.
+    /// Maps `setup` from `fd`, after checking that the file can be mapped and is long enough.
     ///
     /// # Errors
     /// [`MapError`]; nothing stays mapped then.
@@ -111,8 +111,8 @@ impl Region {
         let [Some(_), Some(_), Some(file_end)] = ends else {
             return Err(MapError::Wraps { setup });
         };
-        // So that nobody shortens the file under our feet. Only a memfd that was made for it can be sealed; for the rest
-        // there is the guard.
+        // Keeps others from shortening the file under our feet. Only a memfd that was made for it can be sealed; for
+        // all other files there is the guard.
         let _ = rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK);
         let align = check_file(&fd, file_end)?;
         let start = setup.file_offset & !(align - 1);
@@ -130,12 +130,12 @@ impl Region {
         Ok(Region { setup, guarded, map, lead })
     }
 
-    /// What the front-end said of this region.
+    /// The front-end's description of this region.
     pub fn setup(&self) -> &RegionSetup {
         &self.setup
     }
 
-    /// Whether its file was shortened, so that there are only zeros now ([`guard`]).
+    /// Whether its file was shortened, so that it holds only zeros now ([`guard`]).
     pub fn is_lost(&self) -> bool {
         self.guarded.is_lost()
     }
@@ -146,7 +146,7 @@ impl Region {
         if end > self.setup.size {
             return None;
         }
-        // The region's size fits usize: the mapping of that size exists.
+        // The region's size fits usize: a mapping of that size exists.
         self.map.get_slice(self.lead + offset as usize, len).ok()
     }
 
@@ -160,7 +160,7 @@ impl Region {
         self.map.get_atomic_ref(self.lead + offset as usize).ok()
     }
 
-    /// Where in this region is what is at `host` in our own address space, if it is here.
+    /// The offset in this region of `host`, an address in our own address space, if it is here.
     fn offset_of(&self, host: usize) -> Option<u64> {
         let offset = host.wrapping_sub((self.map.as_ptr() as usize).wrapping_add(self.lead)) as u64;
         (offset < self.setup.size).then_some(offset)
@@ -171,7 +171,7 @@ impl Region {
     }
 }
 
-/// Refuses a descriptor that cannot back a region ending at `file_end`; tells the alignment that its mappings need.
+/// Refuses a descriptor that cannot back a region ending at `file_end`; returns the alignment that its mappings need.
 fn check_file(fd: &OwnedFd, file_end: u64) -> Result<u64, MapError> {
     let stat = rustix::fs::fstat(fd).map_err(|e| MapError::Stat(e.into()))?;
     let kind = FileType::from_raw_mode(stat.st_mode);
@@ -194,7 +194,7 @@ fn check_file(fd: &OwnedFd, file_end: u64) -> Result<u64, MapError> {
     Ok(if align.is_power_of_two() { align } else { page })
 }
 
-/// An address range that is not (wholly) guest memory.
+/// An address range that is not wholly in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("Guest address {addr:#x}, {len} bytes: not in guest memory")]
 pub struct Unmapped {
@@ -208,10 +208,10 @@ pub struct Unmapped {
 #[derive(Debug, Default)]
 pub struct MemView {
     regions: Vec<Arc<Region>>,
-    /// `(first, last)` guest address of each region, in one cache line or two for the search.
+    /// `(first, last)` guest address of each region; the search touches one cache line or two.
     spans: Vec<(u64, u64)>,
     log: Option<Arc<DirtyLog>>,
-    /// Whether the log is to know of what is written to buffers.
+    /// Whether writes to buffers are logged.
     logs_buffers: bool,
 }
 
@@ -224,7 +224,7 @@ impl MemView {
         disjoint.then_some(MemView { regions, spans, log: None, logs_buffers: false })
     }
 
-    /// The same regions with a log; whether what is written to buffers is entered there, too, besides what rings say.
+    /// The same regions with a log, and whether writes to buffers are entered in it, too, besides those to used rings.
     pub fn logged(&self, log: Option<Arc<DirtyLog>>, logs_buffers: bool) -> MemView {
         MemView { regions: self.regions.clone(), spans: self.spans.clone(), log, logs_buffers }
     }
@@ -234,20 +234,20 @@ impl MemView {
         self.log.as_ref()
     }
 
-    /// Whether [`MemView::log_written`] has to be told of what is written to buffers.
+    /// Whether [`MemView::log_written`] has to be called for writes to buffers.
     pub fn logs_buffers(&self) -> bool {
         self.logs_buffers && self.log.is_some()
     }
 
     /// Enters in the log that the `len` bytes at `host` in our own address space were written.
     ///
-    /// They may be of several regions that happen to lie side by side there.
+    /// They may belong to several regions that happen to lie side by side there.
     pub(crate) fn log_written(&self, mut host: usize, mut len: usize) {
         let Some(log) = &self.log else { return };
         while len > 0 {
             let found = self.regions.iter().find_map(|region| Some((region.setup, region.offset_of(host)?)));
             let Some((setup, offset)) = found else { return };
-            // It fits usize: the rest of a mapping, or less.
+            // The length fits usize: it is the rest of a mapping, or less.
             let here = (setup.size - offset).min(len as u64);
             log.mark(setup.guest + offset, here);
             (host, len) = (host + here as usize, len - here as usize);
@@ -271,7 +271,7 @@ impl MemView {
         self.regions.get(at).filter(|region| region.contains_guest(addr))
     }
 
-    /// Translates an address of the front-end's own address space, in which `SET_VRING_ADDR` speaks, to a guest address.
+    /// Translates an address of the front-end's own address space, as `SET_VRING_ADDR` has it, to a guest address.
     pub fn user_to_guest(&self, user: u64) -> Option<u64> {
         let region = self.regions.iter().find(|r| user.wrapping_sub(r.setup.user) < r.setup.size)?;
         Some(region.setup.guest + (user - region.setup.user))
@@ -279,10 +279,10 @@ impl MemView {
 
     /// Calls `each` for every piece, contiguous in our address space, of the guest range `addr .. addr + len`.
     ///
-    /// A range may run from one region into the next where the two are adjacent for the guest.
+    /// A range may run from one region into the next if the two are adjacent for the guest.
     ///
     /// # Errors
-    /// [`Unmapped`] where any byte of the range is outside guest memory; `each` may have seen the pieces before it.
+    /// [`Unmapped`] if any byte of the range is outside guest memory; `each` may have seen the pieces before it.
     #[inline]
     pub(crate) fn pieces(&self, addr: u64, len: u64, mut each: impl FnMut(VolatileSlice<'_>)) -> Result<(), Unmapped> {
         let bad = Unmapped { addr, len };

@@ -1,12 +1,12 @@
-//! The log of written pages: which pages of guest memory to copy once more, for a front-end that moves the guest to another
-//! host while it runs (vhost-user, "Migration").
+//! The log of written pages: it tells a front-end that moves the guest to another host while it runs which pages of
+//! guest memory to copy once more (vhost-user, "Migration").
 //!
-//! A bit for each page of 4 KiB, from guest address 0 on, in memory that the front-end shares. It reads and clears bits at
-//! any moment, and copies a page after it cleared the page's bit. So a page is marked after it was written, each time anew,
-//! and by an atomic operation: a bit that is set already may be one that is being cleared.
+//! It has a bit for each page of 4 KiB, from guest address 0 on, in memory that the front-end shares. The front-end
+//! reads and clears bits at any moment, and copies a page after it cleared the page's bit. So a page is marked after it
+//! was written, each time anew, and by an atomic operation: a bit that is set already may be one that is being cleared.
 //!
 //! Buffers are marked where they are written (`virtqueue::iovec`), used rings where their words are stored
-//! (`virtqueue::split`). What is not to be logged costs a look at one flag.
+//! (`virtqueue::split`). A write that is not to be logged costs a look at one flag.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use super::{MapError, MemView, Region, RegionSetup};
 /// Bytes that a bit stands for, whatever the host's pages are (`VHOST_LOG_PAGE`).
 const PAGE: u64 = 4096;
 
-/// See the file's head.
+/// The log of written pages of one front-end.
 #[derive(Debug)]
 pub struct DirtyLog {
     bits: Region,
@@ -34,7 +34,7 @@ impl DirtyLog {
         Ok(DirtyLog { bits: Region::map(setup, fd)? })
     }
 
-    /// Bytes of it.
+    /// Its size in bytes.
     pub fn size(&self) -> u64 {
         self.bits.setup().size
     }
@@ -49,15 +49,15 @@ impl DirtyLog {
         self.bits.is_lost()
     }
 
-    /// Marks the pages of `addr .. addr + len`; those that it does not cover are nobody's.
+    /// Marks the pages of `addr .. addr + len`; pages for which the log has no bit are left out.
     ///
-    /// Release: who sees the bit sees what was written before.
+    /// Release: whoever sees the bit sees what was written before.
     pub(crate) fn mark(&self, addr: u64, len: u64) {
         let Some(last) = len.checked_sub(1).map(|more| addr.saturating_add(more) / PAGE) else { return };
         let first = addr / PAGE;
         for at in first / 8..=last / 8 {
             let Some(byte) = self.bits.atomic::<AtomicU8>(at) else { return };
-            // Of the first byte without the pages before, of the last without those behind.
+            // In the first byte, leaves out the pages before the range; in the last, those behind it.
             let from = if at == first / 8 { 0xff << (first % 8) } else { 0xff };
             let to = if at == last / 8 { 0xff >> (7 - last % 8) } else { 0xff };
             byte.fetch_or(from & to, Release);
@@ -72,11 +72,11 @@ impl DirtyLog {
     }
 }
 
-/// Where in the log a used ring is, which need not be guest memory there (vhost-user, "Migration").
+/// Where in the log a used ring is logged, which need not be its place in guest memory (vhost-user, "Migration").
 #[derive(Clone, Debug)]
 pub(crate) struct UsedLog {
     pub(crate) log: Arc<DirtyLog>,
-    /// Of the ring's first byte.
+    /// The address in the log of the ring's first byte.
     pub(crate) addr: u64,
 }
 

@@ -1,12 +1,12 @@
-//! Guest memory whose file is shortened after it was mapped. **Unsafe door 4.**
+//! Keeps the process alive when the file of guest memory is shortened after it was mapped. **Unsafe door 4.**
 //!
-//! The kernel raises SIGBUS in the thread that touches what is gone, or what a full file system has no room for. That would
-//! end the process, and a front-end could do it at will where the file cannot be sealed against it. So each mapping of
-//! guest memory is entered here, and the signal's handler puts zeros in the place of the whole mapping, marks it as lost
-//! and wakes the control thread, which ends the session. Until then its rings see nothing but zeros. SIGBUS anywhere else
-//! ends the process.
+//! The kernel raises SIGBUS in a thread that touches memory whose part of the file is gone, or for which a full file
+//! system has no room. That would end the process, and a front-end could do it at will where the file cannot be sealed
+//! against it. So each mapping of guest memory is entered here, and the signal's handler puts zeros in the place of the
+//! whole mapping, marks it as lost and wakes the control thread, which ends the session. Until then the session's rings
+//! see nothing but zeros. SIGBUS anywhere else ends the process.
 //!
-//! And one thing about memory of our own: [`keep_what_is_freed`].
+//! [`keep_what_is_freed`] is about memory of our own.
 
 #![allow(unsafe_code)]
 
@@ -21,14 +21,15 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// Mappings at a time: twice the most regions of a session and its log, as new ones are mapped before the old are let go.
+/// The most mappings at a time: twice the most regions of a session and its log, as new ones are mapped before the old
+/// are let go.
 const MAPPINGS_MAX: usize = 1024;
 
-/// A mapping, or room for one. The addresses are read and written under [`locked`] only.
+/// A mapping, or room for one. Its addresses are read and written under [`locked`] only.
 #[derive(Debug)]
 struct Entry {
     start: AtomicUsize,
-    /// Behind its last byte; 0 if there is none.
+    /// The address behind its last byte; 0 if there is no mapping.
     end: AtomicUsize,
     is_lost: AtomicBool,
 }
@@ -37,7 +38,7 @@ static ENTRIES: [Entry; MAPPINGS_MAX] =
     [const { Entry { start: AtomicUsize::new(0), end: AtomicUsize::new(0), is_lost: AtomicBool::new(false) } };
         MAPPINGS_MAX];
 static IS_LOCKED: AtomicBool = AtomicBool::new(false);
-/// Told of a loss.
+/// Signalled when memory is lost.
 static ALARM: OnceLock<Arc<EventFd>> = OnceLock::new();
 
 impl Entry {
@@ -52,12 +53,12 @@ impl Entry {
     }
 }
 
-/// The entry of a mapping; dropping it takes it out, before the mapping goes.
+/// The entry of a mapping; dropping it takes the entry out, which happens before the mapping goes.
 #[derive(Debug)]
 pub(super) struct Guarded(&'static Entry);
 
 impl Guarded {
-    /// Enters the mapping at `addresses`; `None` where there are too many.
+    /// Enters the mapping at `addresses`; `None` if there are too many.
     pub(super) fn new(addresses: Range<usize>) -> Option<Guarded> {
         locked(|| {
             let entry = ENTRIES.iter().find(|entry| entry.range().end == 0)?;
@@ -66,7 +67,7 @@ impl Guarded {
         })
     }
 
-    /// Whether its memory is gone.
+    /// Whether the memory is gone.
     pub(super) fn is_lost(&self) -> bool {
         self.0.is_lost.load(Acquire)
     }
@@ -78,18 +79,18 @@ impl Drop for Guarded {
     }
 }
 
-/// From now on a loss of guest memory is survived, and told to `alarm`.
+/// Has the process survive a loss of guest memory from now on, and signal it to `alarm`.
 ///
 /// # Errors
 /// What `sigaction(2)` says.
 pub fn install(alarm: Arc<EventFd>) -> io::Result<()> {
-    // One process has one card, whose alarm is told.
+    // Only the first alarm is kept: a process has one card.
     let _ = ALARM.set(alarm);
     register_signal_handler(libc::SIGBUS, on_sigbus).map_err(io::Error::from)
 }
 
-/// Has the C library keep what a thread frees at the end of its arena, for its next use. To give it back it would first look
-/// into a file of /proc, which no confined thread may open: it would be ended, and the process with it.
+/// Has the C library keep the memory that a thread frees at the end of its arena, for the next use. To give it back,
+/// the library would first look into a file of /proc, which no confined thread may open: the process would be ended.
 pub fn keep_what_is_freed() {
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt takes two numbers, and no other thread allocates: there is none yet.
@@ -98,8 +99,8 @@ pub fn keep_what_is_freed() {
     }
 }
 
-/// Does `act` alone. Not a mutex, which a signal handler must not wait for: whoever is in here touches no guest memory,
-/// so the handler never interrupts the thread that it waits for.
+/// Does `act` while no other thread is in here. Not a mutex, which a signal handler must not wait for: a thread that is
+/// in here touches no guest memory, so the handler never interrupts the thread that it waits for.
 fn locked<R>(act: impl FnOnce() -> R) -> R {
     while IS_LOCKED.swap(true, Acquire) {
         hint::spin_loop();
@@ -115,19 +116,19 @@ extern "C" fn on_sigbus(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
     let info = unsafe { &*info };
     // SAFETY: what it says of a SIGBUS has an address.
     let address = unsafe { info.si_addr() } as usize;
-    // A misaligned access would be that for ever.
+    // A misaligned access would raise the signal again for ever.
     if info.si_code == libc::BUS_ADRALN || !locked(|| put_zeros(address)) {
         std::process::abort();
     }
-    // What it is for can be seen when this fails, too, but later.
+    // If this fails, the loss is noticed all the same, only later.
     let _ = ALARM.get().map(|alarm| alarm.write(1));
 }
 
-/// Replaces the mapping that `address` is in; whether there is one, and it could be.
+/// Replaces the mapping that holds `address`; returns whether there is one and it could be replaced.
 fn put_zeros(address: usize) -> bool {
     let Some(entry) = ENTRIES.iter().find(|entry| entry.range().contains(&address)) else { return false };
     if entry.is_lost.load(Relaxed) {
-        // By another thread, while this one waited.
+        // Another thread replaced it while this one waited.
         return true;
     }
     let Range { start, end } = entry.range();

@@ -14,7 +14,7 @@ fn region(guest: u64, size: u64) -> Arc<Region> {
     Arc::new(Region::map(setup(guest, size, 0), memfd(size)).expect("map"))
 }
 
-/// A region that nobody shares: it needs no file, so that Miri can follow what is done with it.
+/// A region that is not shared: it needs no file, so that Miri can follow what is done with it.
 pub(crate) fn private_region(guest: u64, size: u64) -> Arc<Region> {
     let map = MmapRegion::new(size as usize).expect("map");
     let start = map.as_ptr() as usize;
@@ -86,7 +86,7 @@ fn descriptor_that_is_no_writable_file_is_refused() {
     assert!(matches!(Region::map(setup(0, 0x1000, 0), read_only.into()), Err(MapError::NotWritable)));
 }
 
-/// The pages that the log in `fd` tells of.
+/// The pages that are marked in the log in `fd`.
 fn marked(fd: &OwnedFd) -> Vec<u64> {
     let mut bytes = [0; 64];
     let len = rustix::io::pread(fd, &mut bytes, 0).expect("pread") as u64;
@@ -113,7 +113,7 @@ fn each_page_of_what_was_written_is_marked_as_far_as_there_are_bits() {
     assert!(log.covers(0xffff) && !log.covers(0x1_0000));
 }
 
-/// Buffers in two of them may have become one piece.
+/// Buffers in two such regions may have become one piece.
 #[test]
 fn regions_side_by_side_in_our_address_space_are_logged_each_at_its_guest_address() {
     // The kernel puts a mapping below the one before it, unless another thread comes between.

@@ -2,10 +2,10 @@
 //!
 //! `Queue::pop` calls it with a head; it follows direct and indirect descriptors to the end, checks all of them and
 //! appends their buffers to a [`GuestIovecs`]. A malformed chain never turns into a shorter good one: it is a
-//! [`ChainFault`]. Every descriptor is read once, into a copy of ours. What the buffers hold is not known here.
+//! [`ChainFault`]. Every descriptor is read once, into a copy of ours. The walker does not know what the buffers hold.
 //!
-//! Most chains are of one descriptor. `Queue::pop_single` has [`collect_single`] take those at less cost, and looks away
-//! from all that is different or wrong, which `pop` then reads anew.
+//! Most chains are of one descriptor. `Queue::pop_single` has [`collect_single`] take those at less cost. It leaves
+//! alone all chains that are different or wrong, which `pop` then reads anew.
 
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
@@ -25,7 +25,7 @@ pub enum ChainFault {
         /// The table's size.
         size: u32,
     },
-    /// More descriptors than the table has: it loops.
+    /// The chain has more descriptors than its table: it loops.
     #[error("chain loops")]
     Loop,
     /// An indirect descriptor where the feature was not negotiated.
@@ -37,13 +37,13 @@ pub enum ChainFault {
     /// INDIRECT and NEXT in one descriptor.
     #[error("descriptor is indirect and has a next one")]
     IndirectWithNext,
-    /// An indirect table whose length is 0, no multiple of 16, or beyond what is taken.
+    /// An indirect table whose length is 0, no multiple of 16, or more than is taken.
     #[error("indirect table of {len} bytes")]
     BadTableLength {
         /// Its length.
         len: u32,
     },
-    /// A buffer or table outside guest memory.
+    /// A buffer or table is outside guest memory.
     #[error(transparent)]
     Unmapped(#[from] Unmapped),
     /// A readable buffer behind a writable one.
@@ -71,7 +71,7 @@ pub enum Direction {
 
 /// A checked chain: which pieces of the [`GuestIovecs`] are its buffers.
 ///
-/// All fields have one size: two halves that are written apart and copied as one make the copy wait for both stores.
+/// All fields have the same size: a copy of two smaller fields at once would have to wait for both of their stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     start: usize,
@@ -81,7 +81,7 @@ pub struct Shape {
     pub readable_len: usize,
     /// Bytes of the device-writable buffers.
     pub writable_len: usize,
-    /// Descriptors of the ring itself that it takes up.
+    /// How many descriptors of the ring itself it takes up.
     pub ring_descriptors: usize,
 }
 
@@ -96,7 +96,7 @@ impl Shape {
         self.middle..self.end
     }
 
-    /// The chain of a queue on which the driver only sends.
+    /// Checks the chain of a queue on which the driver only sends.
     ///
     /// # Errors
     /// [`ChainFault::WrongDirection`] where there is a device-writable buffer.
@@ -104,7 +104,7 @@ impl Shape {
         if self.writable_len == 0 { Ok(self) } else { Err(ChainFault::WrongDirection) }
     }
 
-    /// The chain of a queue on which the driver only receives.
+    /// Checks the chain of a queue on which the driver only receives.
     ///
     /// # Errors
     /// [`ChainFault::WrongDirection`] where there is a device-readable buffer.
@@ -116,7 +116,7 @@ impl Shape {
         Shape { start, middle: start, end: start, readable_len: 0, writable_len: 0, ring_descriptors: 0 }
     }
 
-    /// Adds one descriptor's buffer. A buffer of length 0 holds nothing, wherever it points, and is passed over.
+    /// Adds the buffer of one descriptor. A buffer of length 0 holds nothing, wherever it points, and is passed over.
     #[inline(always)]
     fn add(&mut self, desc: Descriptor, out: &mut GuestIovecs) -> Result<(), ChainFault> {
         if desc.len() == 0 {
@@ -143,7 +143,7 @@ impl Shape {
     }
 }
 
-/// The table that the walk is in.
+/// The table in which the walk is.
 #[derive(Clone, Copy)]
 enum Table {
     Ring,
@@ -179,7 +179,7 @@ fn indirect_descriptor(mem: &MemView, addr: u64) -> Result<Descriptor, ChainFaul
 }
 
 /// The table that an indirect descriptor refers to. It may have as many entries as the queue, and 1024 in any case,
-/// which is what drivers could always use.
+/// which drivers could always use.
 fn indirect_table(desc: Descriptor, ring: &SplitRing, mem: &MemView) -> Result<Table, ChainFault> {
     let (addr, len) = (desc.addr().0, desc.len());
     let size = len / DESCRIPTOR_SIZE as u32;
@@ -191,9 +191,9 @@ fn indirect_table(desc: Descriptor, ring: &SplitRing, mem: &MemView) -> Result<T
     Ok(Table::Indirect { addr, size })
 }
 
-/// Appends the buffer of the chain that starts at descriptor `head` of `ring` to `out`, if that is what most chains are:
-/// one buffer in this `direction` of at least `min` bytes, in the region of the one before. Tells its length; of any other
-/// chain nothing, as [`collect`] finds out what it is.
+/// Appends the buffer of the chain that starts at descriptor `head` of `ring` to `out`, if the chain is like most: one
+/// buffer in this `direction` of at least `min` bytes, in the region of the buffer before. Returns its length, or
+/// `None` for any other chain, as [`collect`] finds out what that is.
 #[inline(always)]
 pub(crate) fn collect_single(
     ring: &SplitRing,
@@ -207,7 +207,7 @@ pub(crate) fn collect_single(
     (is_single && out.push_near(desc.addr().0, desc.len())).then_some(desc.len())
 }
 
-/// Buffers of no bytes in a chain: no driver has a use for one, and each takes time.
+/// The most buffers of no bytes in a chain: no driver has a use for one, and each takes time.
 const EMPTY_MAX: usize = 64;
 
 /// Walks the chain that starts at descriptor `head` of `ring` and appends its buffers to `out`.
@@ -215,7 +215,7 @@ const EMPTY_MAX: usize = 64;
 /// Descriptors of the ring may be followed by one indirect descriptor, the last (VIRTIO 1.3, "Indirect Descriptors").
 ///
 /// # Errors
-/// [`ChainFault`]; what was appended to `out` by then is for the caller to take back.
+/// [`ChainFault`]; the caller has to take back what was appended to `out` by then.
 pub(crate) fn collect(ring: &SplitRing, indirect: bool, head: u16, out: &mut GuestIovecs) -> Result<Shape, ChainFault> {
     let mut shape = Shape::at(out.len());
     let mut table = Table::Ring;

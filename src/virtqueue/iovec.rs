@@ -3,8 +3,9 @@
 //!
 //! A [`GuestIovecs`] owns the view that its pieces were made from, so a piece stays mapped for as long as it can be
 //! named. `virtqueue::chain` appends pieces, `net` says which range of them to read, write or copy. Nothing here knows
-//! what the bytes mean. What is written to a piece is entered in the log of written pages, if there is one
-//! (`memory::dirty_log`), when it has been written. [`Words`] is a range that `virtqueue::split` loads from and stores to; it keeps its region mapped.
+//! what the bytes mean. After bytes were written to a piece, they are entered in the log of written pages, if there is
+//! one (`memory::dirty_log`). [`Words`] is a range whose words `virtqueue::split` loads and stores; it keeps its region
+//! mapped.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -20,10 +21,10 @@ use crate::memory::{MemView, Region, Unmapped};
 /// The kernel's limit on the iovecs of one call (`UIO_MAXIOV`).
 pub const IOV_MAX: usize = 1024;
 
-/// More than any frame has: before it failed the kernel wrote no more than this.
+/// The most that the kernel can have written before a read failed: more than any frame has.
 const READ_MAX: usize = 128 << 10;
 
-/// A range of guest memory whose words are loaded and stored, mapped for as long as this lives.
+/// A range of guest memory whose words are loaded and stored; it stays mapped for as long as this lives.
 #[derive(Debug)]
 pub(crate) struct Words<T> {
     start: *const T,
@@ -47,8 +48,8 @@ impl<T: AtomicInteger> Words<T> {
     #[inline]
     pub(crate) fn get<const N: usize>(&self, first: usize) -> Option<&[T; N]> {
         let are_inside = first.checked_add(N).is_some_and(|end| end <= self.count);
-        // SAFETY: the words are among the `count` from `start` on, which is aligned (`new`), in a slice of the region that
-        // `_region` keeps mapped. An atomic integer may have any bits, and others may write it meanwhile.
+        // SAFETY: the words are among the `count` from `start` on, which is aligned (`new`), in a slice of the region
+        // that `_region` keeps mapped. An atomic integer may have any bits, and others may write it meanwhile.
         are_inside.then(|| unsafe { &*self.start.wrapping_add(first).cast() })
     }
 }
@@ -56,7 +57,7 @@ impl<T: AtomicInteger> Words<T> {
 /// Why a buffer could not be appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PushError {
-    /// It is not all guest memory.
+    /// The buffer is not all in guest memory.
     Unmapped(Unmapped),
     /// The chain has more than [`IOV_MAX`] pieces.
     TooMany,
@@ -64,9 +65,9 @@ pub enum PushError {
 
 /// One part of what [`GuestIovecs::writev`] sends.
 pub struct Part<'a> {
-    /// Bytes of ours, first.
+    /// Private bytes, sent first.
     pub private: &'a [u8],
-    /// Pieces of the list, behind them.
+    /// Pieces of the list, sent behind them.
     pub pieces: Range<usize>,
     /// How many of the pieces' first bytes are left out.
     pub skip: usize,
@@ -75,7 +76,7 @@ pub struct Part<'a> {
 /// A growing list of pieces of guest memory; a descriptor chain is a range of it.
 pub struct GuestIovecs {
     mem: Arc<MemView>,
-    /// Whether that has a log for what is written.
+    /// Whether writes to the pieces are logged.
     is_logged: bool,
     near: Near,
     list: Vec<libc::iovec>,
@@ -83,7 +84,7 @@ pub struct GuestIovecs {
     call: Vec<libc::iovec>,
 }
 
-/// The region that a piece was found in, since the next is likely to be there, too.
+/// The region in which the last piece was found, since the next is likely to be there, too.
 struct Near {
     /// Its first guest address.
     guest: u64,
@@ -94,7 +95,7 @@ struct Near {
 impl Near {
     const NOWHERE: Near = Near { guest: 0, size: 0, base: std::ptr::null_mut() };
 
-    /// Of the region that holds `addr`.
+    /// The region that holds `addr`.
     fn of(mem: &MemView, addr: u64) -> Near {
         let region = mem.find(addr);
         region.map_or(Near::NOWHERE, |region| {
@@ -104,18 +105,18 @@ impl Near {
         })
     }
 
-    /// Where guest address `addr` is, if all of `len` bytes from it on are in this region.
+    /// Our address for guest address `addr`, if all of `len` bytes from it on are in this region.
     #[inline]
     fn find(&self, addr: u64, len: u32) -> Option<*mut u8> {
         let offset = addr.wrapping_sub(self.guest);
         let is_inside = offset < self.size && u64::from(len) <= self.size - offset;
-        // It fits usize: the region is mapped.
+        // The offset fits usize: the region is mapped.
         is_inside.then(|| self.base.wrapping_add(offset as usize))
     }
 }
 
-// SAFETY: the pointers in `list` and `near` point into mappings that `mem` keeps, which any thread may use; `call` is rewritten
-// before each use.
+// SAFETY: the pointers in `list` and `near` point into mappings that `mem` keeps, which any thread may use; `call` is
+// rewritten before each use.
 unsafe impl Send for GuestIovecs {}
 
 impl GuestIovecs {
@@ -130,7 +131,7 @@ impl GuestIovecs {
         }
     }
 
-    /// The memory that the pieces are of.
+    /// The memory that the pieces belong to.
     pub fn mem(&self) -> &Arc<MemView> {
         &self.mem
     }
@@ -160,7 +161,7 @@ impl GuestIovecs {
         self.list.drain(..count.min(self.list.len()));
     }
 
-    /// Appends the guest range `addr .. addr + len`; pieces from `part` on are one part of one chain, within which
+    /// Appends the guest range `addr .. addr + len`. The pieces from `part` on are one part of one chain, within which
     /// neighbours are merged.
     ///
     /// # Errors
@@ -172,7 +173,7 @@ impl GuestIovecs {
         if self.list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
     }
 
-    /// The same where it is in another region than the last, or in several.
+    /// As `push`, for a range that is in another region than the last, or in several.
     #[inline(never)]
     fn push_from_afar(&mut self, addr: u64, len: u32, part: usize) -> Result<(), PushError> {
         let GuestIovecs { mem, near, list, .. } = self;
@@ -182,8 +183,8 @@ impl GuestIovecs {
         if list.len() - part > IOV_MAX { Err(PushError::TooMany) } else { Ok(()) }
     }
 
-    /// Appends the guest range `addr .. addr + len` as one piece, if it is in the region where the last one was found, and
-    /// not empty; tells whether it is.
+    /// Appends the guest range `addr .. addr + len` as one piece, if it is in the region where the last one was found,
+    /// and not empty; returns whether it is.
     #[inline(always)]
     pub(crate) fn push_near(&mut self, addr: u64, len: u32) -> bool {
         let Some(base) = self.near.find(addr, len).filter(|_| len > 0) else { return false };
@@ -191,7 +192,7 @@ impl GuestIovecs {
         true
     }
 
-    /// Copies the pieces of `range`, without their first `skip` bytes, into `out`; tells how many bytes that were.
+    /// Copies the pieces of `range`, without their first `skip` bytes, into `out`; returns how many bytes that were.
     ///
     /// Each byte of guest memory is read once.
     #[inline]
@@ -212,7 +213,7 @@ impl GuestIovecs {
         done
     }
 
-    /// Copies `data` to the pieces of `range`, behind their first `skip` bytes; tells how many bytes found room.
+    /// Copies `data` to the pieces of `range`, behind their first `skip` bytes; returns how many bytes found room.
     #[inline]
     pub fn copy_from(&self, range: Range<usize>, skip: usize, data: &[u8]) -> usize {
         let done = match self.in_first(&range, skip, data.len()) {
@@ -266,7 +267,7 @@ impl GuestIovecs {
         }
     }
 
-    /// The same of what the kernel was to write behind `head` bytes of ours, by what it says of all.
+    /// As `log`, for what the kernel was to write behind `head` bytes of ours, given the `result` of the whole read.
     #[cold]
     fn log_read(&self, range: Range<usize>, skip: usize, head: usize, result: Result<usize, Errno>) {
         let len = match result {
@@ -279,8 +280,8 @@ impl GuestIovecs {
         }
     }
 
-    /// Sends all `parts` as one message or frame: of each its private bytes, and then its pieces without their first
-    /// bytes.
+    /// Sends all `parts` as one message or frame: of each part its private bytes, and then its pieces without their
+    /// first `skip` bytes.
     ///
     /// # Errors
     /// What `writev(2)` says; `EINVAL` also where there are more than [`IOV_MAX`] pieces.
@@ -296,14 +297,14 @@ impl GuestIovecs {
             }
             gather(&mut self.call, &self.list, pieces, skip);
         }
-        // SAFETY: an iovec is a part's `private`, borrowed for longer than this call and only read, or it lies in a region
-        // of `self.mem` (`push` got it from there), which `self` keeps mapped. The guest may change those bytes meanwhile,
-        // which only the kernel reads.
+        // SAFETY: an iovec is a part's `private`, borrowed for longer than this call and only read, or it lies in a
+        // region of `self.mem` (`push` got it from there), which `self` keeps mapped. The guest may change those bytes
+        // meanwhile, which only the kernel reads.
         result(unsafe { libc::writev(fd.as_raw_fd(), self.call.as_ptr(), count(&self.call)) })
     }
 
     /// Receives one message or frame into `head`, then the pieces of `range` without their first `skip` bytes, then
-    /// `tail`; tells its length.
+    /// `tail`; returns its length.
     ///
     /// # Errors
     /// What `readv(2)` says; `EINVAL` also where there are more than [`IOV_MAX`] pieces.
@@ -328,7 +329,7 @@ impl GuestIovecs {
         result
     }
 
-    /// As [`GuestIovecs::readv`], from a socket, with the control messages that go with it; tells both lengths.
+    /// As [`GuestIovecs::readv`], from a socket, with the control messages that come along; returns both lengths.
     ///
     /// # Errors
     /// What `recvmsg(2)` says; `EMSGSIZE` also where there are more than [`IOV_MAX`] pieces.
@@ -349,8 +350,8 @@ impl GuestIovecs {
         message.msg_iovlen = self.call.len() as _;
         message.msg_control = control.as_mut_ptr().cast();
         message.msg_controllen = control.len() as _;
-        // SAFETY: `message` names the iovecs of `call`, of which each is memory of ours or of the guest as in `readv`, and
-        // `control`, borrowed mutably until the call returns.
+        // SAFETY: `message` names the iovecs of `call`, of which each is memory of ours or of the guest as in `readv`,
+        // and `control`, borrowed mutably until the call returns.
         let result = result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) });
         if self.is_logged {
             self.log_read(range, skip, head.len(), result);
@@ -367,7 +368,8 @@ impl GuestIovecs {
         })
     }
 
-    /// The `len` bytes behind the first `skip` of `range`, if they are all in its first piece, as most frames are.
+    /// The `len` bytes behind the first `skip` of `range`, if they are all in its first piece, as those of most frames
+    /// are.
     #[inline]
     fn in_first(&self, range: &Range<usize>, skip: usize, len: usize) -> Option<VolatileSlice<'_>> {
         if range.is_empty() {
@@ -381,8 +383,8 @@ impl GuestIovecs {
     fn slice(&self, piece: &libc::iovec, skip: usize, len: usize) -> Option<VolatileSlice<'_>> {
         let is_inside = skip <= piece.iov_len && len <= piece.iov_len - skip;
         let base = piece.iov_base.cast::<u8>().wrapping_add(skip);
-        // SAFETY: `base .. base + len` is within the piece, which lies in a mapped region of `self.mem` (`push` got it from
-        // there), and the slice cannot outlive `self`.
+        // SAFETY: `base .. base + len` is within the piece, which lies in a mapped region of `self.mem` (`push` got it
+        // from there), and the slice cannot outlive `self`.
         is_inside.then(|| unsafe { VolatileSlice::new(base, len) })
     }
 }
@@ -409,7 +411,7 @@ fn gather(call: &mut Vec<libc::iovec>, list: &[libc::iovec], range: Range<usize>
 }
 
 fn count(call: &[libc::iovec]) -> libc::c_int {
-    // More than fit an int is more than the kernel takes: it answers EINVAL to -1 as to 1025.
+    // A count that does not fit an int is too large for the kernel, too: it answers EINVAL to -1 as to 1025.
     libc::c_int::try_from(call.len()).unwrap_or(-1)
 }
 

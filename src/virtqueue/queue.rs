@@ -1,6 +1,6 @@
 //! A running virtqueue: positions, in-order completion, notifications both ways.
 //!
-//! A worker owns it, from the moment its ring starts until it stops (`vhost_user::ring` makes it). All positions are
+//! A worker owns it from the start of its ring until the ring stops (`vhost_user::ring` makes it). All positions are
 //! free-running 16-bit counters, as in the rings:
 //!
 //! ```text
@@ -24,10 +24,10 @@ const USED_F_NO_NOTIFY: u16 = 1;
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the device need not call.
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
-/// A ring in a state from which nothing sane can be read; it is parked until it is set up anew.
+/// A ring from which nothing sane can be read; it is parked until it is set up anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum RingBroken {
-    /// More entries made available than the ring has places.
+    /// The driver made more entries available than the ring has places.
     #[error("avail index {avail} is more than {size} ahead of used index {used}")]
     AvailIndex {
         /// The driver's index.
@@ -37,7 +37,7 @@ pub enum RingBroken {
         /// The queue size.
         size: u16,
     },
-    /// Entries taken back that were popped already.
+    /// The driver took back entries that were popped already.
     #[error("avail index {avail} went back behind {taken}, up to which entries were taken")]
     AvailIndexBack {
         /// The driver's index.
@@ -45,7 +45,7 @@ pub enum RingBroken {
         /// How far entries were popped.
         taken: u16,
     },
-    /// An avail entry that names no descriptor, so that nothing can be returned for it.
+    /// An avail entry names no descriptor, so that nothing can be returned for it.
     #[error("head {head} is no descriptor of a ring of {size}")]
     Head {
         /// What the entry says.
@@ -94,10 +94,10 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Starts on `ring`, where the used index in guest memory says that it was left.
+    /// Starts on `ring`, at the position that the used index in guest memory gives.
     ///
     /// # Errors
-    /// [`RingBroken::AvailIndex`] where the two indices cannot both be right.
+    /// [`RingBroken::AvailIndex`] if the two indices cannot both be right.
     pub fn start(ring: SplitRing, mem: Arc<MemView>, features: RingFeatures) -> Result<Queue, RingBroken> {
         let used = ring.used_idx();
         let mut queue = Queue {
@@ -122,7 +122,7 @@ impl Queue {
 
     /// Carries on with the same ring found in another view of memory.
     ///
-    /// Nothing may be in hand, that is popped and neither completed nor put back.
+    /// No chain may be in hand, that is, popped and neither completed nor put back.
     pub fn relocate(&mut self, ring: SplitRing, mem: Arc<MemView>) {
         debug_assert_eq!(self.next_avail, self.next_used, "chains in hand point into the old memory");
         self.ring = ring;
@@ -134,14 +134,14 @@ impl Queue {
         self.ring.size()
     }
 
-    /// Where a ring that is stopped now carries on: all before this is completed and published.
+    /// Where the ring would carry on if it were stopped now: all before this is completed and published.
     pub fn position(&self) -> u16 {
         self.published
     }
 
-    /// Takes the next entry as [`Queue::pop`] does, if it is what most are: known to wait, and of one buffer in that
-    /// direction, of at least so many bytes, in the region of the one before, which is appended to `out` as one piece. Tells
-    /// its length. Of any other entry nothing is taken: `pop` is there for all.
+    /// Takes the next entry as [`Queue::pop`] does, if it is like most: known to wait, and of one buffer in the wanted
+    /// direction, of at least the wanted length, in the region of the buffer before. The buffer is appended to `out` as
+    /// one piece. Returns its length. Of any other entry nothing is taken: `pop` is there for all.
     #[inline(always)]
     pub fn pop_single(&mut self, wanted: (Direction, u32), out: &mut GuestIovecs) -> Option<(Head, u32)> {
         if self.avail_seen == self.next_avail {
@@ -198,7 +198,7 @@ impl Queue {
         if avail.wrapping_sub(self.next_used) > self.size() {
             return Err(RingBroken::AvailIndex { avail, used: self.next_used, size: self.size() });
         }
-        // Behind what is in our hands it would look like almost 2^16 new entries.
+        // An index behind the popped entries would look like almost 2^16 new entries.
         if avail.wrapping_sub(self.next_used) < self.next_avail.wrapping_sub(self.next_used) {
             return Err(RingBroken::AvailIndexBack { avail, taken: self.next_avail });
         }
@@ -206,14 +206,14 @@ impl Queue {
         Ok(())
     }
 
-    /// Puts back what was popped last.
+    /// Puts back the entry that was popped last.
     pub fn rewind(&mut self, head: Head) {
         let Head(_) = head;
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
     /// Completes a chain into which `len` bytes were written. Chains are completed in the order in which they were
-    /// popped; the driver sees it at the next [`Queue::publish`].
+    /// popped; the driver sees them at the next [`Queue::publish`].
     #[inline(always)]
     pub fn push_used(&mut self, head: Head, len: u32) {
         let Head(id) = head;
@@ -221,7 +221,7 @@ impl Queue {
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// Makes the completed chains visible to the driver, all at once; tells whether it wants a call for them.
+    /// Makes the completed chains visible to the driver, all at once; returns whether it wants a call for them.
     #[inline]
     pub fn publish(&mut self) -> bool {
         if self.published == self.next_used {
@@ -244,7 +244,7 @@ impl Queue {
         self.kicks_wanted
     }
 
-    /// Tells the driver that kicks are not needed: we look without them.
+    /// Tells the driver that kicks are not needed, as we look without them.
     pub fn disable_kicks(&mut self) {
         if std::mem::replace(&mut self.kicks_wanted, false) && !self.features.event_idx {
             self.ring.set_used_flags(USED_F_NO_NOTIFY);
@@ -252,7 +252,8 @@ impl Queue {
         // With the event index there is nothing to write: the event lies behind and is not reached again.
     }
 
-    /// Asks the driver for a kick at its next entry; tells whether entries came meanwhile, for which none may come.
+    /// Asks the driver for a kick at its next entry; returns whether entries came meanwhile, for which no kick may
+    /// come.
     ///
     /// # Errors
     /// [`RingBroken`], of the avail index.
@@ -263,7 +264,8 @@ impl Queue {
         } else {
             self.ring.set_used_flags(0);
         }
-        // The driver writes its index and then looks at our event or flags.
+        // The driver writes its index and then looks at our event or flags; with a barrier on both sides one of us sees
+        // the other.
         full_fence();
         self.read_avail_idx()?;
         Ok(self.avail_seen != self.next_avail)

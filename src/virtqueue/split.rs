@@ -1,9 +1,9 @@
 //! The split ring's three areas in guest memory (VIRTIO 1.3, "Split Virtqueues"): where each word is, and with which
 //! memory order it is read or written.
 //!
-//! Checked once, when the ring is made: alignment, wholly in guest memory, no overlap. From then on every access is a
-//! single atomic load or store of a word that lies in a mapping this ring keeps. What the words say is not judged here:
-//! that is `queue` for indices and `chain` for descriptors.
+//! Alignment, being wholly in guest memory, and no overlap are checked once, when the ring is made. From then on every
+//! access is a single atomic load or store of a word that lies in a mapping which this ring keeps. What the words say
+//! is judged elsewhere: in `queue` for indices and in `chain` for descriptors.
 
 use std::fmt;
 use std::sync::Arc;
@@ -103,15 +103,15 @@ pub(crate) const DESCRIPTOR_SIZE: u64 = 16;
 const USED_ENTRY_SIZE: u64 = 8;
 /// Bytes of `flags` and `idx`, which stand before the entries of both rings.
 const RING_HEAD: u64 = 4;
-/// Both rings in words of 16 bits: `flags`, `idx`, the entries.
+/// The 16-bit words of both rings: `flags`, `idx`, the entries.
 const FLAGS: usize = 0;
 const IDX: usize = 1;
 const ENTRIES: usize = 2;
 
-/// One area of a ring in words of one size, all of it known to be mapped and aligned.
+/// One area of a ring in words of one size, all of them known to be mapped and aligned.
 #[derive(Debug)]
 struct Area<T> {
-    /// None of them where it lies over several adjacent regions: then each word is looked up.
+    /// Empty if the area lies over several adjacent regions: then each word is looked up.
     words: Words<T>,
     mem: Arc<MemView>,
     addr: u64,
@@ -126,7 +126,7 @@ impl<T: AtomicInteger> Area<T> {
         mem.pieces(addr, len, |piece| {
             pieces += 1;
             left -= piece.len() as u64;
-            // No word may lie over the border of two pieces, or be unaligned for us where it is aligned for the guest.
+            // No word may lie over the border of two pieces, or be unaligned for us though it is aligned for the guest.
             aligned &= (piece.ptr_guard().as_ptr().addr() as u64).is_multiple_of(align)
                 && (left == 0 || (piece.len() as u64).is_multiple_of(align));
         })
@@ -140,13 +140,13 @@ impl<T: AtomicInteger> Area<T> {
         Ok(Area { words, mem: Arc::clone(mem), addr })
     }
 
-    /// Gives `then` word number `index`, which the caller keeps within the area.
+    /// Calls `then` with word number `index`, which the caller keeps within the area.
     #[inline(always)]
     fn word<R>(&self, index: usize, then: impl FnOnce(&T) -> R) -> R {
         self.words(index, |[word]| then(word))
     }
 
-    /// The same of `N` words from number `first` on.
+    /// As `word`, for `N` words from number `first` on.
     #[inline(always)]
     fn words<const N: usize, R>(&self, first: usize, then: impl FnOnce([&T; N]) -> R) -> R {
         match self.words.get(first) {
@@ -177,9 +177,9 @@ pub struct SplitRing {
     avail: Area<AtomicU16>,
     /// The used ring's entries, in words of 32 bits.
     used: Area<AtomicU32>,
-    /// All of the used ring, for what is in words of 16 bits.
+    /// All of the used ring, for its 16-bit words.
     used_head: Area<AtomicU16>,
-    /// Where what is written to the used ring is logged, if it is.
+    /// Where writes to the used ring are logged, if they are.
     used_log: Option<UsedLog>,
 }
 
@@ -187,7 +187,7 @@ impl SplitRing {
     /// Finds the ring's areas in `mem`.
     ///
     /// # Errors
-    /// [`RingError`] where an area is unaligned, not all mapped, or overlapped by the used ring, the one we write.
+    /// [`RingError`] if an area is unaligned, not all mapped, or overlapped by the used ring, the one we write.
     pub fn new(mem: &Arc<MemView>, size: QueueSize, at: SplitRingAddresses) -> Result<SplitRing, RingError> {
         let n = u64::from(size.get());
         // The two rings end with `used_event` and `avail_event` (VIRTIO 1.3, "Used Buffer Notification Suppression").
@@ -209,12 +209,12 @@ impl SplitRing {
         })
     }
 
-    /// The same ring, what is written to its used ring being logged as if that began at `addr`.
+    /// The same ring, with writes to its used ring logged as if that began at `addr`.
     pub(crate) fn logged(self, log: Arc<DirtyLog>, addr: u64) -> SplitRing {
         SplitRing { used_log: Some(UsedLog { log, addr }), ..self }
     }
 
-    /// Enters in the log that `len` bytes from byte `offset` of the used ring on were written.
+    /// Enters in the log that `len` bytes of the used ring from byte `offset` on were written.
     #[inline(always)]
     fn log_used(&self, offset: usize, len: usize) {
         if let Some(log) = &self.used_log {
@@ -259,7 +259,7 @@ impl SplitRing {
         self.avail.word(FLAGS, |w| u16::from_le(w.load(Relaxed)))
     }
 
-    /// At which used index the driver wants a call.
+    /// The used index at which the driver wants a call.
     pub(crate) fn used_event(&self) -> u16 {
         self.avail.word(ENTRIES + usize::from(self.size()), |w| u16::from_le(w.load(Relaxed)))
     }
@@ -267,7 +267,7 @@ impl SplitRing {
     /// Writes used entry number `index` (modulo 2^16); the driver sees it after [`SplitRing::store_used_idx`].
     #[inline(always)]
     pub(crate) fn write_used(&self, index: u16, id: u16, len: u32) {
-        // Two words each, behind one for `flags` and `idx`.
+        // Two 32-bit words for each entry, behind one for `flags` and `idx`.
         let first = 1 + 2 * self.slot(index);
         self.used.words(first, |[id_word, len_word]| {
             id_word.store(u32::from(id).to_le(), Relaxed);
@@ -304,7 +304,7 @@ impl SplitRing {
     }
 }
 
-/// A descriptor of the two words it is stored as, in host byte order.
+/// Makes a descriptor of the two words in which it is stored, in host byte order.
 pub(crate) fn descriptor_from_words(addr: u64, rest: u64) -> Descriptor {
     Descriptor::new(addr, rest as u32, (rest >> 32) as u16, (rest >> 48) as u16)
 }

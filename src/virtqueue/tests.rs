@@ -1,7 +1,8 @@
-//! Rings on memory that Miri can follow (`resources/deep-checks.sh --only miri`): every access of the unsafe door is to a
-//! byte of the mapping that it was made from, and each hand-over between the driver's thread and ours is ordered by the
-//! atomics and fences of the shipped code. Without an order Miri sees a race on the buffers, which nobody accesses
-//! atomically; the values it picks for relaxed loads are those that the memory model allows, not those of this CPU.
+//! Tests of rings on memory that Miri can follow (`resources/deep-checks.sh --only miri`). Miri checks that every
+//! access of the unsafe door is to a byte of the mapping that it was made from, and that the atomics and fences of the
+//! shipped code order each hand-over between the driver's thread and ours. Without an order Miri sees a race on the
+//! buffers, which nobody accesses atomically; the values it picks for relaxed loads are those that the memory model
+//! allows, not those of this CPU.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
@@ -41,7 +42,7 @@ struct Driver {
 
 impl Driver {
     fn new() -> Driver {
-        // Miri maps at addresses that are a multiple of 8 and no more; one of them will do for a table.
+        // Miri aligns mappings to 8 bytes and no more; one of several will do for a table.
         let mut unfit = Vec::new();
         loop {
             let regions = vec![private_region(AT.desc, BORDER - AT.desc), private_region(BORDER, END - BORDER)];
@@ -90,7 +91,7 @@ impl Driver {
         u32::from_le(self.word::<AtomicU32>(entry + 4).load(Relaxed))
     }
 
-    /// Does the device want a kick for entry number `index`, made available just now?
+    /// Whether the device wants a kick for entry number `index`, made available just now.
     fn is_kick_wanted(&self, features: RingFeatures, index: u16) -> bool {
         fence(SeqCst);
         if features.event_idx {
@@ -101,7 +102,7 @@ impl Driver {
         }
     }
 
-    /// Asks for a call for entry number `index`; tells whether it was used already.
+    /// Asks for a call for entry number `index`; returns whether it was used already.
     fn enable_calls(&self, features: RingFeatures, index: u16) -> bool {
         if features.event_idx {
             let event = AT.avail + 4 + 2 * u64::from(SIZE);
@@ -286,7 +287,7 @@ fn buffers_go_there_and_back_in_the_order_of_the_indices() {
     }
 }
 
-/// Has both threads do their part at once, `ROUNDS` times; `check` is given what they say of each round.
+/// Has both threads do their part at once, `ROUNDS` times; `check` is given what they return in each round.
 fn race(
     mut driver: impl FnMut(u16) -> bool + Send,
     mut device: impl FnMut(u16) -> bool,
@@ -355,7 +356,7 @@ fn used_entry_is_seen_or_called_for() {
             |seen, called| assert!(seen || called, "a used entry that nobody looks for"),
             |round| {
                 let (queue, iovecs) = &mut *device.borrow_mut();
-                // No calls so far.
+                // No calls are wanted so far.
                 guest.word::<AtomicU16>(AT.avail).store(1_u16.to_le(), Relaxed);
                 guest.offer(round, 0);
                 let popped = pop(queue, iovecs).expect("an entry");
