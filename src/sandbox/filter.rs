@@ -1,4 +1,4 @@
-//! The tables of `syscalls` as programs for the kernel.
+//! Turns the tables of `syscalls` into programs for the kernel.
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
@@ -7,10 +7,10 @@ use seccompiler::{
 use super::SandboxError;
 use super::syscalls::{Only, Permit, Role};
 
-/// A program that lets through what a thread may do, and ends the process at anything else.
+/// A program that lets a thread make the system calls of its role, and ends the process at any other.
 ///
 /// # Errors
-/// Where this architecture is none that the compiler of such programs knows.
+/// If the compiler of such programs does not know this architecture.
 pub fn program(role: Role) -> Result<BpfProgram, SandboxError> {
     let fault = |error: seccompiler::BackendError| SandboxError::Filter(seccompiler::Error::Backend(error));
     let rules = role.permits().map(|permit| Ok((permit.number, rules(permit)?))).collect::<Result<_, _>>();
@@ -20,7 +20,7 @@ pub fn program(role: Role) -> Result<BpfProgram, SandboxError> {
     filter.try_into().map_err(fault)
 }
 
-/// One of these must hold; none means that nothing has to.
+/// The rules of which one must hold for the call; without any, all arguments will do.
 fn rules(permit: &Permit) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
     let condition = |index, op, value| SeccompCondition::new(index, SeccompCmpArgLen::Dword, op, u64::from(value));
     match permit.only {

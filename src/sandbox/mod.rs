@@ -1,12 +1,12 @@
-//! The sandbox: what a guest that took over a thread of this process would find.
+//! The sandbox: how little a guest that took over a thread of this process would find.
 //!
 //! It is entered once everything is open and before there is a second thread ([`enter`]), and then closed around each
-//! thread ([`Sandbox::confine`]), around the control thread last. An empty file system and network of its own, no
-//! capability, no way to get one, Landlock for where namespaces cannot be had, and a short list of system calls for each
-//! thread ([`syscalls`]): another one ends the process.
+//! thread ([`Sandbox::confine`]), around the control thread last. It is an empty file system and network of its own, no
+//! capability and no way to get one, Landlock for where namespaces cannot be had, and a short list of system calls for
+//! each thread ([`syscalls`]): any other call ends the process.
 //!
-//! What needs rights later (an interface that is to be opened again, one that we made and have to take away) leaves the
-//! control thread as it is, and confines only those that touch what a guest writes ([`Level::Workers`]).
+//! A process that needs rights later (to open an interface again, or to delete one that it made) leaves the control
+//! thread as it is, and confines only the threads that touch what a guest writes ([`Level::Workers`]).
 
 mod filter;
 mod root;
@@ -27,21 +27,21 @@ use thiserror::Error;
 pub use filter::program;
 use syscalls::Role;
 
-/// How much of it is wanted (`--sandbox`).
+/// How much of the sandbox is wanted (`--sandbox`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Wanted {
-    /// As much as this host and the other options let us have.
+    /// As much as the host and the other options allow.
     #[default]
     Auto,
     /// All of it.
     Full,
-    /// System calls and capabilities alone.
+    /// System calls and capabilities only.
     Seccomp,
     /// None.
     Off,
 }
 
-/// How much of it there is.
+/// How much of the sandbox is in effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     /// None.
@@ -50,7 +50,7 @@ pub enum Level {
     Workers,
     /// All threads may make few system calls and have no capability.
     Seccomp,
-    /// And there are no files and no network.
+    /// As `Seccomp`, and there are no files and no network.
     Full,
 }
 
@@ -65,7 +65,7 @@ impl fmt::Display for Level {
     }
 }
 
-/// Why there is less of it than was asked for.
+/// Why there is less of the sandbox than was asked for.
 #[derive(Debug, Error)]
 pub enum SandboxError {
     /// The host does not allow namespaces.
@@ -106,25 +106,25 @@ pub struct Sandbox {
     level: Level,
 }
 
-/// What has to be possible later.
+/// What the process must still be able to do later.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Later<'a> {
     /// Why the control thread needs its rights, if it does.
     pub keeps_rights: Option<&'static str>,
-    /// Where the socket is, which is to be removed at the end.
+    /// The directory of the socket, which is to be removed at the end.
     pub directory: Option<BorrowedFd<'a>>,
 }
 
-/// Gives up what will not be needed. The process must have one thread.
+/// Gives up what will not be needed. The process must have only one thread.
 ///
 /// # Errors
-/// [`SandboxError`]: there is less than was asked for, or what every host has failed.
+/// [`SandboxError`]: there is less than was asked for, or a step failed that every host allows.
 pub fn enter(wanted: Wanted, later: Later<'_>) -> Result<Sandbox, SandboxError> {
     if wanted == Wanted::Off {
         log::info!("Sandbox off: whoever takes over this process has all of its rights");
         return Ok(Sandbox { level: Level::Off });
     }
-    // It is asked of the kernel once, in a way that no thread may later.
+    // Asks the kernel for the page size now: the answer is kept, and no confined thread may ask.
     let _ = rustix::param::page_size();
     if let Some(reason) = later.keeps_rights {
         say_that_control_is_not_confined(reason);
@@ -155,8 +155,8 @@ pub fn enter(wanted: Wanted, later: Later<'_>) -> Result<Sandbox, SandboxError> 
     })
 }
 
-/// What a front-end sends is read by a thread with all rights of the user: as root that is more than a guest's keeper should
-/// be able to win.
+/// Logs that the control thread, which reads what a front-end sends, keeps all rights of its user. As root these are
+/// more than a front-end should be able to win.
 fn say_that_control_is_not_confined(reason: &str) {
     if rustix::process::geteuid().is_root() {
         log::warn!(
@@ -170,12 +170,13 @@ fn say_that_control_is_not_confined(reason: &str) {
 
 fn leave(directory: Option<BorrowedFd<'_>>) -> Result<(), SandboxError> {
     let left = root::leave_world().map_err(|(what, cause)| SandboxError::Namespaces { what, cause });
-    // Where there is no new world, what Landlock denies is all the more.
+    // Where there are no namespaces, Landlock matters all the more.
     let denied = deny_access(directory);
     left.and(denied)
 }
 
-/// Denies all access to files and TCP ports, to abstract sockets and processes outside, but for removing our socket.
+/// Denies all access to files and TCP ports, and to abstract sockets and processes outside, except for removing our
+/// socket.
 fn deny_access(directory: Option<BorrowedFd<'_>>) -> Result<(), SandboxError> {
     const KNOWN: ABI = ABI::V6;
     let ruleset = Ruleset::default()
@@ -193,10 +194,10 @@ fn deny_access(directory: Option<BorrowedFd<'_>>) -> Result<(), SandboxError> {
     if status.ruleset == RulesetStatus::NotEnforced { Err(SandboxError::NoLandlock) } else { Ok(()) }
 }
 
-/// Gives up the calling thread's capabilities, and what could give any back to it.
+/// Gives up the calling thread's capabilities, and all means to get any back.
 fn give_up_capabilities() -> Result<(), SandboxError> {
     let rights = |what| move |e: rustix::io::Errno| SandboxError::Rights { what, cause: e.into() };
-    // Without CAP_SETPCAP that is refused, and with no_new_privs it has no meaning.
+    // Without CAP_SETPCAP this is refused, and with no_new_privs it does not matter.
     let _ = CapabilitySet::all().iter().try_for_each(rustix::thread::remove_capability_from_bounding_set);
     rustix::thread::clear_ambient_capability_set().map_err(rights("clear the ambient capabilities"))?;
     let none = CapabilitySets {
@@ -204,7 +205,7 @@ fn give_up_capabilities() -> Result<(), SandboxError> {
         permitted: CapabilitySet::empty(),
         inheritable: CapabilitySet::empty(),
     };
-    // Who has none may be forbidden to say so (systemd, `SystemCallFilter=~@privileged`).
+    // A thread without capabilities may be forbidden to set them (systemd, `SystemCallFilter=~@privileged`).
     if rustix::thread::capabilities(None).is_ok_and(|sets| sets == none) {
         return Ok(());
     }
@@ -212,15 +213,15 @@ fn give_up_capabilities() -> Result<(), SandboxError> {
 }
 
 impl Sandbox {
-    /// None at all.
+    /// No sandbox at all.
     pub const OFF: Sandbox = Sandbox { level: Level::Off };
 
-    /// How much of it there is.
+    /// How much of the sandbox is in effect.
     pub fn level(self) -> Level {
         self.level
     }
 
-    /// Closes it around the calling thread, whose role this is.
+    /// Closes the sandbox around the calling thread, which has this role.
     ///
     /// # Errors
     /// [`SandboxError`]; the thread must not go on then.

@@ -1,4 +1,4 @@
-//! A world with nothing in it: namespaces of our own, and an empty file system as their root.
+//! An empty world: namespaces of our own, with an empty file system as their root.
 
 use std::time::Duration;
 use std::{fs, io, thread};
@@ -7,16 +7,16 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use rustix::process::{chdir, getgid, getuid, pivot_root};
 
-/// Somewhere to put the empty file system; nothing of it is seen afterwards.
+/// Where the empty file system is mounted; nothing of that place is seen afterwards.
 const MOUNT_POINT: &str = "/proc";
 
-/// Leaves files, network, processes' messages and host name behind. What is open stays usable.
+/// Leaves files, network, IPC objects and host name behind. What is open stays usable.
 ///
 /// # Errors
-/// Which step the kernel refused; those before it were taken, and do no harm.
+/// Which step the kernel refused; the steps before it were taken, and do no harm.
 pub(super) fn leave_world() -> Result<(), (&'static str, io::Error)> {
     let (user, group) = (getuid().as_raw(), getgid().as_raw());
-    // Not the one of processes: no thread can be started after that.
+    // Not a PID namespace: no thread could be started after that.
     let namespaces = CloneFlags::CLONE_NEWUSER
         | CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWNET
@@ -28,7 +28,8 @@ pub(super) fn leave_world() -> Result<(), (&'static str, io::Error)> {
     empty_root().map_err(|e| ("put an empty file system in the root's place", e.into()))
 }
 
-/// Does what a process of one thread alone may. One that was joined (`--netns`) may still be about to end: it is given a moment.
+/// Does `act`, which only a process of one thread may do. A thread that was joined (`--netns`) may still be about to
+/// end: it is given a moment.
 fn alone(act: impl Fn() -> nix::Result<()>) -> nix::Result<()> {
     const TRIES: usize = 200;
     const PAUSE: Duration = Duration::from_millis(1);
@@ -41,7 +42,7 @@ fn alone(act: impl Fn() -> nix::Result<()>) -> nix::Result<()> {
     act()
 }
 
-/// Files keep their owners, so that our socket can be removed.
+/// Maps the user and the group to themselves: files keep their owners, so that our socket can be removed.
 fn map_ids(user: u32, group: u32) -> io::Result<()> {
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;

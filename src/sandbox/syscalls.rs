@@ -1,6 +1,6 @@
 //! Which system calls each thread may make once it is confined, and why. Any other ends the process.
 //!
-//! The tables of `docs/sandbox.md` are made from these, and `tests/sandbox` tries out all calls.
+//! The tables of `docs/sandbox.md` are made from the tables here, and `tests/sandbox` tries out all calls.
 
 use libc::c_long;
 
@@ -24,20 +24,20 @@ pub struct Permit {
     pub number: c_long,
     /// Its name.
     pub name: &'static str,
-    /// With which arguments.
+    /// Which arguments it may have.
     pub only: Only,
-    /// What for.
+    /// What it is needed for.
     pub why: &'static str,
 }
 
-/// With which arguments a call is let through.
+/// Which arguments a call may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Only {
-    /// With any.
+    /// Any.
     Any,
-    /// Where the low 32 bits of the argument of this index are one of these.
+    /// The low 32 bits of the argument of this index must be one of these values.
     Values(u8, &'static [(u32, &'static str)]),
-    /// Where the argument of this index has none of these bits.
+    /// The argument of this index must have none of these bits.
     Without(u8, (u32, &'static str)),
 }
 
@@ -58,7 +58,7 @@ const fn data_only(number: c_long, name: &'static str, why: &'static str) -> Per
     Permit { number, name, only: Only::Without(2, (libc::PROT_EXEC as u32, "PROT_EXEC")), why }
 }
 
-/// Of every thread.
+/// The calls of every thread.
 const EVERYWHERE: &[Permit] = &[
     any(libc::SYS_read, "read", "kicks, and what wakes the thread"),
     any(libc::SYS_write, "write", "calls, and log lines"),
@@ -85,19 +85,19 @@ const EVERYWHERE: &[Permit] = &[
     any(libc::SYS_clock_gettime, "clock_gettime", "the time, on a host whose clock only the kernel can read"),
 ];
 
-/// Of every thread but the control thread.
+/// The calls of every thread except the control thread.
 const THREAD: &[Permit] = &[
     any(libc::SYS_exit, "exit", "the end of the thread"),
     any(libc::SYS_madvise, "madvise", "its stack then"),
     any(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "no signals then"),
 ];
 
-/// Of threads that close descriptors, where the standard library checks what is closed.
+/// The call of threads that close descriptors in builds where the standard library checks what is closed.
 #[cfg(debug_assertions)]
 const CHECKED_CLOSE: Permit =
     values(libc::SYS_fcntl, "fcntl", (1, &[(libc::F_GETFD as u32, "F_GETFD")]), "a check of builds for debugging");
 
-/// Of what moves frames of a TAP.
+/// The calls of a thread that moves frames of a TAP.
 const TAP_WORKER: &[Permit] = &[
     #[cfg(debug_assertions)]
     CHECKED_CLOSE,
@@ -130,7 +130,7 @@ const TAP_WORKER: &[Permit] = &[
     ),
 ];
 
-/// Of what moves frames of a packet socket.
+/// The calls of a thread that moves frames of a packet socket.
 const PACKET_WORKER: &[Permit] = &[
     #[cfg(debug_assertions)]
     CHECKED_CLOSE,
@@ -146,7 +146,7 @@ const PACKET_WORKER: &[Permit] = &[
     ),
 ];
 
-/// Of the control queue's thread.
+/// The calls of the control queue's thread.
 const CONTROL_QUEUE: &[Permit] = &[
     #[cfg(debug_assertions)]
     CHECKED_CLOSE,
@@ -158,7 +158,7 @@ const CONTROL_QUEUE: &[Permit] = &[
     ),
 ];
 
-/// Of the control thread.
+/// The calls of the control thread.
 const CONTROL: &[Permit] = &[
     any(libc::SYS_accept4, "accept4", "front-ends that connect"),
     any(libc::SYS_recvmsg, "recvmsg", "their messages"),
@@ -203,10 +203,10 @@ const CONTROL: &[Permit] = &[
 ];
 
 impl Role {
-    /// All of them.
+    /// All roles.
     pub const ALL: [Role; 4] = [Role::TapWorker, Role::PacketWorker, Role::ControlQueue, Role::Control];
 
-    /// What it may do.
+    /// The system calls that it may make.
     pub fn permits(self) -> impl Iterator<Item = &'static Permit> {
         let (own, common) = match self {
             Role::TapWorker => (TAP_WORKER, THREAD),
