@@ -1,14 +1,14 @@
-//! Log lines go to standard error, and never make a thread wait: what nobody takes is lost, and counted.
+//! Log lines to standard error, which never make a thread wait: lines that nobody takes are lost, and counted.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// The longest line. Where a pipe has room at all, it has room for this (`PIPE_BUF`).
+/// The longest line. A pipe that has room at all has room for this (`PIPE_BUF`).
 const LINE_MAX: usize = 4096;
 
-/// Begins to log lines of this level, and of those that matter more.
+/// Starts logging lines of this level, and of those that matter more.
 pub fn start(level: log::LevelFilter) {
     let format = |out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>| {
         writeln!(out, "vhost-user-net: {}: {}", record.level().as_str().to_lowercase(), record.args())
@@ -17,12 +17,12 @@ pub fn start(level: log::LevelFilter) {
     env_logger::Builder::new().filter_level(level).format(format).target(target).init();
 }
 
-/// Says why the process ends, if anybody listens: who waits for its end is not to wait for a reader.
+/// Says why the process ends, if anybody listens: whoever waits for its end must not wait for a reader.
 pub fn last_words(text: &str) {
     let _ = Lines { out: io::stderr(), lost: 0 }.write(format!("{text}\n").as_bytes());
 }
 
-/// Writes each line that there is room for.
+/// Writes each line for which there is room.
 struct Lines<W> {
     out: W,
     lost: u64,
@@ -44,7 +44,7 @@ impl<W: Write + AsFd> Lines<W> {
 }
 
 impl<W: Write + AsFd> Write for Lines<W> {
-    /// `line` is a whole one: the logger gives each to one call.
+    /// `line` is a whole line: the logger passes each in one call.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.lost > 0 && self.has_room() {
             let lost = std::mem::take(&mut self.lost);

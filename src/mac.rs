@@ -5,7 +5,7 @@ use std::fmt::{self, Display, Formatter};
 /// A MAC address.
 pub type Mac = [u8; 6];
 
-/// Shows an address as it is usually written; one that there is not, as unknown.
+/// Shows an address in the usual notation, or that it is unknown.
 pub fn shown(mac: impl Into<Option<Mac>>) -> impl Display {
     Shown(mac.into())
 }

@@ -1,8 +1,8 @@
 //! Counters: one set per queue pair, written by its worker and read by anyone.
 //!
 //! A counter has one writer, a worker (`rings_resumed_off_base`: the control thread), which adds with a plain load and
-//! store, no locked instruction. Each set has cache lines of its own, so workers do not slow each other down. Every way to drop a frame has a counter, so that at a quiescent
-//! moment frames in = frames out + drops.
+//! store, no locked instruction. Each set has cache lines of its own, so workers do not slow each other down. Every way
+//! to drop a frame has a counter, so that at a quiescent moment frames in = frames out + drops.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -48,19 +48,19 @@ macro_rules! counters {
 counters! {
     /// Frames given to the guest.
     rx_frames,
-    /// Their bytes, without virtio-net header.
+    /// Bytes of these frames, without virtio-net header.
     rx_bytes,
-    /// Those longer than 1514 bytes: unsegmented or jumbo frames.
+    /// Frames given to the guest that are longer than 1514 bytes: unsegmented or jumbo frames.
     rx_large_frames,
     /// Frames given to the device.
     tx_frames,
-    /// Their bytes, without virtio-net header.
+    /// Bytes of these frames, without virtio-net header.
     tx_bytes,
-    /// Those longer than 1514 bytes.
+    /// Frames given to the device that are longer than 1514 bytes.
     tx_large_frames,
     /// Frames of the guest that went to the device together with others of their flow, as one frame.
     tx_coalesced_frames,
-    /// Those frames: each is one write.
+    /// Frames that were made of several frames of the guest: each is one write.
     tx_coalesced_runs,
     /// Wake-ups by the rx ring's kick.
     rx_kicks,
@@ -74,41 +74,41 @@ counters! {
     rx_drop_too_large,
     /// Dropped: the frame needs an offload that the guest did not negotiate.
     rx_drop_not_negotiated,
-    /// Dropped: frames of a tunnel that came to be cut, which nobody here can.
+    /// Dropped: a frame of a tunnel that has to be segmented, which cannot be done here.
     rx_drop_tunnel,
-    /// Dropped: not for an address or VLAN that the guest asked for.
+    /// Dropped: not for a MAC address or VLAN that the guest asked for.
     rx_drop_filtered,
-    /// Dropped: the device gave less than a header and an Ethernet header, or a TUN what is no IP packet.
+    /// Dropped: shorter than a virtio-net and an Ethernet header, or, from a TUN, no IP packet.
     rx_drop_short,
     /// Dropped: the kernel could not hand the frame over.
     rx_drop_refused,
     /// Dropped: read for a queue pair that the guest then stopped using.
     rx_drop_disabled,
-    /// Answers of the gateway to ARP requests and neighbour solicitations, and questions of its own.
+    /// The gateway's answers to ARP requests and neighbour solicitations, and requests of its own.
     rx_neighbour_answers,
-    /// Dropped: such an answer, because too many waited.
+    /// Dropped: an answer of the gateway, because too many waited.
     rx_drop_answers,
     /// Buffers returned unused: malformed chains, and good ones that stood in the way of a malformed one.
     rx_bad_chains,
     /// Frames that were read before the guest had enough buffers, and had to be kept and copied.
     rx_held,
-    /// Frames of the host that were cut here for the guest; each of their segments counts as a frame given to the guest.
+    /// Frames of the host that were segmented here for the guest; each segment counts as a frame given to the guest.
     rx_segmented_frames,
-    /// Those segments.
+    /// The segments of these frames.
     rx_segments,
     /// Reads that failed for a passing reason.
     rx_read_errors,
     /// Dropped: malformed descriptor chain.
     tx_drop_bad_chain,
-    /// Dropped: shorter than a header and an Ethernet header, or longer than any frame.
+    /// Dropped: shorter than a virtio-net and an Ethernet header, or longer than any frame.
     tx_drop_bad_length,
     /// Dropped: the virtio-net header asks for what was not negotiated or does not fit the frame.
     tx_drop_bad_header,
     /// Dropped: the host would have to cut it into more segments than `--max-segments` allows.
     tx_drop_too_many_segments,
-    /// Dropped: no IP packet, where the device takes nothing else.
+    /// Dropped: no IP packet, and the device takes nothing else.
     tx_drop_not_ip,
-    /// ARP requests and neighbour solicitations, where there is nobody but the gateway.
+    /// ARP requests and neighbour solicitations that went to the gateway, as there is nobody else.
     tx_neighbour_requests,
     /// Discarded: the ring was disabled (vhost-user, "Ring states").
     tx_drop_disabled,
@@ -145,7 +145,7 @@ impl fmt::Display for CardCounters {
 
 impl fmt::Display for PairCounters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // What went wrong is worth reading only where it did.
+        // Counters of trouble are worth reading only if there was some.
         let is_trouble = |name: &str| ["drop", "bad", "broken"].iter().any(|word| name.contains(word));
         self.values().filter(|(name, value)| *value > 0 || !is_trouble(name)).enumerate().try_for_each(
             |(at, (name, value))| {

@@ -1,11 +1,12 @@
-//! The two notifications of a virtqueue, as descriptors that a front-end sent: [`Kick`] from the guest, [`Call`] to it; and all
-//! that a ring has of them, [`RingFds`].
+//! The two notifications of a virtqueue, as descriptors that a front-end sent: [`Kick`] from the guest, [`Call`] to it;
+//! and [`RingFds`], all descriptors of a ring.
 //!
-//! The front-end chose what they are: eventfds, pipes, or worse. Kicks, and the ends of pipes and sockets, are made non-blocking on
-//! arrival, so no read or write of one waits. A call that is an eventfd stays as it came: that it blocks is a property of the
-//! file, which a front-end (libkrun) may share and read, and there is a look before each write to one that may block. A
-//! front-end that has a write wait all the same, by filling it at that moment or making it blocking again, stops the thread of
-//! its own ring, which ends the process. What a descriptor does on an error is its sender's problem and never ours.
+//! The front-end chose what they are: eventfds, pipes, or worse. Kicks, and the ends of pipes and sockets, are made
+//! non-blocking on arrival, so no read or write of one waits. A call that is an eventfd stays as it came: blocking is a
+//! property of the file, which a front-end (libkrun) may share and read. So there is a poll before each write to a call
+//! that may block. A front-end can still make a write wait, by filling the eventfd at that moment or making it blocking
+//! again. That stops the thread of its own ring, which ends the process. What a descriptor does on an error is its
+//! sender's problem and never ours.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,13 +18,13 @@ use rustix::io::Errno;
 /// What a read of a kick found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KickState {
-    /// There may be kicks to come.
+    /// More kicks may come.
     Open,
-    /// It will not kick again: closed at the other end, or no descriptor that can be read.
+    /// No kick will come again: it is closed at the other end, or is no descriptor that can be read.
     Dead,
 }
 
-/// A descriptor that the guest makes readable when it made buffers available.
+/// A descriptor that the guest makes readable when it has made buffers available.
 #[derive(Debug)]
 pub struct Kick(OwnedFd);
 
@@ -38,7 +39,7 @@ impl Kick {
         Ok(Kick(fd))
     }
 
-    /// Takes what was signalled.
+    /// Takes the kicks that were signalled.
     pub(crate) fn drain(&self) -> KickState {
         let mut count = [0; 8];
         match rustix::io::read(&self.0, &mut count) {
@@ -74,7 +75,7 @@ impl Call {
         Ok(Call { fd, may_block })
     }
 
-    /// Signals. A full eventfd or pipe is a signal that was not taken yet, and a closed one has nobody to tell.
+    /// Signals. A full eventfd or pipe holds a signal that was not taken yet, and a closed one has nobody to tell.
     pub(crate) fn signal(&self) {
         if !self.may_block || self.has_room() {
             let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
@@ -90,18 +91,18 @@ impl Call {
 /// A ring's descriptors, as its front-end sent them.
 #[derive(Debug, Default)]
 pub struct RingFds {
-    /// By what the guest kicks; without one the ring is polled.
+    /// Tells of the guest's kicks; without it the ring is polled.
     pub kick: Option<Kick>,
-    /// By what the guest is called; without one it polls.
+    /// Calls the guest; without it the guest polls.
     pub call: Option<Call>,
-    /// By what the front-end learns that the ring is broken.
+    /// Tells the front-end that the ring is broken.
     pub err: Option<Call>,
 }
 
-/// What sort of file it is, if it can be a notification.
+/// The type of the file, if it can be a notification.
 fn kind(fd: &OwnedFd) -> io::Result<FileType> {
     let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
-    // An eventfd is of no kind that a file can be; what User Mode Linux calls a pipe is a socket.
+    // An eventfd has none of the types that a file can have; what User Mode Linux calls a pipe is a socket.
     if !matches!(kind, FileType::Fifo | FileType::Socket | FileType::Unknown) {
         return Err(Errno::INVAL.into());
     }

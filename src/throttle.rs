@@ -4,14 +4,14 @@ use std::time::{Duration, Instant};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Lets one through, then none for a second.
+/// Lets one log line through, then none for a second.
 #[derive(Debug, Default)]
 pub(crate) struct Throttle {
     last: Option<Instant>,
 }
 
 impl Throttle {
-    /// Whether this one may be logged.
+    /// Whether a line may be logged now.
     pub(crate) fn allows(&mut self) -> bool {
         let now = Instant::now();
         let allowed = self.last.is_none_or(|last| now.duration_since(last) >= INTERVAL);
