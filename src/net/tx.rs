@@ -2,17 +2,17 @@
 //!
 //! One pass, in four steps over up to a budget of frames:
 //!
-//! * **gather**: pop a chain, copy its first bytes to a slot of the stage, check the virtio-net header (and what it says
-//!   about the protocol headers) there;
-//! * **arrange**: frames of one flow become a run, which is sent as one frame (`coalesce`); any other small frame is copied
-//!   as a whole;
-//! * **send**: frames that are wholly on the stage go together, in one batch where that is better; of a large frame, or
-//!   of a run, what is on the stage and the rest of the chains go in one `writev`, straight from guest memory; of a run the
-//!   first frame's headers go, which are those of the whole, and the payload of all;
+//! * **gather**: pop a chain, copy its first bytes to a slot of the stage, and check the virtio-net header there (and
+//!   what it says about the protocol headers);
+//! * **arrange**: frames of one flow become a run, which is sent as one frame (`coalesce`); any other small frame is
+//!   copied as a whole;
+//! * **send**: frames that are wholly on the stage go together, in one batch where that is better. A large frame or a
+//!   run goes in one `writev`, straight from guest memory: of a frame, what is on the stage and the rest of its chain;
+//!   of a run, the first frame's headers, which are those of the whole, and the payload of all;
 //! * **settle**: complete the chains in their order, or put back those that the device does not take now.
 //!
-//! What the kernel acts on is our checked copy. Nothing is reordered and nothing is skipped silently: a frame is sent, or
-//! counted under one reason. The worker publishes what was completed after the pass.
+//! The kernel acts on our checked copy of the headers. Nothing is reordered and nothing is skipped silently: a frame is
+//! sent, or counted under one reason. The worker publishes the completions after the pass.
 
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -36,20 +36,20 @@ use crate::metrics::{Counter, PairCounters};
 use crate::virtqueue::iovec::{IOV_MAX, Part};
 use crate::virtqueue::{Direction, GuestIovecs, Head, Popped, Queue, RingBroken, Shape};
 
-/// A frame that fits with its header is copied as a whole: of the usual MTU, with room for tags. Not a power of two: slots
-/// would share few lines of the cache.
+/// The size of a slot. A frame that fits with its header, so one of the usual MTU with room for tags, is copied as a
+/// whole. Not a power of two: slots would share few lines of the cache.
 const SLOT_LEN: usize = 2048 + 64;
-/// What is copied of a larger one.
+/// How much of a larger frame is copied.
 const START_LEN: usize = HEADER_LEN + PROTOCOL_HEADERS_MAX;
 
-/// A pass ends once the host may make so many segments of its frames: as many as of full frames of usual segments. Where
-/// the operator allows the smallest, one frame of those takes the time of thirty.
+/// A pass ends once the host may make this many segments of its frames: as many as of full frames with segments of the
+/// usual size. If the operator allows the smallest segments, one frame of those takes the time of thirty.
 const SEGMENTS_BUDGET: usize = BUDGET * (FRAME_MAX / LARGE_FRAME);
 
-/// How many answers of the gateway there are in one pass at most.
+/// The most answers of the gateway in one pass.
 const ANSWERS_MAX: usize = 16;
 
-/// Everything that one direction from the guest needs besides its queue.
+/// Everything that the direction from the guest needs besides its queue.
 pub struct Tx {
     iovecs: GuestIovecs,
     rules: TxRules,
@@ -57,31 +57,32 @@ pub struct Tx {
     stage: Stage,
     /// The frames of this pass, oldest first.
     frames: Vec<Frame>,
-    /// What the host may make of them.
+    /// How many segments the host may make of them.
     segments: usize,
     coalesce: Coalesce,
-    /// For a frame in more pieces than one call takes.
+    /// Holds a frame in more pieces than one call takes.
     bounce: Box<[u8]>,
-    /// The source address without which no answer would come, until a frame has another.
+    /// The source address without which no answers would come; `None` once a frame had another one.
     expected: Option<Mac>,
-    /// That other one.
+    /// That other address, until it is taken.
     unexpected: Option<Mac>,
-    /// How many segments the first frame asked for that asked for more than are allowed, and whether it was told.
+    /// How many segments the first frame with too many asked for, until that is taken; and whether there was such a
+    /// frame.
     too_many: Option<usize>,
     told_of_segments: bool,
     framing: Framing,
-    /// The gateway's, for the guest.
+    /// The gateway's answers for the guest.
     answers: Vec<Answer>,
 }
 
-/// What a good chain holds: some of the pieces, and their bytes.
+/// A good chain: its pieces, and their bytes.
 struct Chain {
     pieces: Range<usize>,
     len: usize,
 }
 
 impl Tx {
-    /// A direction to `uplink` for a guest that acknowledged `features`, whose memory is `mem`.
+    /// Makes a direction to `uplink` for a guest that acknowledged `features`, whose memory is `mem`.
     pub fn new(mem: Arc<MemView>, features: u64, uplink: &Uplink<'_>) -> Tx {
         let Uplink { device, io, rings, coalesce, segment_limit, .. } = *uplink;
         let slots = Slots { count: BUDGET, len: SLOT_LEN, omitted: uplink.framing.omitted() };
@@ -102,19 +103,19 @@ impl Tx {
         }
     }
 
-    /// What the gateway has to say to the guest, since this was last asked.
+    /// Takes the gateway's answers to the guest since the last call.
     #[inline]
     pub fn take_answers(&mut self) -> impl Iterator<Item = Answer> {
         self.answers.drain(..)
     }
 
-    /// The source address of the first frame that had another than the device has frames come to.
+    /// Takes the source address of the first frame that had another than the one to which the device's frames come.
     #[inline]
     pub fn take_unexpected_source(&mut self) -> Option<Mac> {
         self.unexpected.take()
     }
 
-    /// How many segments the first frame asked for that was dropped because it asked for too many.
+    /// Takes the number of segments of the first frame that was dropped because it asked for too many.
     #[inline]
     pub fn take_too_many_segments(&mut self) -> Option<usize> {
         self.too_many.take()
@@ -158,7 +159,7 @@ impl Tx {
     }
 }
 
-/// A pass ends once it has [`IOV_MAX`] pieces; the last chain may bring as many again.
+/// An empty list of pieces. A pass ends once it has [`IOV_MAX`] pieces; the last chain may bring as many again.
 fn iovecs(mem: Arc<MemView>) -> GuestIovecs {
     GuestIovecs::new(mem, 2 * IOV_MAX + 1)
 }
@@ -180,7 +181,7 @@ impl Tx {
     #[inline]
     fn take_chain(&mut self, queue: &mut Queue) -> Result<Option<(Head, Option<Chain>)>, RingBroken> {
         let at = self.iovecs.len();
-        // A buffer of no bytes is none.
+        // A buffer of no bytes does not count.
         if let Some((head, len)) = queue.pop_single((Direction::Readable, 1), &mut self.iovecs) {
             return Ok(Some((head, Some(Chain { pieces: at..at + 1, len: len as usize }))));
         }
@@ -189,7 +190,7 @@ impl Tx {
         Ok(Some((head, good.map(|shape| Chain { pieces: shape.readable(), len: shape.readable_len }))))
     }
 
-    /// Checks one chain, its start on the stage.
+    /// Copies the start of one chain to the stage and checks it.
     #[inline]
     fn examine(&mut self, head: Head, chain: Option<Chain>) -> Frame {
         let dropped = |head, reason| Frame::new(head, 0, Fate::Dropped(reason));
@@ -214,14 +215,14 @@ impl Tx {
         Frame { staged, pieces, ..Frame::new(head, len, fate) }
     }
 
-    /// The frame of which `staged` bytes, virtio-net header included, are in `slot`: as far as it is there.
+    /// The part of a frame that is in `slot`, without its virtio-net header, which `staged` includes.
     #[inline]
     fn staged(&self, slot: usize, staged: usize) -> &[u8] {
         self.stage.slot(slot).get(HEADER_LEN..staged).unwrap_or_default()
     }
 
-    /// Copies the start of a frame to its slot and checks the header there. Tells how much is on the stage. An error if the
-    /// header asks for what it may not.
+    /// Copies the start of a frame to its slot and checks the header there. Returns how many bytes are on the stage, or
+    /// an error if the header asks for what it may not.
     #[inline]
     fn stage_start(&mut self, pieces: Range<usize>, len: usize) -> Result<usize, HeaderFault> {
         let short = HeaderFault::Length { len };
@@ -239,7 +240,7 @@ impl Tx {
         Ok(staged)
     }
 
-    /// Remembers to say it, once for a ring that was started.
+    /// Remembers to report the number of segments, once for each start of the ring.
     #[cold]
     fn tell_of_segments(&mut self, segments: usize) {
         if !self.told_of_segments {
@@ -251,13 +252,14 @@ impl Tx {
 
 /// Arranging.
 impl Tx {
-    /// Makes runs of frames of one flow, and copies other small ones as a whole.
+    /// Makes runs of frames of one flow, and copies all other small frames as a whole.
     fn arrange(&mut self) {
         let mut at = 0;
         let mut hint = self.flow_hint(0);
         while at < self.frames.len() {
             let next = self.flow_hint(at + 1);
-            // Of most frames it is seen at once that they stay alone. What is seen of none, or of a short one, does not matter.
+            // Of most frames the hint shows at once that they stay alone. The hint of no frame, or of a short one, does
+            // not matter.
             let run = if hint == next { self.run_from(at) } else { None };
             let count = match run {
                 Some(run) => self.close_run(at, &run),
@@ -268,8 +270,8 @@ impl Tx {
         }
     }
 
-    /// What the frame at `at` has in common with those of its flow. It is looked at here and not while the frame is gathered:
-    /// what was just copied cannot be loaded at once.
+    /// What the frame at `at` has in common with those of its flow. This looks at the frame only now, and not while the
+    /// frame is gathered: what was just copied cannot be loaded at once.
     #[inline]
     fn flow_hint(&self, at: usize) -> u64 {
         flow_hint(frame_start(&self.stage, at))
@@ -296,14 +298,14 @@ impl Tx {
         self.segment(next).is_some_and(|segment| run.join(first, segment, frame_start(&self.stage, next)))
     }
 
-    /// What the frame at `at` is as part of a run, if it can be that.
+    /// The frame at `at` as a segment of a run, if it can be one.
     fn segment(&self, at: usize) -> Option<Segment> {
         let frame = self.frames.get(at).filter(|frame| matches!(frame.fate, Fate::ToSend))?;
         let (header, start) = self.stage.slot(at).get(..frame.staged)?.split_first_chunk()?;
         Segment::of(self.coalesce, VnetHeader::from_bytes(header), start, frame.len - HEADER_LEN)
     }
 
-    /// Makes one frame of a run; tells of how many.
+    /// Makes one frame of a run; returns how many frames it was.
     fn close_run(&mut self, at: usize, run: &Run) -> usize {
         if let Some((head, start)) = self.stage.slot_mut(at).split_first_chunk_mut::<HEADER_LEN>()
             && let Some(header) = run.merge(start)
@@ -319,7 +321,7 @@ impl Tx {
         run.frames()
     }
 
-    /// Copies a frame as a whole that is small, and alone; so it tells of one.
+    /// Copies the rest of a small frame that stays alone; returns 1, the number of frames.
     #[inline]
     fn copy_rest(&mut self, at: usize) -> usize {
         if let Some(frame) = self.frames.get_mut(at)
@@ -332,14 +334,14 @@ impl Tx {
     }
 }
 
-/// A slot without the place of the virtio-net header.
+/// A slot behind the place of the virtio-net header.
 fn frame_start(stage: &Stage, slot: usize) -> &[u8] {
     stage.slot(slot).get(HEADER_LEN..).unwrap_or_default()
 }
 
 /// Sending.
 impl Tx {
-    /// Sends what was gathered, in order; tells why it stopped, if before the end.
+    /// Sends what was gathered, in order; returns why it stopped, if it did before the end.
     fn send(&mut self, device: &DeviceQueue) -> Option<Pump> {
         let mut at = 0;
         while let Some(frame) = self.frames.get(at) {
@@ -399,7 +401,7 @@ impl Tx {
         None
     }
 
-    /// The frames that go with the one at `at`, and that one.
+    /// The frames of the run that begins at `at`; only that frame if there is no run.
     fn run_at(&self, at: usize) -> &[Frame] {
         let count = self.frames.get(at).map_or(0, |frame| frame.run.max(1));
         self.frames.get(at..at + count).unwrap_or_default()
