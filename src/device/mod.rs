@@ -235,7 +235,8 @@ impl Device {
 
     /// Sets the carrier that the host sees on the interface. `ip link set NAME carrier on` restores it.
     ///
-    /// # Errors `Unsupported` if it is no TAP or TUN; the errors of `TUNSETCARRIER`.
+    /// # Errors
+    /// `Unsupported` if it is no TAP or TUN; the errors of `TUNSETCARRIER`.
     pub fn set_carrier(&self, is_on: bool) -> io::Result<()> {
         match (self.kind, &self.control) {
             (DeviceKind::Tap | DeviceKind::Tun, Control::Queue(queue)) => ioctl::tun_set_carrier(queue.as_fd(), is_on),

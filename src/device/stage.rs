@@ -60,7 +60,8 @@ pub(crate) fn why_no_uring(cause: &io::Error) -> &'static str {
 impl Io {
     /// What this host supports of it.
     ///
-    /// # Errors [`NoUring`] if io_uring was demanded and cannot be used.
+    /// # Errors
+    /// [`NoUring`] if io_uring was demanded and cannot be used.
     pub fn usable(self) -> Result<Io, NoUring> {
         let probed = if self == Io::Syscall { Ok(()) } else { uring::probe() };
         match (self, probed) {

@@ -55,7 +55,8 @@ struct Pool {
 impl UringPool {
     /// Makes a ring for each direction, and none later. The thread that will use them has to call this.
     ///
-    /// # Errors What the kernel says; the pool is sealed all the same.
+    /// # Errors
+    /// What the kernel says; the pool is sealed all the same.
     pub fn seal(&self) -> io::Result<()> {
         let mut pool = self.lock();
         pool.is_sealed = true;
@@ -184,7 +185,8 @@ impl BatchMemory {
 
     /// Does `jobs` in their order and notes the result in each. Returns whether all succeeded.
     ///
-    /// # Errors The kernel did not accept or did not complete the batch. What became of jobs without a result is
+    /// # Errors
+    /// The kernel did not accept or did not complete the batch. What became of jobs without a result is
     /// unknown, and the ring must not be used again.
     pub(super) fn transfer(&mut self, operation: Operation, jobs: &mut [Job]) -> io::Result<bool> {
         let BatchMemory { ring: Some(ring), memory, outstanding, .. } = self else {

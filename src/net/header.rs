@@ -291,7 +291,8 @@ pub struct NotNegotiated;
 
 /// The rx header as the guest may see it: without anything that it did not negotiate.
 ///
-/// # Errors [`NotNegotiated`] if leaving that out would break the frame.
+/// # Errors
+/// [`NotNegotiated`] if leaving that out would break the frame.
 #[inline]
 pub fn check_rx(header: VnetHeader, guest: GuestOffloads) -> Result<VnetHeader, NotNegotiated> {
     if header.flags == 0 && header.gso_type == GSO_NONE {
