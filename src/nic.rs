@@ -353,9 +353,9 @@ impl Nic {
         counters.into_iter().for_each(|counters| counters.rings_resumed_off_base.add(1));
     }
 
-    /// Signals the front-end that a ring, which does not run, is broken, and gives the descriptor back. The ring's
-    /// thread writes to it: if the front-end makes that write wait, its own card stands still and the process ends, as
-    /// it also still does on a signal, which the control thread takes.
+    /// Signals the front-end that a ring is broken that does not run, and gives the descriptor back. The ring's own
+    /// thread writes to it: if the front-end makes that write wait, only its own card stands still, and the control
+    /// thread, which still hears signals, ends the process.
     ///
     /// # Errors
     /// [`Stuck`].
