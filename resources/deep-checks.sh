@@ -12,18 +12,18 @@ MINUTES=60
 SEEDS=32
 # A test of shares of time, which sanitizers change.
 SHARES=both_directions_get_their_turn
+# One that needs two mappings side by side, which sanitizers keep apart.
+SIDE_BY_SIDE=regions_side_by_side
 # And tests of how much memory a process has, which AddressSanitizer adds to and gives back late.
 NOT_WITH_ASAN=(start_with_too_little_memory leave_nothing out_of_descriptors_does_not_spin keeps_no_descriptor_and_no_mapping
-    leave_none_behind leave_memory_flat "$SHARES")
-# And one that needs two mappings side by side, which ThreadSanitizer keeps apart.
-NOT_WITH_TSAN=(regions_side_by_side "$SHARES")
+    leave_none_behind leave_memory_flat memory_that_is_cut_off "$SIDE_BY_SIDE" "$SHARES")
 WITH_TSAN=(session control_queue datapath rx_buffers)
 # Tests that start the program, which are traced: those on packet sockets apart.
 TRACED=(tap macvtap tun following interface_trouble hostile sandbox packet)
 # Calls that no trace of them has: on a host with another clock; by the kernel's own doing; after a signal, such as a
 # debugger's; the allocator's rarer ways; of a control queue, which User Mode Linux's tests alone hand over; and what
 # is traced on a TAP alone.
-NOT_TRACED='sched_yield|clock_gettime|restart_syscall|rt_sigreturn|brk|mprotect|control-queue (epoll_ctl|ioctl .*|mmap|ppoll)'
+NOT_TRACED='control madvise|sched_yield|clock_gettime|restart_syscall|rt_sigreturn|brk|mprotect|control-queue (epoll_ctl|ioctl .*|mmap|ppoll)'
 # Those that fail because they are traced.
 NOT_WITH_STRACE=(frames_pass_where_little_memory that_was_stopped_for_a_while that_was_frozen_for_a_while)
 # Lines of these that tests must have been to, in percent.
@@ -101,12 +101,11 @@ part_asan() {
 }
 
 part_tsan() {
-    local tests=() skip=() name
+    local tests=() name
     nightly rust-src || return
     for name in "${WITH_TSAN[@]}"; do tests+=(--test "$name"); done
-    for name in "${NOT_WITH_TSAN[@]}"; do skip+=(--skip "$name"); done
     run_rust env RUSTFLAGS=-Zsanitizer=thread "CARGO_TARGET_DIR=$TARGET/tsan" \
-        cargo +nightly test -Zbuild-std --target "$(host)" --lib "${tests[@]}" --no-fail-fast -- "${skip[@]}"
+        cargo +nightly test -Zbuild-std --target "$(host)" --lib "${tests[@]}" --no-fail-fast -- --skip "$SIDE_BY_SIDE" --skip "$SHARES"
 }
 
 part_syscalls() {

@@ -78,6 +78,11 @@ const EVERYWHERE: &[Permit] = &[
     data_only(libc::SYS_mprotect, "mprotect", "the allocator's arena of a thread grows so"),
     any(libc::SYS_munmap, "munmap", "such memory, and guest memory with its last user"),
     any(libc::SYS_brk, "brk", "the allocator"),
+    any(
+        libc::SYS_madvise,
+        "madvise",
+        "a thread's stack at its end; the allocator, where it is to use huge pages (glibc.malloc.hugetlb)",
+    ),
     any(libc::SYS_sigaltstack, "sigaltstack", "the end of a thread, or of the process"),
     any(libc::SYS_rt_sigreturn, "rt_sigreturn", "after a signal, such as those of a debugger"),
     any(libc::SYS_restart_syscall, "restart_syscall", "after a stop, by the kernel's own doing"),
@@ -88,7 +93,6 @@ const EVERYWHERE: &[Permit] = &[
 /// The calls of every thread except the control thread.
 const THREAD: &[Permit] = &[
     any(libc::SYS_exit, "exit", "the end of the thread"),
-    any(libc::SYS_madvise, "madvise", "its stack then"),
     any(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "no signals then"),
 ];
 
