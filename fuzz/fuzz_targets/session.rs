@@ -506,12 +506,15 @@ impl Scene {
             return self.tell(message, |_| Answer::Ack(false));
         }
         let is_good = is_file_good && self.model.set_log(size);
-        // The session would end.
-        let is_copied = self.model.features & feature::LOG_ALL != 0 && self.model.log.is_some();
-        if is_good || !is_copied {
-            // An empty one at the start is as the answer to a refusal.
-            self.tell(message, |_| Answer::Log(is_good));
+        if !is_good && self.model.features & feature::LOG_ALL != 0 {
+            // The session would end.
+            return;
         }
+        if !is_good {
+            self.model.log = None;
+        }
+        // An empty one at the start is as the answer to a refusal.
+        self.tell(message, |_| Answer::Log(is_good));
     }
 
     fn set_address(&mut self, input: &mut Input<'_>, index: u32) {

@@ -159,9 +159,10 @@ impl Tx {
     }
 }
 
-/// An empty list of pieces. A pass ends once it has [`IOV_MAX`] pieces; the last chain may bring as many again.
+/// An empty list of pieces. A pass ends once it has [`IOV_MAX`] pieces; the last chain may bring as many again, and its last
+/// buffer one for each region of guest memory.
 fn iovecs(mem: Arc<MemView>) -> GuestIovecs {
-    GuestIovecs::new(mem, 2 * IOV_MAX + 1)
+    GuestIovecs::new(mem, 3 * IOV_MAX)
 }
 
 /// Gathering.

@@ -87,8 +87,8 @@ pub enum LostMemory {
 enum SessionError {
     Stream(StreamError),
     Stuck(Stuck),
-    /// While writes to guest memory are being logged, a log was refused that was to replace the present one. QEMU does
-    /// not look at the answer, and would move a guest that lacks what is written from now on.
+    /// A log was refused while writes to guest memory are to be logged. QEMU does not look at the answer, and would move a
+    /// guest that lacks what is written.
     LogRefused(Refusal),
 }
 

@@ -80,7 +80,7 @@ pub(crate) const ROWS: &[Row] = &[
     ),
     row("U-40", "log whose end wraps", "refused", Tested),
     row("U-41", "log too small", "refused", Tested),
-    row("U-42", "log larger than its file", "refused", Tested),
+    row("U-42", "log larger than its file", "refused; while it is needed, the session ends", Tested),
     row("U-43", "logging without a log", "refused while rings run; else nothing is logged", Tested),
     row("U-44", "used ring's log address outside", "refused", Tested),
     row("U-45", "10,000 inflight regions asked for", "refused, memory stays flat", Absent),

@@ -285,6 +285,13 @@ fn logging_begins_while_rings_run_only_with_a_log() {
         assert_eq!(bench.ask(Message::set_features(features)), Answer::Ack);
         bench.assert_frames_pass();
     }
+    assert!(!set_log(&bench.front_end, LOG_SIZE + 1, 0, log.as_fd()));
+    assert_eq!(
+        bench.ask(Message::set_features(BASE | feature::LOG_ALL)),
+        Answer::Nack(1),
+        "the former log is nobody's"
+    );
+    assert!(set_log(&bench.front_end, LOG_SIZE, 0, log.as_fd()));
     let others = BASE | feature::LOG_ALL | feature::MRG_RXBUF;
     assert_eq!(bench.ask(Message::set_features(others)), Answer::Nack(1), "what else changes than the logging");
     bench.assert_frames_pass();
@@ -346,6 +353,11 @@ fn log_that_is_refused_while_the_guest_is_copied_ends_the_session() {
     let mut copied = Copied::begin(MERGEABLE);
     let pipe = std::io::pipe().unwrap().0;
     let message = Message::set_log_base(LOG_SIZE, 0, pipe.as_fd());
+    assert!(copied.bench.front_end.get(&message).is_err());
+    // The same for its first log, as its rings run already.
+    copied.bench.reconnect();
+    copied.bench.negotiate();
+    assert_eq!(copied.bench.ask(Message::set_features(copied.features() | feature::LOG_ALL)), Answer::Ack);
     assert!(copied.bench.front_end.get(&message).is_err());
     copied.bench.start_over();
     copied.bench.assert_frames_pass();

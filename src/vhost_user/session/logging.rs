@@ -19,12 +19,16 @@ use crate::net::features::LOG_ALL;
 use crate::vhost_user::ring::Ring;
 
 impl Session {
-    /// Answers with the payload that came: front-ends wait for an answer, and take one without a size for a refusal.
-    ///
+    /// Answers with the payload that came: front-ends wait for an answer, and take one without a size for a refusal. QEMU
+    /// does not look, and reads the former log no more: after a refusal there is none, so that `LOG_ALL` is refused, too.
+    pub(super) fn set_log_base(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
+        self.replace_log(payload, fds).inspect_err(|_| self.log = None)
+    }
+
     /// QEMU starts rings with `LOG_ALL` and hands over the log while they run, if it connects again during a migration,
     /// or if a guest goes on. What the rings wrote until then is in no log that QEMU reads, so all pages are marked in
     /// this one.
-    pub(super) fn set_log_base(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
+    fn replace_log(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
         let VhostUserLog { mmap_size, mmap_offset } = record(payload)?;
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| Refusal::Descriptors { got: fds.len(), expected: 1 })?;
         let log = Arc::new(DirtyLog::map(mmap_size, mmap_offset, fd).map_err(Refusal::Log)?);
@@ -44,10 +48,10 @@ impl Session {
         Ok(Answer::Payload(payload.to_vec()))
     }
 
-    /// Whether the session cannot go on after a log was refused: writes are being logged to a log at which the
-    /// front-end may not look any more.
+    /// Whether the session must end after a log was refused: the front-end has writes logged, and would move a guest that
+    /// lacks them.
     pub(super) fn needs_log(&self, refusal: &Refusal) -> bool {
-        self.features & LOG_ALL != 0 && self.log.is_some() && !matches!(refusal, Refusal::NotNegotiated(_))
+        self.features & LOG_ALL != 0 && !matches!(refusal, Refusal::NotNegotiated(_))
     }
 
     /// Turns the logging of writes to buffers on or off while rings run. `bits` differ from the present features in
