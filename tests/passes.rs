@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use common::device_side::{ALL, DeviceSide};
-use common::frames::{Ends, L4Csum, Stamp, payload, tcp4, test_frame};
+use common::frames::{Ends, L4Csum, Stamp, payload, tcp4, test_frame, udp4};
 use common::memory::GuestMemory;
 use common::split_ring::{Buf, SplitRing};
 use common::tap_double::TapDouble;
@@ -23,22 +23,29 @@ use vhost_user_net::net::{BUDGET, Pump, Uplink};
 
 /// How many frames each pass sends of a ring with `count` of this one.
 fn passes(header: &VnetHdr, frame: &[u8], count: usize) -> Vec<usize> {
+    passes_of(&[(*header, frame.to_vec())], count, Coalesce::default())
+}
+
+/// The same of a ring with these frames, over and over.
+fn passes_of(frames: &[(VnetHdr, Vec<u8>)], count: usize, coalesce: Coalesce) -> Vec<usize> {
     // It takes all that a pass brings.
     let device = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
     let (_, queues) = Device::from_sockets(vec![device.into()], Layer::Ethernet).unwrap();
     let mem = Arc::new(GuestMemory::single(16 << 20));
     let mut ring = SplitRing::new(&mem, 256);
-    let at = mem.alloc(70_000, 64);
-    mem.write(at, &[&header.to_bytes()[..], frame].concat());
-    for _ in 0..count {
-        ring.add(&[Buf::readable(at, VnetHdr::LEN + frame.len())]);
-    }
+    let buffers = frames.iter().map(|(header, frame)| {
+        let bytes = [&header.to_bytes()[..], frame].concat();
+        let at = mem.alloc(bytes.len(), 64);
+        mem.write(at, &bytes);
+        Buf::readable(at, bytes.len())
+    });
+    let buffers: Vec<_> = buffers.collect();
+    buffers.into_iter().cycle().take(count).for_each(|buffer| _ = ring.add(&[buffer]));
     ring.publish();
     let mut side = DeviceSide::start(&ring, ALL).unwrap();
     let rings = UringPool::default();
-    let (io, coalesce) = (Io::Syscall, Coalesce::default());
     let segment_limit = SegmentLimit::LARGEST;
-    let uplink = Uplink { device: &queues[0], io, rings: &rings, coalesce, framing: &Framing::Whole, segment_limit };
+    let uplink = Uplink { device: &queues[0], io: Io::Syscall, rings: &rings, coalesce, framing: &Framing::Whole, segment_limit };
     let features = feature::CSUM | feature::HOST_TSO4;
     let mut tx = Tx::new(Arc::clone(side.queue.mem()), features, &uplink);
     let counters = PairCounters::default();
@@ -73,6 +80,25 @@ fn pass_ends_after_so_many_segments() {
     assert_eq!(passes(&VnetHdr { gso_size: 48, ..header }, &frame, 7), [3, 3, 1]);
     // 42 each.
     assert_eq!(passes(&VnetHdr { gso_size: 1448, ..header }, &frame, BUDGET + 1), [BUDGET, 1]);
+}
+
+/// A run that two passes divide goes as two.
+#[test]
+fn pass_ends_with_a_full_run() {
+    const UDP: Coalesce = Coalesce { tcp: false, udp: true };
+    let header = VnetHdr { flags: net_flag::NEEDS_CSUM, csum_start: 34, csum_offset: 6, ..VnetHdr::default() };
+    let datagram = |src_port, len| {
+        let bytes = payload(Stamp { stream: 1, seq: 0 }, len);
+        (header, udp4(&Ends { src_port, ..Ends::TX }, &bytes, L4Csum::Partial))
+    };
+    // 46 have room in a frame.
+    assert_eq!(passes_of(&[datagram(1, 1400)], 246, UDP), [BUDGET, 46, 46, 46, 44]);
+    // Here as many as a pass has.
+    assert_eq!(passes_of(&[datagram(1, 200)], BUDGET + 2, UDP), [BUDGET, 2]);
+    // After a stream's end passes are as long as before.
+    let mut frames = vec![datagram(1, 1400); BUDGET];
+    frames.extend((0..160).map(|flow| datagram(flow, 1400)));
+    assert_eq!(passes_of(&frames, frames.len(), UDP), [BUDGET, 46, BUDGET, 50]);
 }
 
 /// What each pass adds to a counter, where the device has `count` frames of `len` bytes and the guest's ring these

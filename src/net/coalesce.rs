@@ -352,12 +352,23 @@ impl Run {
     /// Checks all conditions but the bytes that must be equal.
     #[inline]
     fn may_precede(&self, next: Segment) -> bool {
-        let Run { first, last, frames, payload } = *self;
+        let Run { first, last, .. } = *self;
         let open = last.last_flags == 0 && last.payload == first.payload;
-        let fits = first.headers_len() + payload + next.payload_len() <= MERGED_FRAME_MAX;
         let follows = last.identification.may_precede(next.identification)
-            && if first.layout.kind.is_tcp() { last.next_sequence() == next.sequence } else { frames < UDP_FRAMES_MAX };
-        open && fits && follows && next.payload <= first.payload
+            && (!first.layout.kind.is_tcp() || last.next_sequence() == next.sequence);
+        open && self.has_room(next) && follows && next.payload <= first.payload
+    }
+
+    fn has_room(&self, next: Segment) -> bool {
+        let Run { first, frames, payload, .. } = *self;
+        let fits = first.headers_len() + payload + next.payload_len() <= MERGED_FRAME_MAX;
+        fits && (first.layout.kind.is_tcp() || frames < UDP_FRAMES_MAX)
+    }
+
+    /// Whether there is no room for another frame like the first.
+    #[inline]
+    pub fn is_full(&self) -> bool {
+        !self.has_room(self.first)
     }
 
     /// How many bytes of protocol headers each frame begins with.

@@ -59,6 +59,9 @@ pub struct Tx {
     frames: Vec<Frame>,
     /// How many segments the host may make of them.
     segments: usize,
+    /// The most frames of a pass: [`BUDGET`], or fewer if a stream has filled runs, so that a pass ends with a full run
+    /// and the frames of the next full one are not divided between two passes.
+    budget: usize,
     coalesce: Coalesce,
     /// Holds a frame in more pieces than one call takes.
     bounce: Box<[u8]>,
@@ -92,6 +95,7 @@ impl Tx {
             stage: Stage::new(device, io, rings, slots),
             frames: Vec::with_capacity(BUDGET),
             segments: 0,
+            budget: BUDGET,
             coalesce,
             bounce: vec![0; HEADER_LEN + FRAME_MAX].into_boxed_slice(),
             expected: device.address(),
@@ -170,7 +174,7 @@ impl Tx {
     fn gather(&mut self, queue: &mut Queue) -> Result<Pump, RingBroken> {
         self.iovecs.truncate(0);
         self.segments = 0;
-        while self.frames.len() < BUDGET && self.iovecs.len() < IOV_MAX && self.segments < SEGMENTS_BUDGET {
+        while self.frames.len() < self.budget && self.iovecs.len() < IOV_MAX && self.segments < SEGMENTS_BUDGET {
             let Some((head, chain)) = self.take_chain(queue)? else { return Ok(Pump::Drained) };
             let frame = self.examine(head, chain);
             self.frames.push(frame);
@@ -256,6 +260,7 @@ impl Tx {
     /// Makes runs of frames of one flow, and copies all other small frames as a whole.
     fn arrange(&mut self) {
         let mut at = 0;
+        let mut full_until = None;
         let mut hint = self.flow_hint(0);
         while at < self.frames.len() {
             let next = self.flow_hint(at + 1);
@@ -263,11 +268,19 @@ impl Tx {
             // not matter.
             let run = if hint == next { self.run_from(at) } else { None };
             let count = match run {
-                Some(run) => self.close_run(at, &run),
+                Some(run) => {
+                    if run.is_full() {
+                        full_until = Some(at + run.frames());
+                    }
+                    self.close_run(at, &run)
+                }
                 None => self.copy_rest(at),
             };
             at += count;
             hint = if count == 1 { next } else { self.flow_hint(at) };
+        }
+        if self.frames.len() >= self.budget {
+            self.budget = full_until.unwrap_or(BUDGET);
         }
     }
 
