@@ -45,7 +45,14 @@ fn passes_of(frames: &[(VnetHdr, Vec<u8>)], count: usize, coalesce: Coalesce) ->
     let mut side = DeviceSide::start(&ring, ALL).unwrap();
     let rings = UringPool::default();
     let segment_limit = SegmentLimit::LARGEST;
-    let uplink = Uplink { device: &queues[0], io: Io::Syscall, rings: &rings, coalesce, framing: &Framing::Whole, segment_limit };
+    let uplink = Uplink {
+        device: &queues[0],
+        io: Io::Syscall,
+        rings: &rings,
+        coalesce,
+        framing: &Framing::Whole,
+        segment_limit,
+    };
     let features = feature::CSUM | feature::HOST_TSO4;
     let mut tx = Tx::new(Arc::clone(side.queue.mem()), features, &uplink);
     let counters = PairCounters::default();

@@ -23,6 +23,7 @@ mod place;
 mod report;
 mod testpmd;
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -174,16 +175,21 @@ fn main() -> ExitCode {
 
 fn run(case: Case, rounds: usize, scale: u64) -> Measured {
     let mut samples = vec![Vec::new(); case.contenders.len()];
+    let shows_progress = std::io::stderr().is_terminal();
     let before = place::processor_time();
     for round in 1..=rounds {
         // Each begins in its turn, so that none always comes after the same one.
         for at in 0..case.contenders.len() {
             let at = (at + round) % case.contenders.len();
             let contender = &case.contenders[at];
-            eprint!("\r\x1b[K{}: round {round} of {rounds}, {}", case.name, contender.name());
+            if shows_progress {
+                eprint!("\r\x1b[K{}: round {round} of {rounds}, {}", case.name, contender.name());
+            }
             samples[at].push(cases::measure(case.kind, contender, scale));
         }
     }
-    eprint!("\r\x1b[K");
+    if shows_progress {
+        eprint!("\r\x1b[K");
+    }
     Measured { case, samples, stolen: place::stolen(before, place::processor_time()) }
 }
