@@ -398,15 +398,23 @@ fn append(list: &mut Vec<libc::iovec>, part: usize, base: *mut u8, len: usize) {
     }
 }
 
-/// Appends the pieces of `range` to one call's iovecs, without their first `skip` bytes.
+/// Appends the pieces of `range` to one call's iovecs, without their first `skip` bytes. No piece is empty.
+#[inline]
 fn gather(call: &mut Vec<libc::iovec>, list: &[libc::iovec], range: Range<usize>, mut skip: usize) {
-    for piece in list.get(range).unwrap_or_default() {
-        let here = skip.min(piece.iov_len);
-        skip -= here;
-        if here < piece.iov_len {
-            let iov_base = piece.iov_base.cast::<u8>().wrapping_add(here).cast();
-            call.push(libc::iovec { iov_base, iov_len: piece.iov_len - here });
+    let mut pieces = list.get(range).unwrap_or_default();
+    while let [piece, rest @ ..] = pieces
+        && skip > 0
+    {
+        pieces = rest;
+        if skip < piece.iov_len {
+            let iov_base = piece.iov_base.cast::<u8>().wrapping_add(skip).cast();
+            call.push(libc::iovec { iov_base, iov_len: piece.iov_len - skip });
         }
+        skip = skip.saturating_sub(piece.iov_len);
+    }
+    // Most frames to send are one piece, of which the start is left out.
+    if !pieces.is_empty() {
+        call.extend_from_slice(pieces);
     }
 }
 
