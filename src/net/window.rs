@@ -124,15 +124,22 @@ impl Window {
     ) -> Result<Filled, RingBroken> {
         let (most, chain_min) = if self.mergeable { (usize::MAX, HEADER_LEN) } else { (1, CHAIN_MIN) };
         let wanted = (Direction::Writable, chain_min as u32);
-        while (self.bytes < bytes || self.chains.len() < ahead) && self.chains.len() < most {
-            if let Some((head, len)) = queue.pop_single(wanted, &mut self.iovecs) {
-                self.append(Buffer { len, pieces: 1, ring_descriptors: 1, head });
-                continue;
+        let is_enough = |there, chains| (there >= bytes && chains >= ahead) || chains >= most;
+        while !is_enough(self.bytes, self.chains.len()) {
+            let Window { iovecs, chains, bytes: there, .. } = &mut *self;
+            queue.pop_singles(wanted, iovecs, |head, len| {
+                append(chains, there, Buffer { len, pieces: 1, ring_descriptors: 1, head });
+                !is_enough(*there, chains.len())
+            });
+            if is_enough(self.bytes, self.chains.len()) {
+                break;
             }
             let pieces = self.iovecs.len();
             let Some(popped) = queue.pop(&mut self.iovecs)? else { break };
             match popped.chain.and_then(Shape::only_writable) {
-                Ok(shape) if shape.writable_len >= chain_min => self.append(Buffer::new(popped.head, &shape)),
+                Ok(shape) if shape.writable_len >= chain_min => {
+                    append(&mut self.chains, &mut self.bytes, Buffer::new(popped.head, &shape));
+                }
                 _ if self.bytes < bytes => {
                     self.return_unused(queue, popped.head, counters);
                     return Ok(Filled::ReturnedUnused);
@@ -174,12 +181,6 @@ impl Window {
         let ring_descriptors: usize = self.chains.iter().map(|buffer| usize::from(buffer.ring_descriptors)).sum();
         let is_all = !self.mergeable || ring_descriptors >= usize::from(queue.size());
         if self.bytes == 0 || !is_all { Room::NotYet } else { Room::Never }
-    }
-
-    #[inline]
-    fn append(&mut self, buffer: Buffer) {
-        self.bytes += buffer.len as usize;
-        self.chains.push_back(buffer);
     }
 
     /// Returns a malformed entry unused, and before it the good ones that a frame cannot use across it.
@@ -307,4 +308,11 @@ impl Window {
             self.gone = 0;
         }
     }
+}
+
+/// Adds a chain to those of a window, and its `bytes`.
+#[inline]
+fn append(chains: &mut VecDeque<Buffer>, bytes: &mut usize, buffer: Buffer) {
+    *bytes += buffer.len as usize;
+    chains.push_back(buffer);
 }

@@ -4,7 +4,7 @@
 //! appends their buffers to a [`GuestIovecs`]. A malformed chain never turns into a shorter good one: it is a
 //! [`ChainFault`]. Every descriptor is read once, into a copy of ours. The walker does not know what the buffers hold.
 //!
-//! Most chains are of one descriptor. `Queue::pop_single` has [`collect_single`] take those at less cost. It leaves
+//! Most chains are of one descriptor. `Queue::pop_singles` has [`collect_single`] take those at less cost. It leaves
 //! alone all chains that are different or wrong, which `pop` then reads anew.
 
 use thiserror::Error;

@@ -144,13 +144,32 @@ impl Queue {
     /// one piece. Returns its length. Of any other entry nothing is taken: `pop` is there for all.
     #[inline(always)]
     pub fn pop_single(&mut self, wanted: (Direction, u32), out: &mut GuestIovecs) -> Option<(Head, u32)> {
-        if self.avail_seen == self.next_avail {
-            return None;
+        let mut popped = None;
+        self.pop_singles(wanted, out, |head, len| {
+            popped = Some((head, len));
+            false
+        });
+        popped
+    }
+
+    /// As [`Queue::pop_single`], for one entry after the other, each handed to `take`, for as long as that says to go on.
+    #[inline(always)]
+    pub fn pop_singles(
+        &mut self,
+        wanted: (Direction, u32),
+        out: &mut GuestIovecs,
+        mut take: impl FnMut(Head, u32) -> bool,
+    ) {
+        let mut next = self.next_avail;
+        while self.avail_seen != next {
+            let head = self.ring.avail_entry(next);
+            let Some(len) = collect_single(&self.ring, head, wanted, out) else { break };
+            next = next.wrapping_add(1);
+            if !take(Head(head), len) {
+                break;
+            }
         }
-        let head = self.ring.avail_entry(self.next_avail);
-        let len = collect_single(&self.ring, head, wanted, out)?;
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Some((Head(head), len))
+        self.next_avail = next;
     }
 
     /// Takes the next entry of the avail ring, if there is one; its buffers are appended to `out`.
