@@ -49,7 +49,9 @@ fn auto_takes_the_engine_that_the_benchmark_shows_to_be_better() {
         };
         compared += 1;
         let name = &case["name"];
-        assert_eq!(Io::Auto.batches(READY), uring < syscall, "{name}: uring {uring} ns, system calls {syscall} ns");
+        if uring.max(syscall) > NOISE * uring.min(syscall) {
+            assert_eq!(Io::Auto.batches(READY), uring < syscall, "{name}: uring {uring} ns, system calls {syscall} ns");
+        }
         assert!(auto <= NOISE * uring.min(syscall), "{name}: {auto} ns, uring {uring} ns, system calls {syscall} ns");
     }
     assert_eq!(compared, 4, "small frames and those of the usual MTU, each way");
