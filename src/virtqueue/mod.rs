@@ -3,7 +3,7 @@
 //! Theory of operation. A [`Queue`] exists only while its ring is started, and one worker owns it. [`Queue::pop`] takes
 //! the next head from the avail ring; [`chain`], the only walker there is, follows its descriptors and checks the whole
 //! chain before a byte of it is used. The buffers come out as pieces of guest memory in an [`iovec::GuestIovecs`].
-//! [`Queue::pop_single`] takes chains of one buffer, as most are, at less cost, and leaves all others to `pop`. A
+//! [`Queue::pop_singles`] takes chains of one buffer, as most are, at less cost, and leaves all others to `pop`. A
 //! popped entry is a [`Head`], which ends exactly once: [`Queue::push_used`] completes it, [`Queue::rewind`] puts it
 //! back. Used entries gather until [`Queue::publish`] makes them visible together and returns whether the driver wants
 //! a call. Completion is in order, always: the used index in guest memory is then a complete record of what is done,
