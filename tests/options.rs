@@ -150,7 +150,9 @@ fn log_has_lines_up_to_its_level() {
 #[test]
 fn worker_that_polls_needs_no_kicks() {
     const TEST: &str = "worker_that_polls_needs_no_kicks";
-    const TRIES: u32 = 400;
+    // Of so many, one left by chance where it did not poll. On a machine that was busy with other things, 5 of 400 left where it
+    // did.
+    const TRIES: u32 = 2000;
     const ENOUGH: usize = 6;
     let Some(place) = place_with_tap(TEST, false) else { return };
     if own_cpus().len() < 2 {
