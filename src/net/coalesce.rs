@@ -17,7 +17,8 @@
 //!   first, SYN, RST and URG on all: none of these is merged.
 //! * It cuts at the first frame's payload length, so only the last frame may be shorter, and none longer.
 //! * It fills in the TCP or UDP checksum: each frame must have asked for that, with exactly the pseudo-header's sum.
-//!   A UDP checksum of none (0) or one that is complete already would not come back.
+//!   A UDP checksum of none (0) or one that is complete already would not come back. (Of a lone TCP frame Linux may write
+//!   a checksum of 0 as 0xffff, which verifies as well.)
 
 use super::checksum::{Sum, pseudo_header};
 use super::flow::{ALIKE, COPIED, Layout, same_headers};

@@ -135,15 +135,18 @@ impl QueuePair {
     }
 
     /// Sets whether the driver may use this pair. If it may not, the kernel gives the pair no frames, and frames that
-    /// wait for its buffers are discarded, as they would be old once it may.
+    /// wait for its buffers are discarded, as they would be old once it may. Those of a ring that stopped stay: it may be
+    /// the same driver whose ring goes on.
     pub fn set_allowed(&mut self, allowed: bool) {
         self.allowed = allowed;
         if allowed {
             return self.reconsider_device();
         }
         self.detach();
-        if let Some((_, rx)) = &mut self.rx {
+        if let Some((ring, rx)) = &mut self.rx {
             rx.discard(&self.counters);
+            // Buffers that were too few for a discarded frame may be enough for the next.
+            ring.schedule();
         }
     }
 
