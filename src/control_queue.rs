@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::card_config::CardConfig;
 use crate::device_slot::DeviceSlot;
 use crate::epoll::{EpollSet, Event, Wait};
+use crate::error_chain;
 use crate::mac::Mac;
 use crate::mailbox::{Inbox, Mailbox};
 use crate::memory::MemView;
@@ -263,19 +264,15 @@ impl ControlQueue {
                 let filter = self.state.filter();
                 self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter)))
             }
-            Effect::Offloads(offloads) => {
-                let device = self.around.device.get();
-                let flags = offloads.device_flags(device.supported_offloads());
-                match self.around.device.set_offloads(flags) {
-                    Ok(()) => self.tell_pairs(move |_, pair| pair.set_offloads(offloads)),
-                    Err(e) => {
-                        if self.throttle.allows() {
-                            log::error!("Cannot set offloads of {:?}: {e}", device.name());
-                        }
-                        false
+            Effect::Offloads(offloads) => match self.around.device.set_offloads(offloads) {
+                Ok(()) => self.tell_pairs(move |_, pair| pair.set_offloads(offloads)),
+                Err(refused) => {
+                    if self.throttle.allows() {
+                        log::error!("{}", error_chain(&refused));
                     }
+                    false
                 }
-            }
+            },
         }
     }
 

@@ -3,8 +3,24 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use thiserror::Error;
+
 use crate::device::Device;
 use crate::mac::Mac;
+use crate::net::features::GuestOffloads;
+
+/// The device refused offloads.
+#[derive(Debug, Error)]
+#[error("Cannot set offloads {flags:#x} on {name:?}")]
+pub struct OffloadsRefused {
+    /// The interface.
+    name: String,
+    /// `TUN_F_` flags.
+    flags: u32,
+    /// What the kernel said.
+    #[source]
+    cause: io::Error,
+}
 
 /// The card's device, for the control threads to share.
 #[derive(Debug)]
@@ -23,7 +39,8 @@ impl DeviceSlot {
         DeviceSlot(Mutex::new(Inner { device: Arc::new(device), offloads: 0 }))
     }
 
-    /// The present device.
+    /// The present device, for the control thread alone: who lets go of a device last takes away the interface that was
+    /// made for it, which the sandbox forbids other threads.
     pub fn get(&self) -> Arc<Device> {
         Arc::clone(&self.lock().device)
     }
@@ -38,16 +55,21 @@ impl DeviceSlot {
         self.lock().device.made_with_mac()
     }
 
-    /// Sets offloads ([`Device::set_offloads`]) of this device and of those that replace it. A device that is gone
-    /// needs none.
+    /// Sets the offloads for a guest ([`GuestOffloads::device_flags`]) on this device, and on those that replace it. A
+    /// device that is gone needs none.
     ///
     /// # Errors
-    /// What the device says.
-    pub fn set_offloads(&self, flags: u32) -> io::Result<()> {
+    /// [`OffloadsRefused`].
+    pub fn set_offloads(&self, offloads: GuestOffloads) -> Result<(), OffloadsRefused> {
         let mut inner = self.lock();
+        let flags = offloads.device_flags(inner.device.supported_offloads());
         inner.offloads = flags;
-        let set = inner.device.set_offloads(flags);
-        if set.is_err() && inner.device.is_gone() { Ok(()) } else { set }
+        match inner.device.set_offloads(flags) {
+            Err(cause) if !inner.device.is_gone() => {
+                Err(OffloadsRefused { name: inner.device.name().to_owned(), flags, cause })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Replaces the device.

@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::card_config::CardConfig;
 use crate::control_queue::{self, ControlQueue, Surroundings};
 use crate::device::{Device, DeviceQueue, Layer};
-use crate::device_slot::DeviceSlot;
+use crate::device_slot::{DeviceSlot, OffloadsRefused};
 use crate::mac::Mac;
 use crate::mailbox::{Mailbox, Stuck};
 use crate::memory::MemView;
@@ -72,16 +72,8 @@ pub enum NicError {
     #[error(transparent)]
     Stuck(#[from] Stuck),
     /// The device refused offloads.
-    #[error("Cannot set offloads {flags:#x} on {name:?}")]
-    Offloads {
-        /// The interface.
-        name: String,
-        /// `TUN_F_` flags.
-        flags: u32,
-        /// What the kernel said.
-        #[source]
-        cause: io::Error,
-    },
+    #[error(transparent)]
+    Offloads(#[from] OffloadsRefused),
     /// A kick descriptor cannot be waited for.
     #[error("Cannot wait for the kick descriptor of ring {ring}")]
     Kick {
@@ -279,12 +271,7 @@ impl Nic {
     pub fn set_features(&self, acked: u64) -> Result<(), NicError> {
         let offloads = GuestOffloads::of(acked);
         let device = self.device.get();
-        let flags = offloads.device_flags(device.supported_offloads());
-        self.device.set_offloads(flags).map_err(|cause| NicError::Offloads {
-            name: device.name().to_owned(),
-            flags,
-            cause,
-        })?;
+        self.device.set_offloads(offloads)?;
         self.config.begin_driver();
         let mac = self.setup.mac_on(&device);
         let filter = self.control.call(move |control| control.reset(acked, mac))?;
