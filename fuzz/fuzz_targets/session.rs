@@ -112,9 +112,18 @@ impl Model {
         regions.iter().all(|region| has_bit(log, region.guest + region.size - 1))
     }
 
-    /// The same where it has to, by the features.
-    fn may_have(&self, features: u64, regions: &[RegionInfo]) -> bool {
-        features & feature::LOG_ALL == 0 || self.log.is_none_or(|log| Model::is_covered(log, regions))
+    /// The same where it has to, by the features. A log that has not, and that no ring uses, is gone.
+    fn may_have(&mut self, features: u64, regions: &[RegionInfo]) -> bool {
+        if self.log.is_none_or(|log| Model::is_covered(log, regions)) {
+            return true;
+        }
+        if features & feature::LOG_ALL != 0 && self.rings.iter().any(|ring| ring.is_started) {
+            return false;
+        }
+        if !self.rings.iter().any(|ring| ring.is_started && ring.used_log.is_some()) {
+            self.log = None;
+        }
+        true
     }
 
     /// Whether the used ring of such a ring can be logged where it is to be.
@@ -194,7 +203,7 @@ impl Model {
         let any_started = self.rings.iter().any(|ring| ring.is_started);
         if self.features & feature::VERSION_1 != 0 && bits ^ self.features == feature::LOG_ALL && any_started {
             let begins = bits & feature::LOG_ALL != 0;
-            if begins && self.log.is_none() || !self.may_have(bits, &self.regions) {
+            if begins && self.log.is_none() || !self.may_have(bits, &self.regions.clone()) {
                 return false;
             }
             self.features = bits;
@@ -203,7 +212,7 @@ impl Model {
         if rings_run {
             return bits == self.features;
         }
-        if !self.may_have(bits, &self.regions) {
+        if !self.may_have(bits, &self.regions.clone()) {
             return false;
         }
         (0..RINGS)

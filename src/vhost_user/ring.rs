@@ -41,6 +41,13 @@ pub(super) struct Addresses {
     used_log: Option<u64>,
 }
 
+impl Addresses {
+    /// Whether writes to the used ring are to be logged.
+    pub(super) fn logs_used_ring(&self) -> bool {
+        self.used_log.is_some()
+    }
+}
+
 impl From<&VhostUserVringAddr> for Addresses {
     fn from(message: &VhostUserVringAddr) -> Addresses {
         let user = UserAddresses { desc: message.descriptor, avail: message.available, used: message.used };
@@ -168,6 +175,16 @@ pub(super) enum Ring {
     Stopped(RingSetup),
     /// With a worker.
     Started(StartedRing),
+}
+
+impl Ring {
+    /// The ring, if it is started.
+    pub(super) fn started(&self) -> Option<&StartedRing> {
+        match self {
+            Ring::Started(started) => Some(started),
+            Ring::Stopped(_) => None,
+        }
+    }
 }
 
 impl Default for Ring {

@@ -351,7 +351,7 @@ impl Session {
         if rings_run {
             return if bits == self.features { Ok(Answer::Done) } else { Err(Refusal::RingsRun) };
         }
-        let mem = self.logged(&self.mem, bits)?;
+        let mem = self.logged(&Arc::clone(&self.mem), bits)?;
         self.stop_disabled_rings()?;
         self.nic.set_features(bits)?;
         self.mem = Arc::new(mem);

@@ -235,6 +235,28 @@ fn log_outlives_a_change_of_the_memory() {
     assert_eq!(copied.bench.ask(Message::set_features(copied.features() | feature::LOG_ALL)), Answer::Nack(1));
 }
 
+/// A migration is given up; memory is added that its log has no bits for; and another migration has the features come before
+/// the log, as QEMU does for a guest that goes on meanwhile.
+#[test]
+fn log_of_a_migration_that_is_over_refuses_nothing() {
+    let copied = Copied::begin(MERGEABLE);
+    let bench = &copied.bench;
+    copied.log_buffers(false);
+    copied.log_used_rings(0, 0);
+    let more = memfd(PAGE);
+    let info = RegionInfo { guest: 64 << 20, user: 1 << 45, size: PAGE, offset: 0 };
+    assert_eq!(bench.ask(Message::add_mem_reg_claiming(&info).with_fd(more.as_fd())), Answer::Ack);
+    (0..2).for_each(|index| assert!(bench.front_end.get_vring_base(index).is_ok()));
+    assert_eq!(bench.ask(Message::set_features(copied.features() | feature::LOG_ALL)), Answer::Ack);
+    (0..2).for_each(|index| bench.start_ring(index));
+    // Nothing of the log is written any more.
+    copied.log_used_rings(VRING_F_LOG, 0);
+    copied.take_marked();
+    let log = memfd(2 * LOG_SIZE);
+    assert!(set_log(&bench.front_end, 2 * LOG_SIZE, 0, log.as_fd()), "a larger one");
+    assert_eq!(copied.take_marked(), BTreeSet::new());
+}
+
 /// A front-end that connects again while it copies says all of it before its rings run, the log last, as QEMU does.
 #[test]
 fn log_may_come_after_the_features_and_the_rings() {

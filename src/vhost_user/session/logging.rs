@@ -16,7 +16,6 @@ use super::{Answer, Handled, Session};
 use crate::memory::MemView;
 use crate::memory::dirty_log::DirtyLog;
 use crate::net::features::LOG_ALL;
-use crate::vhost_user::ring::Ring;
 
 impl Session {
     /// Answers with the payload that came: front-ends wait for an answer, and take one without a size for a refusal. QEMU
@@ -34,10 +33,8 @@ impl Session {
         let log = Arc::new(DirtyLog::map(mmap_size, mmap_offset, fd).map_err(Refusal::Log)?);
         check_size(&self.mem, &log)?;
         let view = Arc::new(self.mem.logged(Some(Arc::clone(&log)), false));
-        for slot in &self.slots {
-            if let Ring::Started(started) = &slot.ring {
-                started.layout.find(&view)?;
-            }
+        for started in self.slots.iter().filter_map(|slot| slot.ring.started()) {
+            started.layout.find(&view)?;
         }
         self.log = Some(Arc::clone(&log));
         log::debug!("Log of written pages: {mmap_size} bytes from {mmap_offset:#x} of its file on");
@@ -66,11 +63,19 @@ impl Session {
     }
 
     /// The regions of `view` with the session's log, as it is to be with `features`.
-    pub(super) fn logged(&self, view: &MemView, features: u64) -> Result<MemView, Refusal> {
+    ///
+    /// A log too small for them is let go of if nothing is entered in it at present: it is left from a migration that is
+    /// over, and the next one brings its own. QEMU says the features of that one first, and the log last.
+    pub(super) fn logged(&mut self, view: &MemView, features: u64) -> Result<MemView, Refusal> {
         let logs_buffers = features & LOG_ALL != 0;
-        match &self.log {
-            Some(log) if logs_buffers => check_size(view, log)?,
-            _ => {}
+        if let Some(Err(too_small)) = self.log.as_ref().map(|log| check_size(view, log)) {
+            let mut started = self.slots.iter().filter_map(|slot| slot.ring.started());
+            if logs_buffers && started.clone().next().is_some() {
+                return Err(too_small);
+            }
+            if !started.any(|ring| ring.layout.addresses.logs_used_ring()) {
+                self.log = None;
+            }
         }
         Ok(view.logged(self.log.clone(), logs_buffers))
     }
