@@ -45,10 +45,11 @@ impl Session {
         self.replace_memory(&view)
     }
 
-    /// Gives every running ring the new view, with the present log. The old view goes when the last worker lets go of
-    /// it, which is before this returns.
+    /// Gives every running ring the new view, with the present log. All workers have let go of the old one when this
+    /// returns, and this thread is the last: to unmap much memory takes a while, for which no frame should wait.
     pub(super) fn replace_memory(&mut self, view: &MemView) -> Handled {
-        self.mem = Arc::new(self.logged(view, self.features)?);
+        let view = Arc::new(self.logged(view, self.features)?);
+        let _former = std::mem::replace(&mut self.mem, view);
         for index in 0..self.slots.len() {
             let Some(Slot { ring: Ring::Started(started), .. }) = self.slots.get(index) else { continue };
             match started.layout.find(&self.mem) {
