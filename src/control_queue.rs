@@ -14,7 +14,7 @@ use crate::device_slot::DeviceSlot;
 use crate::epoll::{EpollSet, Event, Wait};
 use crate::error_chain;
 use crate::mac::Mac;
-use crate::mailbox::{Inbox, Mailbox};
+use crate::mailbox::{Inbox, Mailbox, wait_for_host};
 use crate::memory::MemView;
 use crate::metrics::PairCounters;
 use crate::net::control::{ControlState, ERR, Effect, OK};
@@ -264,7 +264,7 @@ impl ControlQueue {
                 let filter = self.state.filter();
                 self.tell_pairs(move |_, pair| pair.set_filter(Arc::clone(&filter)))
             }
-            Effect::Offloads(offloads) => match self.around.device.set_offloads(offloads) {
+            Effect::Offloads(offloads) => match wait_for_host(|| self.around.device.set_offloads(offloads)) {
                 Ok(()) => self.tell_pairs(move |_, pair| pair.set_offloads(offloads)),
                 Err(refused) => {
                     if self.throttle.allows() {

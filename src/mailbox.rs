@@ -5,15 +5,30 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 type Job<T> = Box<dyn FnOnce(&mut T) + Send>;
+
+/// How long a thread may wait for the host besides.
+const HOST_PATIENCE: Duration = Duration::from_secs(120);
+
+/// How many threads of this process wait for the host.
+static WAITING_FOR_HOST: AtomicUsize = AtomicUsize::new(0);
+
+/// Makes a system call that changes a network interface, for which the kernel takes a lock (RTNL) that others on the host
+/// may hold for many seconds. Meanwhile no thread counts as [`Stuck`]: it may be this one, or one that waits for it.
+pub(crate) fn wait_for_host<R>(call: impl FnOnce() -> R) -> R {
+    WAITING_FOR_HOST.fetch_add(1, Relaxed);
+    let result = call();
+    WAITING_FOR_HOST.fetch_sub(1, Relaxed);
+    result
+}
 
 /// A thread did not do what it was asked in time.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -82,7 +97,15 @@ impl<T: 'static> Mailbox<T> {
         let jobs = self.jobs.as_ref().ok_or_else(stuck)?;
         jobs.send(job).map_err(|_| stuck())?;
         self.wake.write(1).map_err(|_| stuck())?;
-        answered.recv_timeout(self.patience).map_err(|_| stuck())
+        let begun = Instant::now();
+        loop {
+            match answered.recv_timeout(self.patience) {
+                Ok(result) => return Ok(result),
+                Err(RecvTimeoutError::Timeout)
+                    if WAITING_FOR_HOST.load(Relaxed) > 0 && begun.elapsed() < HOST_PATIENCE => {}
+                Err(_) => return Err(stuck()),
+            }
+        }
     }
 }
 
@@ -160,6 +183,21 @@ mod tests {
             scope.spawn(call);
         });
         assert_eq!(mailbox.call(|n| *n), Ok(2 * CALLS));
+    }
+
+    #[test]
+    fn owner_that_waits_for_the_host_is_not_stuck() {
+        let patience = Duration::from_millis(500);
+        let mailbox = Mailbox::spawn("owner".to_owned(), patience, |inbox: Inbox<u32>| {
+            let mut owned = 1;
+            while inbox.run_jobs(&mut owned) {
+                std::thread::yield_now();
+            }
+        })
+        .expect("thread");
+        let slow = move || std::thread::sleep(3 * patience);
+        assert_eq!(mailbox.call(move |_| wait_for_host(slow)), Ok(()));
+        assert_eq!(mailbox.call(move |_| slow()), Err(Stuck { name: "owner".to_owned() }));
     }
 
     #[test]

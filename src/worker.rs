@@ -30,7 +30,7 @@ use crate::busy_poll::Poller;
 use crate::device::stage::UringPool;
 use crate::device::{DeviceQueue, Io};
 use crate::epoll::{EpollSet, Event, Wait};
-use crate::mailbox::{Inbox, Mailbox};
+use crate::mailbox::{Inbox, Mailbox, wait_for_host};
 use crate::metrics::PairCounters;
 use crate::net::Pump;
 use crate::net::coalesce::Coalesce;
@@ -392,7 +392,7 @@ impl QueuePair {
             Ok(_) => return,
             Err(broken) => return self.park(Direction::Rx, &broken),
         }
-        let attached = self.device.attach();
+        let attached = wait_for_host(|| self.device.attach());
         if attached.is_ok() {
             self.readiness.set_readable();
         }

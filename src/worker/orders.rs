@@ -10,6 +10,7 @@ use super::{QueuePair, Usage, ring_of};
 use crate::device::stage::why_no_uring;
 use crate::device::{DeviceQueue, Io};
 use crate::epoll::Event;
+use crate::mailbox::wait_for_host;
 use crate::memory::MemView;
 use crate::net::Uplink;
 use crate::net::features::GuestOffloads;
@@ -165,7 +166,7 @@ impl QueuePair {
 
     /// Detaches the device's queue: the kernel gives it no frames any more.
     fn detach(&mut self) {
-        let detached = self.device.detach();
+        let detached = wait_for_host(|| self.device.detach());
         self.log_steering("detach from", detached);
     }
 
