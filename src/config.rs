@@ -109,6 +109,20 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
+    /// The number stands for nobody, to the kernel.
+    #[error(
+        "{option} {name:?}: that number means \"no {what}\", so nothing can be given to it; 'getent {base}' lists others"
+    )]
+    Nobody {
+        /// The option.
+        option: &'static str,
+        /// The number, as it was typed.
+        name: String,
+        /// Whether it should be a user's or a group's.
+        what: &'static str,
+        /// Where such numbers are listed.
+        base: &'static str,
+    },
     /// The sandbox would take away rights that other options need.
     #[error(
         "--sandbox full and seccomp do not go with this: {why}; use --sandbox auto, which confines the other threads"
@@ -238,12 +252,18 @@ fn queue_pairs(cli: &Cli) -> Result<u16, ConfigError> {
     Ok(queue_pairs)
 }
 
+/// The number that system calls take for "leave it as it is" or "nobody" (chown(2), `TUNSETOWNER`).
+const NOBODY: u32 = u32::MAX;
+
 fn user_number(name: &str) -> Result<u32, ConfigError> {
+    let option = "--owner";
     let unknown = || ConfigError::User { name: name.to_owned() };
-    name.parse().or_else(|_| {
-        let user = nix::unistd::User::from_name(name).map_err(|e| not_known("--owner", name, e))?;
+    let number = name.parse().or_else(|_| {
+        let user = nix::unistd::User::from_name(name).map_err(|e| not_known(option, name, e))?;
         user.map(|user| user.uid.as_raw()).ok_or_else(unknown)
-    })
+    })?;
+    let nobody = || ConfigError::Nobody { option, name: name.to_owned(), what: "user", base: "passwd" };
+    if number == NOBODY { Err(nobody()) } else { Ok(number) }
 }
 
 fn not_known(option: &'static str, name: &str, error: nix::Error) -> ConfigError {
@@ -252,10 +272,12 @@ fn not_known(option: &'static str, name: &str, error: nix::Error) -> ConfigError
 
 fn group_number(option: &'static str, name: &str) -> Result<u32, ConfigError> {
     let unknown = || ConfigError::Group { option, name: name.to_owned() };
-    name.parse().or_else(|_| {
+    let number = name.parse().or_else(|_| {
         let group = nix::unistd::Group::from_name(name).map_err(|e| not_known(option, name, e))?;
         group.map(|group| group.gid.as_raw()).ok_or_else(unknown)
-    })
+    })?;
+    let nobody = || ConfigError::Nobody { option, name: name.to_owned(), what: "group", base: "group" };
+    if number == NOBODY { Err(nobody()) } else { Ok(number) }
 }
 
 fn mode(mode: ModeChoice) -> OnCardMode {
@@ -357,6 +379,12 @@ mod tests {
             ("--socket-path s --tap t --socket-group no-such-group-here", "no such group"),
             ("--socket-path s --tap t --group no-such-group-here", "--group \"no-such-group-here\""),
             ("--socket-path s --tap t --owner no-such-user-here", "no such user"),
+            (
+                "--socket-path s --tap t --socket-group 4294967295",
+                "--socket-group \"4294967295\": that number means \"no group\"",
+            ),
+            ("--socket-path s --tap t --group 4294967295", "--group \"4294967295\": that number means \"no group\""),
+            ("--socket-path s --tap t --owner +4294967295", "--owner \"+4294967295\": that number means \"no user\""),
             ("--socket-path s --macvtap t --bridge br0", "cannot be used with"),
             ("--socket-path s --tap-fd 5 --persist", "cannot be used with"),
             ("--socket-path s --tun t --bridge br0", "cannot be used with"),

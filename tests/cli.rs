@@ -148,6 +148,7 @@ fn exit_code_tells_bad_usage_from_failure() {
         (&["--socket-path", "s", "--tap-fd", "50"], 1, "Descriptor 50 of --tap-fd is not open"),
         (&["--fd", "50", "--tap", "t"], 1, "Descriptor 50 of --fd is no connected Unix stream socket"),
         (&["--socket-path", "s", "--tap", "t", "--socket-group", "no-such-group-here"], 2, "no such group"),
+        (&["--socket-path", "s", "--tap", "t", "--socket-group", "4294967295"], 2, "no group"),
     ] {
         let output = run(args);
         let printed = text(&output.stderr);
