@@ -181,8 +181,8 @@ pub struct Cli {
 
     /// Largest MTU that the guest may use, 68 to 65535 [default: that of the interface]
     ///
-    /// An interface that is created gets it; an existing one keeps its own. QEMU has its own property 'host_mtu=' for
-    /// it.
+    /// An interface that is created gets it, a TAP at most 65521; an existing one keeps its own. QEMU has its own
+    /// property 'host_mtu=' for it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
     pub mtu: Option<u16>,
 

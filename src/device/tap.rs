@@ -174,6 +174,19 @@ pub enum TapError {
         /// What it is.
         kind: String,
     },
+    /// It cannot have that MTU.
+    #[error("Cannot give {} {name:?} MTU {mtu} of --mtu{}", layer.name(), hint_mtu(*layer, *mtu))]
+    Mtu {
+        /// TAP or TUN.
+        layer: Layer,
+        /// The interface.
+        name: String,
+        /// What it was to be.
+        mtu: u16,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
     /// A setting was refused.
     #[error(transparent)]
     Set(#[from] CannotSet),
@@ -226,6 +239,15 @@ fn hint_attach((layer, name): (Layer, &str), queue: u16, exists: bool, multi_que
             if multi_queue { "without" } else { "with" }
         ),
         Some(libc::E2BIG) => format!(": it takes no more than {queue} queues"),
+        _ => String::new(),
+    }
+}
+
+fn hint_mtu(layer: Layer, mtu: u16) -> String {
+    /// The driver's limit counts the Ethernet header, which a TUN has not (`tun_net_initialize`).
+    const TAP_MOST: u16 = u16::MAX - 14;
+    match layer {
+        Layer::Ethernet if mtu > TAP_MOST => format!(": a TAP takes at most {TAP_MOST}"),
         _ => String::new(),
     }
 }
@@ -418,7 +440,8 @@ fn complete(name: &str, link: &Link, how: &TapByName, bridge: Option<u32>, queue
         return Err(TapError::InUse { layer, name: name.to_owned(), open_queues });
     }
     if let Some(mtu) = how.mtu {
-        netlink::set_mtu(link.index, mtu).map_err(set("the MTU"))?;
+        let (layer, name) = (how.layer, name.to_owned());
+        netlink::set_mtu(link.index, mtu).map_err(|cause| TapError::Mtu { layer, name, mtu, cause })?;
     }
     if let Some(bridge) = bridge {
         netlink::set_master(link.index, bridge).map_err(set("the bridge"))?;

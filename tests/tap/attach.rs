@@ -50,6 +50,23 @@ fn tap_that_is_created_is_up_has_the_mtu_and_goes_with_the_process() {
 }
 
 #[test]
+fn mtu_that_no_tap_can_have_is_refused_with_the_limit() {
+    if !require_root("mtu_that_no_tap_can_have_is_refused_with_the_limit") {
+        return;
+    }
+    let place = Place::new();
+    let log = place.refusal(&["--tap", TAP, "--mtu", "65522"]);
+    assert!(log.contains("Cannot give TAP \"tap0\" MTU 65522 of --mtu: a TAP takes at most 65521"), "{log}");
+    assert!(!place.namespace.ip("link show").contains(TAP));
+    for (option, name, mtu) in [("--tap", "tap1", "65521"), ("--tun", "tun1", "65535")] {
+        let socket = place.socket();
+        let args = ["--socket-path", arg(&socket), option, name, "--mtu", mtu];
+        let _backend = Spawned::start_in(&place.namespace, &args);
+        assert!(place.namespace.ip(&format!("link show {name}")).contains(&format!("mtu {mtu} ")));
+    }
+}
+
+#[test]
 fn mtu_that_the_guest_is_told_is_that_of_the_tap() {
     if !require_root("mtu_that_the_guest_is_told_is_that_of_the_tap") {
         return;
