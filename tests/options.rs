@@ -94,19 +94,24 @@ fn configuration_space_is_offered_unless_it_is_not_to_be() {
 fn queue_above_the_largest_is_refused() {
     const TEST: &str = "queue_above_the_largest_is_refused";
     let Some(place) = place_with_tap(TEST, false) else { return };
-    for (more, size, wanted) in [
-        (&["--queue-size", "256"][..], 256, Answer::Ack),
-        (&["--queue-size", "256"], 512, Answer::Nack(1)),
-        (&[], 512, Answer::Ack),
-        (&[], 32768, Answer::Ack),
+    for (more, size, wanted, said) in [
+        (&["--queue-size", "256"][..], 256, Answer::Ack, ""),
+        (&["--queue-size", "256"], 512, Answer::Nack(1), "Queue size 512 is more than --queue-size 256 allows"),
+        (&["--queue-size", "256"], 768, Answer::Nack(1), "Queue size 768 is not a power of two from 1 to 32768"),
+        (&["--queue-size", "256"], 0, Answer::Nack(1), "Queue size 0 is not a power of two from 1 to 32768"),
+        (&[], 512, Answer::Ack, ""),
+        (&[], 32768, Answer::Ack, ""),
     ] {
-        let _backend = place.start(&[&["--tap", TAP], more].concat());
+        let mut backend = place.start(&[&["--tap", TAP], more].concat());
         let mut guest = Guest::new(1, 0);
         let front_end = place.connect(&guest);
         place.namespace.wait_operational(TAP);
         assert_frames_pass(&mut guest, &PacketSocket::open(&place.namespace, TAP), 0);
         // Of a ring that does not run.
         assert_eq!(front_end.ask(Message::set_vring_num(2, size)), wanted, "{more:?}: {size}");
+        if wanted != Answer::Ack {
+            backend.wait_line(said);
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use super::super::ring::StartError;
 use crate::mailbox::Stuck;
 use crate::memory::MapError;
 use crate::nic::NicError;
-use crate::virtqueue::RingError;
+use crate::virtqueue::{QueueSize, RingError};
 
 /// Why a message is refused.
 #[derive(Debug, Error)]
@@ -72,6 +72,14 @@ pub(super) enum Refusal {
     /// The queue size is impossible.
     #[error(transparent)]
     Size(#[from] RingError),
+    /// The queue size is more than the operator allows.
+    #[error("Queue size {size} is more than --queue-size {most} allows")]
+    TooLarge {
+        /// What was asked for.
+        size: QueueSize,
+        /// The most that there may be.
+        most: QueueSize,
+    },
     /// The memory cannot be used.
     #[error(transparent)]
     Memory(#[from] MemoryError),

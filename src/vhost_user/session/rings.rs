@@ -49,8 +49,9 @@ impl Session {
     pub(super) fn set_vring_num(&mut self, state: VhostUserVringState) -> Handled {
         let index = self.index(state.index)?;
         let size = QueueSize::try_from(state.num)?;
-        if size.get() > self.options.queue_size_max.get() {
-            return Err(Refusal::Range { what: "Queue size (see --queue-size)", value: u64::from(size.get()) });
+        let most = self.options.queue_size_max;
+        if size.get() > most.get() {
+            return Err(Refusal::TooLarge { size, most });
         }
         self.stopped(index)?.size = Some(size);
         self.start_if_ready(index)
