@@ -12,7 +12,7 @@ use vhost_user_net::daemon::{self, Daemon, DaemonError, DaemonSetup, Source};
 use vhost_user_net::host_side::Opened;
 use vhost_user_net::nic::Nic;
 use vhost_user_net::sandbox::{self, Later};
-use vhost_user_net::vhost_user::listener::{self, SocketListener};
+use vhost_user_net::vhost_user::listener::{self, ListenError, SocketListener};
 use vhost_user_net::{error_chain, inherited, log_lines, memory};
 
 /// The answer to `--print-capabilities`, for management software (QEMU, "Backend program conventions"); network
@@ -37,15 +37,22 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log_lines::last_words(&format!("vhost-user-net: {}", error_chain(&*error)));
-            match error.downcast_ref() {
-                None | Some(ConfigError::NotKnown { .. }) => {}
-                Some(_) => return ExitCode::from(EX_WRONG_COMMAND_LINE),
-            }
-            match error.downcast_ref() {
-                Some(DaemonError::DeviceLost { .. }) => ExitCode::from(EX_TEMPFAIL),
-                _ => ExitCode::FAILURE,
-            }
+            exit_code(&error)
         }
+    }
+}
+
+fn exit_code(error: &BoxError) -> ExitCode {
+    match error.downcast_ref() {
+        None | Some(ConfigError::NotKnown { .. }) => {}
+        Some(_) => return ExitCode::from(EX_WRONG_COMMAND_LINE),
+    }
+    if error.downcast_ref().is_some_and(ListenError::is_of_the_path_itself) {
+        return ExitCode::from(EX_WRONG_COMMAND_LINE);
+    }
+    match error.downcast_ref() {
+        Some(DaemonError::DeviceLost { .. }) => ExitCode::from(EX_TEMPFAIL),
+        _ => ExitCode::FAILURE,
     }
 }
 

@@ -149,6 +149,8 @@ fn exit_code_tells_bad_usage_from_failure() {
         (&["--fd", "50", "--tap", "t"], 1, "Descriptor 50 of --fd is no connected Unix stream socket"),
         (&["--socket-path", "s", "--tap", "t", "--socket-group", "no-such-group-here"], 2, "no such group"),
         (&["--socket-path", "s", "--tap", "t", "--socket-group", "4294967295"], 2, "no group"),
+        (&["--socket-path", "s/", "--tap", "t"], 2, "ends with '/', which a socket's path does not"),
+        (&["--socket-path", &"s".repeat(108), "--tap", "t"], 2, "has 108 bytes"),
     ] {
         let output = run(args);
         let printed = text(&output.stderr);

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -38,6 +39,15 @@ pub enum ListenError {
         /// Its length.
         len: usize,
     },
+    /// The path can only be a directory's.
+    #[error(
+        "Socket path {path:?} ends with '/', which a socket's path does not: it is that of a directory; add the socket's \
+         name, or leave out the '/'"
+    )]
+    Directory {
+        /// The path.
+        path: PathBuf,
+    },
     /// There is something other than a socket.
     #[error("Socket path {path:?} is a {what}, which is left alone; use another path")]
     Occupied {
@@ -63,6 +73,13 @@ pub enum ListenError {
         #[source]
         cause: io::Error,
     },
+}
+
+impl ListenError {
+    /// Whether there can be no such socket, on any host.
+    pub fn is_of_the_path_itself(&self) -> bool {
+        matches!(self, ListenError::TooLong { .. } | ListenError::Directory { .. })
+    }
 }
 
 fn hint(path: &Path, cause: &io::Error) -> String {
@@ -206,6 +223,9 @@ fn examine(path: &Path) -> Result<Found, ListenError> {
     let len = path.as_os_str().len();
     if len > PATH_MAX {
         return Err(ListenError::TooLong { path: path.to_owned(), len });
+    }
+    if path.as_os_str().as_bytes().ends_with(b"/") {
+        return Err(ListenError::Directory { path: path.to_owned() });
     }
     let kind = match fs::symlink_metadata(path) {
         Ok(found) => found.file_type(),

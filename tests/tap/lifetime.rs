@@ -177,15 +177,17 @@ fn socket_path_that_is_too_long_or_nowhere_is_refused() {
     let folder = arg(place.dir.path()).len();
     let long = |len: usize| place.dir.path().join("x".repeat(len - folder - 1));
     let nowhere = place.dir.path().join("absent/socket");
-    for (path, wanted) in [
-        (long(108), "has 108 bytes, and a socket's path can have 107; use a shorter one"),
-        (long(200), "has 200 bytes"),
-        (nowhere, "its directory is not there; 'mkdir -p "),
+    let folder_of_that_name = place.dir.path().join("s/");
+    for (path, code_wanted, wanted) in [
+        (long(108), 2, "has 108 bytes, and a socket's path can have 107; use a shorter one"),
+        (long(200), 2, "has 200 bytes"),
+        (folder_of_that_name, 2, "ends with '/', which a socket's path does not: it is that of a directory"),
+        (nowhere, 1, "its directory is not there; 'mkdir -p "),
     ] {
         let mut command = place.namespace.command(crate::BINARY);
         let command = command.args(["--socket-path", arg(&path), "--tap", TAP]);
         let (code, log) = crate::common::backend::Spawned::refusal(command);
-        assert_eq!(code, Some(1));
+        assert_eq!(code, Some(code_wanted), "{log}");
         assert!(log.contains(wanted), "{log}");
     }
     let path = long(107);
