@@ -200,6 +200,9 @@ pub struct Cli {
     pub front_end: FrontEndKind,
 
     /// How frames are read from the TAP and written to it
+    ///
+    /// Packet sockets (--interface, --macvlan-parent) take no io_uring: their batches go by sendmmsg and recvmmsg instead,
+    /// which every kernel allows.
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub io: IoEngine,
 

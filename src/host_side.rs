@@ -81,6 +81,11 @@ impl DeviceChoice {
         matches!(self, DeviceChoice::Passed(_))
     }
 
+    /// Whether its queues are packet sockets, whose batches need no io_uring.
+    pub fn has_packet_sockets(&self) -> bool {
+        matches!(self, DeviceChoice::Existing(_))
+    }
+
     /// Whether it is made here, and has to be deleted at the end.
     fn is_made(&self) -> bool {
         match self {

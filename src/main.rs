@@ -67,7 +67,9 @@ fn run(cli: Cli) -> Result<(), BoxError> {
     inherited::close_others(&config.inherited());
     daemon::block_signals()?;
     daemon::raise_limits();
-    config.nic.tuning.io = config.nic.tuning.io.usable()?;
+    if !config.host.device.has_packet_sockets() {
+        config.nic.tuning.io = config.nic.tuning.io.usable()?;
+    }
     match config.front_ends.clone() {
         FrontEnds::Descriptor(fd) => {
             let connected = UnixStream::from(inherited::take_connected_socket(fd)?);

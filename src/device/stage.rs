@@ -25,7 +25,7 @@ use super::{DeviceQueue, VlanTag};
 /// The smallest number of frames for which a batch pays.
 const BATCH_MIN: usize = 4;
 
-/// How frames are read and written (`--io`).
+/// How frames are read and written (`--io`). For a packet socket, `sendmmsg` and `recvmmsg` are in io_uring's place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Io {
     /// Through io_uring where there are several small frames at a time.
@@ -58,7 +58,7 @@ pub(crate) fn why_no_uring(cause: &io::Error) -> &'static str {
 }
 
 impl Io {
-    /// What this host supports of it.
+    /// What this host supports of it, for a device that is no packet socket.
     ///
     /// # Errors
     /// [`NoUring`] if io_uring was demanded and cannot be used.

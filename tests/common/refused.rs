@@ -19,6 +19,12 @@ pub fn refuse_to(command: &mut Command, call: libc::c_long, errno: i32) {
     apply_to(command, filter(call, Vec::new(), errno));
 }
 
+/// Runs it where calls of this number fail with `errno` if their argument at `index` is `value`.
+pub fn refuse_argument_to(command: &mut Command, call: libc::c_long, (index, value): (u8, u64), errno: i32) {
+    let rule = SeccompRule::new(vec![condition(index, SeccompCmpOp::Eq, value)]).unwrap();
+    apply_to(command, filter(call, vec![rule], errno));
+}
+
 /// Runs it where an ioctl of this `request` fails with `errno` if any of `bits` is in its argument.
 pub fn refuse_ioctl_bits_to(command: &mut Command, request: u32, bits: u32, errno: i32) {
     let is_request = condition(1, SeccompCmpOp::Eq, request.into());

@@ -1,9 +1,12 @@
 //! MACVLANs that are made, warnings, and each way in which it cannot be.
 
+use std::time::Duration;
+
 use crate::common::PATIENCE;
 use crate::common::backend::{Spawned, arg};
 use crate::common::frames::GUEST_MAC;
 use crate::common::netns::TapSpec;
+use crate::common::refused::{refuse_argument_to, refuse_to};
 use crate::common::virtio::VnetHdr;
 use crate::{BINARY, CSUM, Kind, MAC, MODES, Place, assert_frames_pass, guest_with, outward};
 
@@ -204,6 +207,37 @@ fn user_who_may_not_is_told_what_to_do() {
         assert_eq!(code, Some(1), "{log}");
         assert!(log.contains(wanted), "{log}");
         assert_eq!(log.lines().count(), 1, "{log}");
+    }
+}
+
+/// Packet sockets have batches of their own, which take no io_uring: whether that is to be had makes no difference.
+#[test]
+fn frames_go_in_batches_where_io_uring_is_forbidden() {
+    const TEST: &str = "frames_go_in_batches_where_io_uring_is_forbidden";
+    const FRAMES: u32 = 16;
+    for (io, batches) in [("auto", true), ("uring", true), ("syscall", false)] {
+        let Some(place) = Place::new(TEST) else { return };
+        let mut command = place.namespace.command(BINARY);
+        let socket = place.socket();
+        command.args(["--socket-path", arg(&socket), "--interface", "card", "--io", io]);
+        refuse_to(&mut command, libc::SYS_io_uring_setup, libc::EPERM);
+        // Of one frame.
+        refuse_argument_to(&mut command, libc::SYS_sendmmsg, (2, 1), libc::EPERM);
+        let mut backend = Spawned::run(&mut command);
+        backend.wait_line("Listening on");
+        let mut guest = guest_with(1, CSUM);
+        let _front_end = place.connect(&guest);
+        let outside = place.outside();
+
+        for seq in 0..FRAMES {
+            guest.pairs[0].queue(&VnetHdr::default(), &outward(1, seq, 200));
+        }
+        guest.pairs[0].tx.publish_and_kick();
+
+        assert!(guest.pairs[0].wait_tx_done(PATIENCE));
+        let left = (0..FRAMES).filter(|_| outside.recv(Duration::from_millis(200)).is_some()).count();
+        assert_eq!(left, if batches { FRAMES as usize } else { 0 }, "{io}: {}", backend.log());
+        assert!(!backend.log().contains("o io_uring"), "{io}: {}", backend.log());
     }
 }
 
