@@ -222,7 +222,8 @@ pub struct Cli {
     #[arg(long, value_name = "N", default_value_t, value_parser = parse_segments)]
     pub max_segments: SegmentLimit,
 
-    /// Look for more frames for N microseconds before sleeping, or as long as it pays ('auto'); 0 to sleep at once
+    /// Look for more frames for N microseconds (at most 1000) before sleeping, or as long as it pays ('auto'); 0 to sleep
+    /// at once
     ///
     /// Polling saves kicks by the guest and wake-ups on both sides. It costs CPU time, which a busy host gets back at
     /// once.
