@@ -126,9 +126,8 @@ pub enum TapError {
     /// Somebody else has queues on it.
     #[error(
         "{} {name:?} is in use: {open_queues} of its queues are open in another process, which would get a share of \
-         this guest's frames; end that process ('grep -l \"iff:.*{name}\" /proc/[0-9]*/fdinfo/*' finds it), \
-         or pass --shared if that is what you want",
-        layer.name()
+         this guest's frames; end that process ({}), or pass --shared if that is what you want",
+        layer.name(), how_to_find_it(name)
     )]
     InUse {
         /// TAP or TUN.
@@ -225,6 +224,11 @@ fn command_to_make(layer: Layer, name: &str, multi_queue: bool) -> String {
     format!("ip tuntap add dev {name} mode {} vnet_hdr{multi} user USER && ip link set {name} up", layer.mode())
 }
 
+/// The command that names the process that has an interface open.
+fn how_to_find_it(name: &str) -> String {
+    format!("'grep -l \"iff:.*{name}\" /proc/[0-9]*/fdinfo/*' finds it")
+}
+
 fn hint_attach((layer, name): (Layer, &str), queue: u16, exists: bool, multi_queue: bool, cause: &io::Error) -> String {
     let make = command_to_make(layer, name, multi_queue);
     match cause.raw_os_error() {
@@ -232,7 +236,9 @@ fn hint_attach((layer, name): (Layer, &str), queue: u16, exists: bool, multi_que
             format!(": this user is not its owner; as root: 'ip link delete {name} && {make}'")
         }
         Some(libc::EPERM) => format!(": it does not exist, and this user may not create it; as root: '{make}'"),
-        Some(libc::EBUSY) => ": another process has it open (another back-end for the same guest?)".to_owned(),
+        Some(libc::EBUSY) => {
+            format!(": another process has it open (another back-end for the same guest?); {}", how_to_find_it(name))
+        }
         Some(libc::EINVAL) => format!(
             ": it is no {}, or was made {} multi_queue, which does not fit",
             layer.name(),
