@@ -42,8 +42,15 @@ pub fn take_connected_socket(fd: i32) -> Result<OwnedFd, NotConnected> {
     let checked = ioctl::take_inherited_fd(fd).and_then(|socket| {
         let kind = rustix::net::sockopt::socket_type(&socket)?;
         let domain = rustix::net::sockopt::socket_domain(&socket)?;
-        if kind != SocketType::STREAM || domain != AddressFamily::UNIX {
-            return Err(io::ErrorKind::InvalidInput.into());
+        let wrong = match (domain, kind) {
+            (AddressFamily::UNIX, SocketType::STREAM) => None,
+            (AddressFamily::UNIX, SocketType::DGRAM) => Some("it is a datagram socket, not a stream socket"),
+            (AddressFamily::UNIX, SocketType::SEQPACKET) => Some("it is a SEQPACKET socket, not a stream socket"),
+            (AddressFamily::UNIX, _) => Some("it is a socket of another type"),
+            _ => Some("it is no Unix socket"),
+        };
+        if let Some(wrong) = wrong {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, wrong));
         }
         rustix::net::getpeername(&socket)?;
         Ok(socket)

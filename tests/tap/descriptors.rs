@@ -232,14 +232,14 @@ fn connected_front_end_that_is_none_is_refused() {
     let (datagram, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
     let (pipe, _writer) = std::io::pipe().unwrap();
     let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let cases: [(&str, Option<OwnedFd>); 5] = [
-        ("not open", None),
-        ("pipe", Some(pipe.into())),
-        ("listening socket", Some(listener.into())),
-        ("datagram socket", Some(datagram.into())),
-        ("TCP socket", Some(tcp.into())),
+    let cases: [(&str, Option<OwnedFd>, &str); 5] = [
+        ("not open", None, "Bad file descriptor"),
+        ("pipe", Some(pipe.into()), "Socket operation on non-socket"),
+        ("listening socket", Some(listener.into()), "not connected"),
+        ("datagram socket", Some(datagram.into()), "it is a datagram socket, not a stream socket"),
+        ("TCP socket", Some(tcp.into()), "it is no Unix socket"),
     ];
-    for (name, fd) in cases {
+    for (name, fd, why) in cases {
         let mut command = Command::new(BINARY);
         if let Some(fd) = &fd {
             inherit(&mut command, fd.as_fd(), FIRST);
@@ -247,5 +247,6 @@ fn connected_front_end_that_is_none_is_refused() {
         let (code, log) = Spawned::refusal(command.args(["--fd", "20", "--tap", TAP]));
         assert_eq!(code, Some(1), "{name}");
         assert!(log.contains("Descriptor 20 of --fd is no connected Unix stream socket"), "{name}: {log}");
+        assert!(log.contains(why), "{name}: {log}");
     }
 }
