@@ -18,7 +18,7 @@ use crate::host_side::{DeviceChoice, HostSide, OnLoss};
 use crate::nic::{NicSetup, QUEUE_PAIRS_MAX};
 use crate::sandbox::Wanted as WantedSandbox;
 use crate::tuning::{Coalescing, Tuning};
-use crate::vhost_user::listener::SocketAccess;
+use crate::vhost_user::listener::{Group, SocketAccess};
 use crate::vhost_user::session::SessionOptions;
 
 /// Where front-ends come from.
@@ -159,10 +159,7 @@ impl TryFrom<Cli> for Config {
             has_control_queue: cli.front_end == FrontEndKind::Generic,
             tuning,
         };
-        let access = SocketAccess {
-            mode: cli.socket_mode,
-            group: cli.socket_group.as_deref().map(|name| group_number("--socket-group", name)).transpose()?,
-        };
+        let access = SocketAccess { mode: cli.socket_mode, group: cli.socket_group.map(socket_group).transpose()? };
         let front_ends = match (cli.socket_path, cli.fd) {
             (Some(path), _) => FrontEnds::Socket { path, access },
             (None, Some(fd)) => FrontEnds::Descriptor(fd),
@@ -278,6 +275,10 @@ fn group_number(option: &'static str, name: &str) -> Result<u32, ConfigError> {
     })?;
     let nobody = || ConfigError::Nobody { option, name: name.to_owned(), what: "group", base: "group" };
     if number == NOBODY { Err(nobody()) } else { Ok(number) }
+}
+
+fn socket_group(name: String) -> Result<Group, ConfigError> {
+    Ok(Group { number: group_number("--socket-group", &name)?, name })
 }
 
 fn mode(mode: ModeChoice) -> OnCardMode {

@@ -20,12 +20,21 @@ pub const PATH_MAX: usize = 107;
 const BACKLOG: i32 = 128;
 
 /// Who may connect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketAccess {
     /// Permission bits.
     pub mode: u32,
     /// The group that the socket is given to.
-    pub group: Option<u32>,
+    pub group: Option<Group>,
+}
+
+/// A group of users.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Its number, which is not `u32::MAX`.
+    pub number: u32,
+    /// What the operator calls it.
+    pub name: String,
 }
 
 /// Why the socket cannot be made.
@@ -62,6 +71,17 @@ pub enum ListenError {
         /// The path.
         path: PathBuf,
     },
+    /// It cannot be given to that group.
+    #[error("Cannot give socket {path:?} to group {group:?} of --socket-group{}", hint_group(cause))]
+    Group {
+        /// The path.
+        path: PathBuf,
+        /// The group, as the operator calls it.
+        group: String,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
     /// A step failed.
     #[error("Cannot {what} socket {path:?}{}", hint(path, cause))]
     Io {
@@ -86,10 +106,15 @@ fn hint(path: &Path, cause: &io::Error) -> String {
     let directory = directory_of(path);
     match cause.kind() {
         io::ErrorKind::NotFound => format!(": its directory is not there; 'mkdir -p {}'", directory.display()),
-        io::ErrorKind::PermissionDenied => {
-            format!(": this user may not write to {} or change the group", directory.display())
-        }
+        io::ErrorKind::PermissionDenied => format!(": this user may not write to {}", directory.display()),
         _ => String::new(),
+    }
+}
+
+fn hint_group(cause: &io::Error) -> &'static str {
+    match cause.kind() {
+        io::ErrorKind::PermissionDenied => ": this user is no member of it; 'id' lists the groups of which it is one",
+        _ => "",
     }
 }
 
@@ -141,9 +166,9 @@ impl SocketListener {
             return Err(ListenError::Occupied { path: path.to_owned(), what: "file" });
         }
         let this = SocketListener { listener, path: path.to_owned(), inode: found.st_ino, directory };
-        if let Some(group) = access.group.map(Gid::from_raw) {
-            rustix::fs::chownat(&file, "", None, Some(group), AtFlags::EMPTY_PATH)
-                .map_err(|e| failed("change the group of")(e.into()))?;
+        if let Some(Group { number, name }) = access.group {
+            rustix::fs::chownat(&file, "", None, Some(Gid::from_raw(number)), AtFlags::EMPTY_PATH)
+                .map_err(|e| ListenError::Group { path: path.to_owned(), group: name, cause: e.into() })?;
         }
         if access.mode != OWNERS.as_raw_mode() {
             let itself = format!("/proc/self/fd/{}", file.as_raw_fd());

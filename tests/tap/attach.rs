@@ -255,7 +255,7 @@ fn name_that_the_kernel_would_change_is_refused_as_typed() {
 
 /// The binary in the place's namespace as a user without privileges, who cannot see the build folder, and with a
 /// /dev/net/tun of these permissions.
-fn as_nobody(place: &Place, tun_mode: &str, args: &[&str]) -> Command {
+pub(crate) fn as_nobody(place: &Place, tun_mode: &str, args: &[&str]) -> Command {
     let binary = for_any_user(&place.socket());
     let node = place.dir.path().join(format!("tun-{tun_mode}"));
     let made = Command::new("mknod").args(["-m", tun_mode, arg(&node), "c", "10", "200"]).output().unwrap();

@@ -241,6 +241,21 @@ fn socket_has_the_mode_and_group_that_were_asked_for() {
     }
 }
 
+#[test]
+fn group_that_the_user_may_not_give_the_socket_to_is_said() {
+    if !require_root("group_that_the_user_may_not_give_the_socket_to_is_said") {
+        return;
+    }
+    let place = Place::new();
+    place.namespace.ip("tuntap add dev tap0 mode tap vnet_hdr user 65534");
+    let socket = place.socket();
+    let args = ["--socket-path", arg(&socket), "--tap", TAP, "--socket-group", "root"];
+    let (code, log) = crate::common::backend::Spawned::refusal(&mut crate::attach::as_nobody(&place, "666", &args));
+    assert_eq!(code, Some(1), "{log}");
+    assert!(log.contains("to group \"root\" of --socket-group: this user is no member of it"), "{log}");
+    assert!(!socket.exists());
+}
+
 /// P-10
 #[test]
 fn second_front_end_is_logged() {
