@@ -344,10 +344,13 @@ fn host_without_namespaces_is_said_to_be_one() {
         return skip(TEST, "user namespaces, or TAPs in them, are not to be had here");
     }
     assert_eq!(code, Some(1), "{log}");
-    assert!(log.contains("Cannot make namespaces for --sandbox full") && log.contains("max_user_namespaces"), "{log}");
+    for wanted in ["--sandbox full", "--sandbox auto", "Cannot make namespaces", "max_user_namespaces"] {
+        assert!(log.contains(wanted), "{wanted}: {log}");
+    }
     let mut backend = Spawned::run(&mut forbidding("auto"));
     let line = backend.wait_line("Sandbox seccomp");
-    assert!(line.contains("Cannot make namespaces"), "{line}");
+    assert!(line.contains("Cannot make namespaces") && line.contains("max_user_namespaces"), "{line}");
+    assert!(!line.contains("--sandbox"), "What is in force is no advice: {line}");
     // Who is served is served from inside.
     let front_end = place.connect(&Guest::new(1, feature::MRG_RXBUF));
     assert!(front_end.is_alive());

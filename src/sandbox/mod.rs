@@ -65,13 +65,13 @@ impl fmt::Display for Level {
     }
 }
 
-/// Why there is less of the sandbox than was asked for.
+/// What this host does not have of the full sandbox.
 #[derive(Debug, Error)]
-pub enum SandboxError {
+pub enum Missing {
     /// The host does not allow namespaces.
     #[error(
-        "Cannot {what} for --sandbox full; does this host forbid user namespaces ('sysctl user.max_user_namespaces \
-         kernel.apparmor_restrict_unprivileged_userns')? --sandbox auto goes without"
+        "Cannot {what}; does this host forbid user namespaces ('sysctl user.max_user_namespaces \
+         kernel.apparmor_restrict_unprivileged_userns')?"
     )]
     Namespaces {
         /// What was tried.
@@ -81,11 +81,19 @@ pub enum SandboxError {
         cause: io::Error,
     },
     /// Landlock failed.
-    #[error("Cannot deny access to files and ports with Landlock for --sandbox full; --sandbox auto goes without")]
+    #[error("Cannot deny access to files and ports with Landlock")]
     Landlock(#[source] landlock::RulesetError),
     /// The kernel has no Landlock, or an old one.
-    #[error("This kernel's Landlock is switched off or too old for --sandbox full; --sandbox auto goes without")]
+    #[error("This kernel's Landlock is switched off or too old")]
     NoLandlock,
+}
+
+/// Why there is less of the sandbox than was asked for.
+#[derive(Debug, Error)]
+pub enum SandboxError {
+    /// All of it was demanded, and the host does not have it.
+    #[error("--sandbox full cannot be had here; --sandbox auto goes without what is missing")]
+    NotFull(#[from] Missing),
     /// Rights cannot be given up.
     #[error("Cannot {what}, which the sandbox needs (--sandbox off goes without)")]
     Rights {
@@ -134,7 +142,7 @@ pub fn enter(wanted: Wanted, later: Later<'_>) -> Result<Sandbox, SandboxError> 
         Wanted::Seccomp => Some("as was asked for".to_owned()),
         _ => match leave(later.directory) {
             Ok(()) => None,
-            Err(error) if wanted == Wanted::Full => return Err(error),
+            Err(missing) if wanted == Wanted::Full => return Err(missing.into()),
             Err(error) => Some(crate::error_chain(&error).to_string()),
         },
     };
@@ -168,8 +176,8 @@ fn say_that_control_is_not_confined(reason: &str) {
     }
 }
 
-fn leave(directory: Option<BorrowedFd<'_>>) -> Result<(), SandboxError> {
-    let left = root::leave_world().map_err(|(what, cause)| SandboxError::Namespaces { what, cause });
+fn leave(directory: Option<BorrowedFd<'_>>) -> Result<(), Missing> {
+    let left = root::leave_world().map_err(|(what, cause)| Missing::Namespaces { what, cause });
     // Where there are no namespaces, Landlock matters all the more.
     let denied = deny_access(directory);
     left.and(denied)
@@ -177,7 +185,7 @@ fn leave(directory: Option<BorrowedFd<'_>>) -> Result<(), SandboxError> {
 
 /// Denies all access to files and TCP ports, and to abstract sockets and processes outside, except for removing our
 /// socket.
-fn deny_access(directory: Option<BorrowedFd<'_>>) -> Result<(), SandboxError> {
+fn deny_access(directory: Option<BorrowedFd<'_>>) -> Result<(), Missing> {
     const KNOWN: ABI = ABI::V6;
     let ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
@@ -185,13 +193,13 @@ fn deny_access(directory: Option<BorrowedFd<'_>>) -> Result<(), SandboxError> {
         .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(KNOWN)))
         .and_then(|ruleset| ruleset.scope(Scope::from_all(KNOWN)))
         .and_then(Ruleset::create)
-        .map_err(SandboxError::Landlock)?;
+        .map_err(Missing::Landlock)?;
     let ruleset = match directory {
         Some(directory) => ruleset.add_rule(PathBeneath::new(directory, AccessFs::RemoveFile)),
         None => Ok(ruleset),
     };
-    let status = ruleset.and_then(|ruleset| ruleset.restrict_self()).map_err(SandboxError::Landlock)?;
-    if status.ruleset == RulesetStatus::NotEnforced { Err(SandboxError::NoLandlock) } else { Ok(()) }
+    let status = ruleset.and_then(|ruleset| ruleset.restrict_self()).map_err(Missing::Landlock)?;
+    if status.ruleset == RulesetStatus::NotEnforced { Err(Missing::NoLandlock) } else { Ok(()) }
 }
 
 /// Gives up the calling thread's capabilities, and all means to get any back.
