@@ -273,7 +273,7 @@ pub enum IoEngine {
     /// Small frames in batches where there are several at a time, if the kernel allows io_uring; others with a system
     /// call each
     Auto,
-    /// Small frames always through io_uring; do not start if the kernel forbids it
+    /// Small frames always through io_uring (on a TAP, TUN or MACVTAP do not start if the kernel forbids it)
     Uring,
     /// A system call for each frame
     Syscall,

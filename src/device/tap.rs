@@ -298,8 +298,8 @@ pub fn open(how: &TapByName) -> Result<(Device, Vec<DeviceQueue>), TapError> {
         _ => {}
     }
     let link = link.unwrap_or_default();
-    if existing.as_ref().is_some_and(|link| !link.is_up) {
-        log::warn!("{what} {name:?} is down, no frames will pass: 'ip link set {name} up'");
+    if let Some(before) = &existing {
+        warn_of(before, how.layer, &name);
     }
     let verb = if existing.is_some() { "Attached to" } else { "Created" };
     log::info!("{verb} {what} {name:?} with {} queue(s)", how.queue_pairs);
@@ -361,15 +361,22 @@ fn check_existing(how: &TapByName, link: &Link) -> Result<bool, TapError> {
     if link.tun.multi_queue && link.tun.open_queues > 0 && !how.shared {
         return Err(TapError::InUse { layer, name, open_queues: link.tun.open_queues });
     }
+    Ok(link.tun.multi_queue)
+}
+
+/// Says what does not forbid an interface that was there before, but is hardly meant.
+fn warn_of(link: &Link, layer: Layer, name: &str) {
+    let what = layer.name();
     if !link.tun.has_owner {
-        let what = layer.name();
         log::warn!(
             "{what} {name:?} has no owner, so any user of this host may attach to it; it has to be made anew, as root: \
              'ip link delete {name} && {}'",
-            command_to_make(layer, &name, link.tun.multi_queue)
+            command_to_make(layer, name, link.tun.multi_queue)
         );
     }
-    Ok(link.tun.multi_queue)
+    if !link.is_up {
+        log::warn!("{what} {name:?} is down, no frames will pass: 'ip link set {name} up'");
+    }
 }
 
 fn open_queue(how: &TapByName, queue: u16, exists: bool, multi_queue: bool) -> Result<OwnedFd, TapError> {
