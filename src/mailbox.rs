@@ -32,7 +32,7 @@ pub(crate) fn wait_for_host<R>(call: impl FnOnce() -> R) -> R {
 
 /// A thread did not do what it was asked in time.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("Thread {name} did not answer in time: it ended, or guest memory does not answer")]
+#[error("Thread {name} did not answer in time: it ended, or guest memory or the host does not answer")]
 pub struct Stuck {
     /// The thread's name.
     pub name: String,

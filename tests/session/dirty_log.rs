@@ -255,6 +255,10 @@ fn log_of_a_migration_that_is_over_refuses_nothing() {
     let log = memfd(2 * LOG_SIZE);
     assert!(set_log(&bench.front_end, 2 * LOG_SIZE, 0, log.as_fd()), "a larger one");
     assert_eq!(copied.take_marked(), BTreeSet::new());
+    let mut bytes = vec![0; 2 * LOG_SIZE as usize];
+    log.read_exact_at(&mut bytes, 0).unwrap();
+    let is_marked = |page: &u64| bytes[(page / 8) as usize] >> (page % 8) & 1 == 1;
+    assert!(all_pages(bench).iter().all(is_marked), "what was written before is in no log");
 }
 
 /// A front-end that connects again while it copies says all of it before its rings run, the log last, as QEMU does.
