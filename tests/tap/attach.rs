@@ -212,6 +212,7 @@ fn tap_that_another_back_end_has_is_refused_and_that_one_untouched() {
         assert_eq!(code, Some(1));
         assert!(log.contains(wanted), "{log}");
         assert!(log.contains("'grep -l \"iff:.*tap0\" /proc/[0-9]*/fdinfo/*' finds it"), "{log}");
+        assert!(log.matches("has no owner").count() < 2, "it was tried for two seconds: {log}");
         assert!(!path.exists());
         assert_frames_pass(&mut guest, &place.host());
     }
